@@ -1,0 +1,147 @@
+"""Builds the structures in systems/ from standard geometry: python benchmarks/build_systems.py [FOLDER]
+
+Needs the extra [systems] (PeptideBuilder). The output does not depend on when or where it is run, up to the last
+digit of the minimiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PeptideBuilder
+from openmm import CustomTorsionForce, LangevinMiddleIntegrator, LocalEnergyMinimizer, Platform, Vec3, app, unit
+from openmm.app import element
+from PeptideBuilder import Geometry
+
+__all__ = ["build_alanine_dipeptide", "build_butane", "dihedral", "place"]
+
+_CAPS = {0: ("ACE", {"CA": "CH3", "C": "C", "O": "O"}), 2: ("NME", {"N": "N", "CA": "C"})}
+
+
+def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, length: float, angle: float, torsion: float) -> np.ndarray:
+    """The position bonded to a, at an angle to b and a torsion to c, shape (3,); nm and degrees."""
+    angle, torsion = math.radians(angle), math.radians(torsion)
+    axis = (a - b) / np.linalg.norm(a - b)
+    normal = np.cross(b - c, axis)
+    normal /= np.linalg.norm(normal)
+    local = np.array([-math.cos(angle), math.sin(angle) * math.cos(torsion), math.sin(angle) * math.sin(torsion)])
+    return a + length * (local[0] * axis + local[1] * np.cross(normal, axis) + local[2] * normal)
+
+
+def dihedral(p: np.ndarray) -> float:
+    """The torsion of four positions, shape (4, 3), in degrees."""
+    b1, b2, b3 = np.diff(p, axis=0)
+    n1, n2 = np.cross(b1, b2), np.cross(b2, b3)
+    return math.degrees(math.atan2(np.dot(np.cross(n1, n2), b2 / np.linalg.norm(b2)), np.dot(n1, n2)))
+
+
+def minimise(
+    topology: app.Topology,
+    positions: unit.Quantity,
+    forcefield: app.ForceField,
+    torsions: Sequence[tuple[int, int, int, int, float]] = (),
+) -> np.ndarray:
+    """Positions at the nearest minimum, given torsions (atoms, degrees) held; centred, shape (n_atoms, 3), nm."""
+    system = forcefield.createSystem(topology, removeCMMotion=False)
+    restraint = CustomTorsionForce("1000*(1-cos(theta-theta0))")
+    restraint.addPerTorsionParameter("theta0")
+    for *atoms, degrees in torsions:
+        restraint.addTorsion(*atoms, [math.radians(degrees)])
+    system.addForce(restraint)
+    simulation = app.Simulation(
+        topology, system, LangevinMiddleIntegrator(300, 1, 0.001), Platform.getPlatformByName("Reference")
+    )
+    simulation.context.setPositions(positions)
+    LocalEnergyMinimizer.minimize(simulation.context, 0.01)
+    xyz = simulation.context.getState(getPositions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    return np.round(xyz - xyz.mean(axis=0), 4) + 0.0  # as exact as a PDB file, without its "-0.000"
+
+
+def write(path: Path, topology: app.Topology, xyz: np.ndarray, remark: str) -> None:
+    """Writes a PDB file without the date that PDBFile.writeFile puts into the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        file.write(f"REMARK   1 {remark}\n")
+        app.PDBFile.writeModel(topology, xyz * unit.nanometer, file)
+        app.PDBFile.writeFooter(topology, file)
+    bonds = app.PDBFile(str(path)).topology.getNumBonds()
+    if bonds != topology.getNumBonds():
+        raise RuntimeError(f"{path}: {bonds} bonds read back, {topology.getNumBonds()} written")
+    print(f"{path}: {len(xyz)} atoms, {bonds} bonds")
+
+
+def build_alanine_dipeptide() -> tuple[app.Topology, np.ndarray]:
+    """ACE-ALA-NME in C7eq: a GLY-ALA-GLY chain cut down to the caps, hydrogens by Modeller, minimised."""
+    geometries = [Geometry.geometry(code) for code in "GAG"]
+    geometries[1].phi, geometries[1].psi_im1 = -80, 180
+    geometries[2].phi, geometries[2].psi_im1 = 180, 80
+    chain = PeptideBuilder.make_structure_from_geos(geometries)
+    topology, positions = app.Topology(), []
+    residues = topology.addChain()
+    for i, source in enumerate(chain.get_residues()):
+        name, kept = _CAPS.get(i, (source.resname, None))
+        residue = topology.addResidue(name, residues, id=str(i + 1))
+        for atom in source.get_atoms():
+            if kept is not None and atom.name not in kept:
+                continue
+            label = atom.name if kept is None else kept[atom.name]
+            topology.addAtom(label, element.get_by_symbol(label[0]), residue)
+            positions.append(Vec3(*(0.1 * float(x) for x in atom.coord)))
+    topology.createStandardBonds()
+    forcefield = app.ForceField("amber99sbildn.xml", "amber99_obc.xml")
+    modeller = app.Modeller(topology, positions * unit.nanometer)
+    random.seed(0)  # Modeller scatters the hydrogens before it minimises them
+    modeller.addHydrogens(forcefield, platform=Platform.getPlatformByName("Reference"))
+    index = {(atom.residue.name, atom.name): atom.index for atom in modeller.topology.atoms()}
+    phi = [index[key] for key in (("ACE", "C"), ("ALA", "N"), ("ALA", "CA"), ("ALA", "C"))]
+    psi = [index[key] for key in (("ALA", "N"), ("ALA", "CA"), ("ALA", "C"), ("NME", "N"))]
+    xyz = minimise(modeller.topology, modeller.positions, forcefield, [(*phi, -80.0), (*psi, 80.0)])
+    n, ca, c, cb = (xyz[index["ALA", name]] for name in ("N", "CA", "C", "CB"))
+    if np.dot(np.cross(n - ca, c - ca), cb - ca) <= 0:
+        raise RuntimeError("alanine is not L")
+    print(f"phi {dihedral(xyz[phi]):.1f}, psi {dihedral(xyz[psi]):.1f} degrees")
+    return modeller.topology, xyz
+
+
+def build_butane(forcefield: Path) -> tuple[app.Topology, np.ndarray]:
+    """Trans n-butane, carbons first, minimised."""
+    topology = app.Topology()
+    residue = topology.addResidue("BUT", topology.addChain(), id="1")
+    carbons = [topology.addAtom(f"C{i + 1}", element.carbon, residue) for i in range(4)]
+    positions = [np.zeros(3), np.array([0.1526, 0.0, 0.0])]
+    positions.append(place(positions[1], positions[0], np.array([0.0, 1.0, 0.0]), 0.1526, 112.0, 0.0))
+    positions.append(place(positions[2], positions[1], positions[0], 0.1526, 112.0, 180.0))
+    for first, second in itertools.pairwise(carbons):
+        topology.addBond(first, second)
+    # Each carbon's hydrogens by their torsions to a carbon two bonds away.
+    references = {0: (1, 2, (60, 180, 300)), 1: (2, 3, (60, 300)), 2: (1, 0, (60, 300)), 3: (2, 1, (60, 180, 300))}
+    for i, (b, c, torsions) in references.items():
+        for k, torsion in enumerate(torsions):
+            hydrogen = topology.addAtom(f"H{i + 1}{k + 1}", element.hydrogen, residue)
+            topology.addBond(carbons[i], hydrogen)
+            positions.append(place(positions[i], positions[b], positions[c], 0.109, 109.5, torsion))
+    quantity = [Vec3(*map(float, p)) for p in positions] * unit.nanometer
+    xyz = minimise(topology, quantity, app.ForceField(str(forcefield)))
+    print(f"C-C-C-C {dihedral(xyz[:4]):.1f} degrees")
+    return topology, xyz
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    source = Path(__file__).resolve().parent.parent / "systems"
+    parser.add_argument("folder", nargs="?", type=Path, default=source, help="where to write (default: systems/)")
+    folder = parser.parse_args().folder
+    alanine = build_alanine_dipeptide()
+    write(folder / "alanine_dipeptide" / "alanine_dipeptide.pdb", *alanine, remark="ACE-ALA-NME, see SOURCE.md")
+    butane = build_butane(source / "butane" / "butane.xml")
+    write(folder / "butane" / "butane.pdb", *butane, remark="n-butane, see SOURCE.md")
+
+
+if __name__ == "__main__":
+    main()

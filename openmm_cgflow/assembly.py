@@ -1,0 +1,61 @@
+"""All-atom structures from slow coordinates z and fast internal coordinates y, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.internal import Placement, signed_volumes
+from openmm_cgflow.zmatrix import ZMatrix
+
+__all__ = ["Assembly"]
+
+
+class Assembly(nn.Module):
+    """x = f(z, y) (paper eq. 2): slow atoms from z, then every fast atom in a frame of atoms placed before it.
+
+    The volume element of y does not depend on z, so the fast coordinates may be held while z moves: this is what the
+    co-moving estimator does.
+
+    Arguments:
+        coordinates: Description of the slow atoms.
+        fast: Z-matrix of the fast atoms.
+        stereocentres: Rows of four neighbours, shape (n_centres, 4).
+        positions: Input structure, nm, shape (n_atoms, 3); its handedness is the one to keep.
+    """
+
+    def __init__(
+        self, coordinates: Coordinates, fast: ZMatrix, stereocentres: np.ndarray, positions: np.ndarray
+    ) -> None:
+        super().__init__()
+        self.coordinates = coordinates
+        self.placement = Placement(fast, np.array(coordinates.atoms))
+        self.register_buffer("to_topology", torch.as_tensor(np.argsort(self.placement.order)))
+        self.register_buffer("stereocentres", torch.as_tensor(stereocentres))
+        reference = torch.tensor(positions, dtype=torch.float64)
+        self.register_buffer("handedness", torch.sign(signed_volumes(reference, self.stereocentres)))
+
+    @property
+    def slow(self) -> Sequence[int]:
+        """Slow atom indices in the order of the coordinates' positions."""
+        return self.coordinates.atoms
+
+    def build(self, z: Tensor, y: Tensor) -> Tensor:
+        """All-atom positions in the standard frame of the slow atoms, nm, shape (..., n_atoms, 3)."""
+        return self.placement(self.coordinates.to_xyz(z), y)[..., self.to_topology, :]
+
+    def read_fast(self, xyz: Tensor) -> Tensor:
+        """y of all-atom positions: bond, angle, dihedral of each fast atom, shape (..., n_fast, 3)."""
+        return self.placement.read(xyz)
+
+    def read_slow(self, xyz: Tensor) -> Tensor:
+        """z of all-atom positions, shape (..., n_features)."""
+        return self.coordinates.from_xyz(xyz[..., list(self.slow), :])
+
+    def same_handedness(self, xyz: Tensor) -> Tensor:
+        """Whether every stereocentre has the input structure's handedness, shape (...,) bool."""
+        return (torch.sign(signed_volumes(xyz, self.stereocentres)) == self.handedness).all(-1)

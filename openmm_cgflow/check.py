@@ -1,0 +1,135 @@
+"""The dry run behind ``openmm-cgflow check``: everything a training would load, and what it would cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from openmm_cgflow.config import Config, TemperingConfig
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.meanforce import MolecularMeanForce
+from openmm_cgflow.model import Scaffold, new_flow
+from openmm_cgflow.partition import Partition
+from openmm_cgflow.replicas import ReplicaEngine, create_engine
+from openmm_cgflow.system import MolecularSystem
+from openmm_cgflow.tempering import start_temperature
+from openmm_cgflow.training import Trainer
+
+__all__ = ["Cost", "count_stages", "dry_run", "measure_cost"]
+
+_PROBE_POOL_STEPS = 20
+_N_PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training takes.
+
+    Attributes:
+        n_stages: Stages of the temperature ladder; an estimate for the adaptive schedule.
+        n_steps: Training steps.
+        n_evaluations: Energy evaluations, those of the final samples included.
+        seconds: Wall time on this machine as it is now.
+        seconds_per_step: Of one training step.
+        evaluations_per_second: Of the engine, the flow's time included.
+    """
+
+    n_stages: int
+    n_steps: int
+    n_evaluations: float
+    seconds: float
+    seconds_per_step: float
+    evaluations_per_second: float
+
+
+def dry_run(config: Config) -> Iterator[str]:
+    """Loads, builds and times everything that a training needs; yields a report, line by line.
+
+    Raises:
+        CGFlowError: If a training would be refused.
+    """
+    if config.system is None:
+        raise CGFlowError("the configuration has no system section")
+    molecular_system = MolecularSystem.from_files(config.system)
+    yield f"molecule: {molecular_system.n_atoms} atoms, {len(molecular_system.bonds)} bonds"
+    yield from (f"note: {note}" for note in molecular_system.notes)
+    partition = Partition.resolve(molecular_system, config.partition.slow)
+    yield "partition: " + partition.describe(molecular_system)
+    with create_engine(molecular_system, partition.slow, config.sampler) as engine:
+        scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate)
+        coordinates = scaffold.assembly.coordinates
+        n_circular = coordinates.n_circular
+        yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {n_circular} of them torsions"
+        yield from (f"  {name}" for name in coordinates.names)
+        yield f"handedness: {len(scaffold.assembly.stereocentres)} stereocentre(s)"
+        yield f"engine: {engine.description}"
+        cost = measure_cost(config, scaffold, engine)
+    about = "about " if config.tempering.schedule == "adaptive" else ""
+    yield (
+        f"training: {about}{cost.n_stages} stages from {start_temperature(config.tempering, config.temperature):g} K "
+        f"to {config.temperature:g} K, {about}{cost.n_steps} steps of {cost.seconds_per_step:.2g} s, "
+        f"{cost.n_evaluations:.1e} energy evaluations at {cost.evaluations_per_second:.1e} per second"
+    )
+    yield f"estimated wall time: {_readable(cost.seconds)} on this machine"
+
+
+def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> Cost:
+    """Times a few training steps and scales them to the whole run."""
+    sampler, training = config.sampler, config.training
+    quick = config.model_copy(
+        update={"sampler": sampler.model_copy(update={"n_pool_steps": min(sampler.n_pool_steps, _PROBE_POOL_STEPS)})}
+    )
+    probe = Scaffold.build(quick, scaffold.molecular_system, scaffold.partition, saved=scaffold.saved_arrays())
+    coordinates = probe.assembly.coordinates
+    estimator = MolecularMeanForce(probe.chains(engine), sampler.estimator)
+    trainer = Trainer(quick, coordinates, new_flow(quick, coordinates), estimator)
+    trainer.step()  # fills the pool and warms up
+    before, start = engine.n_energy_evaluations, time.perf_counter()
+    for _ in range(_N_PROBE_STEPS):
+        trainer.step()
+    seconds = time.perf_counter() - start
+    evaluations = engine.n_energy_evaluations - before
+    rate = evaluations / seconds
+    n_stages = count_stages(config.tempering, config.temperature, coordinates.n_features)
+    n_steps = training.n_steps_last
+    if n_stages > 1:
+        n_steps += training.n_steps_first + (n_stages - 2) * training.n_steps
+    per_step, per_step_evaluations = seconds / _N_PROBE_STEPS, evaluations / _N_PROBE_STEPS
+    # The first pool and the final samples.
+    extra = sampler.n_replicas * sampler.n_pool_steps + config.sampling.n_samples * config.sampling.n_equilibration
+    return Cost(
+        n_stages=n_stages,
+        n_steps=n_steps,
+        n_evaluations=n_steps * per_step_evaluations + extra,
+        seconds=n_steps * per_step + extra / rate,
+        seconds_per_step=per_step,
+        evaluations_per_second=rate,
+    )
+
+
+def count_stages(settings: TemperingConfig, temperature: float, n_features: int) -> int:
+    """Stages of the temperature ladder.
+
+    The adaptive schedule finds its own; for a harmonic molecule, whose energy varies by n_features/2 kT² over the slow
+    coordinates, log weights of variance s² give an effective sample size of exp(-s²) and a KL increase of s²/2.
+    """
+    start = start_temperature(settings, temperature)
+    if start <= temperature:
+        return 1
+    if settings.schedule == "list":
+        return len(settings.temperatures) + (temperature not in settings.temperatures)
+    if settings.schedule == "linear":
+        return max(settings.n_stages, 2)
+    spread = math.sqrt(-math.log(settings.min_ess)) if settings.criterion == "ess" else math.sqrt(2 * settings.max_kl)
+    # One step multiplies beta by 1 + s / sqrt(n/2).
+    return 1 + math.ceil(math.log(start / temperature) / math.log1p(spread / math.sqrt(n_features / 2)))
+
+
+def _readable(seconds: float) -> str:
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,308 @@
+"""The command ``openmm-cgflow``. It parses, calls the Python interface and prints; heavy imports wait for their use."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openmm_cgflow import __version__
+from openmm_cgflow.errors import CGFlowError
+
+if TYPE_CHECKING:
+    from openmm_cgflow.config import Config
+    from openmm_cgflow.system import MolecularSystem
+
+__all__ = ["main"]
+
+_PROGRAM = "openmm-cgflow"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 done, 2 an error of the user's, told in one message. Other errors keep their traceback and
+        leave the interpreter with 1.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # queueing systems show the output while it grows
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(words)
+    options.words = words[1:]
+    try:
+        return options.run(options)
+    except CGFlowError as error:
+        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return 1
+
+
+def _init(options: argparse.Namespace) -> int:
+    import yaml
+
+    from openmm_cgflow.config import load_config, validate
+    from openmm_cgflow.files import atomic_write, writing
+    from openmm_cgflow.partition import Partition
+    from openmm_cgflow.system import MolecularSystem
+    from openmm_cgflow.template import render
+    from openmm_cgflow.units import parse_quantity
+    from openmm_cgflow.zmatrix import bond_graph, slow_zmatrix
+
+    output: Path = options.output
+    if output.exists() and not options.overwrite:
+        raise CGFlowError(f"{output}: exists already; choose another name, or give --overwrite")
+    try:
+        temperature = parse_quantity(options.temperature, "K")
+    except ValueError as error:
+        raise CGFlowError(f"--temperature: {error}") from None
+    folder = output.resolve().parent
+
+    def beside(path: str) -> str:
+        # A force field's name stays a name for OpenMM to find unless it is a file here.
+        return os.path.relpath(Path(path).resolve(), folder) if Path(path).is_file() else path
+
+    names = ("structure", "forcefield", "topology", "parameters", "system_xml", "implicit_solvent", "include_dir")
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    here = validate({"system": given, "temperature": temperature}, source="options")
+    assert here.system is not None
+    molecular_system = MolecularSystem.from_files(here.system)
+    slow = options.slow or _preset(molecular_system)
+    partition = Partition.resolve(molecular_system, slow)
+    slow_zmatrix(bond_graph(molecular_system.n_atoms, molecular_system.bonds), partition.slow)
+    written = {
+        name: [beside(item) for item in value] if isinstance(value, list) else beside(value)
+        for name, value in given.items()
+    }
+    if "include_dir" in written:
+        written["include_dir"] = os.path.relpath(Path(options.include_dir).resolve(), folder)
+    command = shlex.join([_PROGRAM, "init", *options.words])
+    text = render(written, slow=slow, temperature=temperature, command=command)
+    validate(yaml.safe_load(text), source=str(output))
+    with writing(output):
+        folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(output, text)
+    load_config(output)
+    for note in molecular_system.notes:
+        print(f"note: {note}")
+    print(partition.describe(molecular_system))
+    print(f"wrote {output}. Next:\n  {_PROGRAM} check {_quoted(output)}")
+    print(f"  {_PROGRAM} train {_quoted(output)} -o {_quoted(Path('runs') / output.stem)}")
+    return 0
+
+
+def _preset(molecular_system: MolecularSystem) -> str:
+    from openmm_cgflow.partition import Partition
+
+    try:
+        Partition.resolve(molecular_system, "backbone")
+    except CGFlowError:
+        return "heavy"
+    return "backbone"
+
+
+def _check(options: argparse.Namespace) -> int:
+    config = _load(options)
+    from openmm_cgflow.check import dry_run
+    from openmm_cgflow.runlog import console_logging
+
+    with console_logging():
+        for line in dry_run(config):
+            print(line)
+    print(f"ready. Next:\n  {_PROGRAM} train {_quoted(options.file)} -o {_quoted(Path('runs') / options.file.stem)}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from openmm_cgflow.rundir import RunDirectory
+
+    run = RunDirectory(options.output)
+    run.check_free(resume=options.resume, overwrite=options.overwrite, source=str(options.file))
+    config = _load(options)
+    from openmm_cgflow.runner import train
+
+    train(
+        config,
+        options.output,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        max_time=options.max_time,
+        source=str(options.file),
+    )
+    if run.read_provenance().get("status") == "stopped":
+        words = [word for word in options.words if word not in ("--resume", "--overwrite")]
+        print(f"stopped before the end. Continue with:\n  {shlex.join([_PROGRAM, 'train', *words, '--resume'])}")
+    else:
+        print(f"finished: {run.path}. Next:\n  {_PROGRAM} info {_quoted(run.path)}")
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from openmm_cgflow.export import check_trajectory_path
+    from openmm_cgflow.rundir import RunDirectory
+
+    output: Path = options.output
+    RunDirectory.open(options.run_directory)
+    check_trajectory_path(output)
+    if output.exists() and not options.overwrite:
+        raise CGFlowError(f"{output}: exists already; choose another name, or give --overwrite")
+    from openmm_cgflow.runlog import console_logging
+    from openmm_cgflow.runner import load, save_samples
+
+    with console_logging():
+        model = load(options.run_directory, stage=options.stage)
+        print(f"sampling {options.n} structures at {model.temperature:g} K (stage {model.stage})")
+        samples = model.sample(options.n, seed=options.seed, n_equilibration=options.n_equilibration)
+        paths = save_samples(model, samples, output)
+    print(f"wrote {', '.join(map(str, paths))}. The frames are independent: their time is an index")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from openmm_cgflow.rundir import RunDirectory
+
+    run = RunDirectory.open(options.run_directory)
+    record = run.read_provenance()
+    print(f"{run.path}: {record.get('status', 'not started')}")
+    for key, label in (
+        ("started", "last started"), ("ended", "last ended"), ("wall_time_s", "wall time (s)"), ("seed", "seed"),
+        ("engine", "engine"), ("energy_evaluations", "energy evaluations"),
+    ):
+        if key in record:
+            print(f"{label}: {record[key]}")
+    if "versions" in record:
+        print("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+    rows = run.read_metrics()
+    if rows:
+        print("last step: " + ", ".join(f"{name} {value:.6g}" for name, value in rows[-1].items()))
+    models = sorted(run.models.glob("stage_*.pt"))
+    temperatures = record.get("temperatures_K", [])
+    for stage, path in enumerate(models):
+        print(f"stage {stage}: " + (f"{temperatures[stage]:.1f} K, " if stage < len(temperatures) else "") + path.name)
+    present = [path for path in (run.samples, run.colvar, *sorted(run.plots.glob("*.png"))) if path.exists()]
+    for path in present:
+        print(path)
+    if models:
+        print(f"sample it with:\n  {_PROGRAM} sample {_quoted(run.path)} -n 10000 -o samples.dcd")
+    return 0
+
+
+def _load(options: argparse.Namespace) -> Config:
+    from openmm_cgflow.config import load_config
+
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    return load_config(options.file, [*options.settings, *seed])
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _duration(text: str) -> float:
+    """Seconds of ``90s``, ``30m``, ``11h30m`` or ``2d``."""
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    seconds = 0.0
+    if match:
+        seconds = float(sum(int(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)))
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"got '{text}', expected a duration such as 30m, 11h30m or 90s")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got '{text}', expected a whole number, 0 or more")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="Coarse-graining of molecules with normalizing flows, trained on OpenMM forces instead of data.",
+        epilog="exit codes: 0 done, 2 an error in the input, 1 anything else",
+    )
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_init(commands)
+    _add_check(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_init(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("init", help="write a commented configuration for a molecule")
+    parser.set_defaults(run=_init)
+    parser.add_argument("structure", metavar="MOLECULE", help="PDB, mmCIF, inpcrd, rst7, gro or crd file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.yaml")
+    energy = parser.add_argument_group("energy function (exactly one of the first three)")
+    energy.add_argument("--forcefield", nargs="+", metavar="XML", help="OpenMM force fields, such as amber14-all.xml")
+    energy.add_argument("--topology", metavar="FILE", help="Amber prmtop, GROMACS top or CHARMM psf")
+    energy.add_argument("--system-xml", metavar="FILE", help="serialized openmm.System")
+    energy.add_argument("--parameters", nargs="+", metavar="FILE", help="CHARMM parameter files, with a psf")
+    energy.add_argument("--implicit-solvent", metavar="MODEL", help="hct, obc1, obc2, gbn or gbn2, with --topology")
+    energy.add_argument("--include-dir", metavar="DIR", help="where GROMACS include files live")
+    parser.add_argument("--temperature", default="300 K", metavar="T", help="such as '300 K' (default: %(default)s)")
+    parser.add_argument(
+        "--slow", metavar="SELECTION", help="slow atoms (default: backbone for peptides, heavy otherwise)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE.yaml if it exists")
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("check", help="dry run: load everything, print it, estimate the time of a training")
+    parser.set_defaults(run=_check)
+    _add_settings(parser)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("train", help="train a flow and sample it")
+    parser.set_defaults(run=_train)
+    _add_settings(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="run directory")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in RUN, or start it if there is none")
+    existing.add_argument("--overwrite", action="store_true", help="delete the run in RUN and start anew")
+    parser.add_argument(
+        "--max-time", type=_duration, metavar="TIME", help="stop with a checkpoint after 30m, 11h30m, 90s, ..."
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.yaml")
+    parser.add_argument("--seed", type=_count, metavar="N", help="overrides the configuration's seed")
+    parser.add_argument(
+        "--set", dest="settings", nargs="+", action="extend", default=[], metavar="section.key=value",
+        help="override settings, such as sampler.n_replicas=128 'training.checkpoint_interval=30 s'",
+    )
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("sample", help="draw all-atom structures from a trained run")
+    parser.set_defaults(run=_sample)
+    parser.add_argument("run_directory", type=Path, metavar="RUN")
+    parser.add_argument("-n", type=_count, default=1000, metavar="N", help="structures (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("samples.dcd"), metavar="FILE",
+        help=".dcd or .xtc; a topology PDB and a COLVAR table go beside it (default: %(default)s)",
+    )
+    parser.add_argument("--stage", type=_count, metavar="K", help="tempering stage, 0 the hottest (default: the last)")
+    parser.add_argument("--seed", type=_count, metavar="N", help="same seed, same file (default: the configuration's)")
+    parser.add_argument("--n-equilibration", type=_count, metavar="N", help="steps of each structure's own chain")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("info", help="tell what a run directory holds")
+    parser.set_defaults(run=_info)
+    parser.add_argument("run_directory", type=Path, metavar="RUN")

@@ -1,0 +1,288 @@
+"""The configuration: one validated tree of settings, read from YAML and written back resolved."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.units import Friction, Mass, Seconds, Temperature, Time
+
+__all__ = [
+    "Config",
+    "CoordinatesConfig",
+    "FlowConfig",
+    "PartitionConfig",
+    "SamplerConfig",
+    "SamplingConfig",
+    "SystemConfig",
+    "TemperingConfig",
+    "TrainingConfig",
+    "apply_overrides",
+    "dump_config",
+    "load_config",
+    "validate",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SystemConfig(_Section):
+    """The all-atom model: one structure and one description of its energy."""
+
+    structure: Path
+    """PDB, mmCIF, Amber inpcrd/rst7 or GROMACS gro file with the starting positions."""
+    forcefield: list[str] = []
+    """OpenMM force-field XML files, as in ``openmm.app.ForceField(...)``."""
+    topology: Path | None = None
+    """Amber prmtop, GROMACS top or CHARMM psf file."""
+    parameters: list[Path] = []
+    """CHARMM parameter files, with a psf topology."""
+    system_xml: Path | None = None
+    """A serialized ``openmm.System``; replaces the force field."""
+    implicit_solvent: Literal["hct", "obc1", "obc2", "gbn", "gbn2"] | None = None
+    """Implicit solvent for Amber, GROMACS and CHARMM topologies (with XML force fields, name its XML file)."""
+    include_dir: Path | None = None
+    """Where GROMACS include files live."""
+
+    @model_validator(mode="after")
+    def _one_energy(self) -> Self:
+        given = [bool(self.forcefield), self.topology is not None, self.system_xml is not None]
+        if sum(given) != 1:
+            raise ValueError(
+                "give exactly one of forcefield (XML names), topology (prmtop, top or psf) and system_xml"
+            )
+        if self.implicit_solvent is not None and self.topology is None:
+            raise ValueError("implicit_solvent goes with topology; with XML force fields add e.g. implicit/obc2.xml")
+        return self
+
+
+class PartitionConfig(_Section):
+    """Which atoms are slow."""
+
+    slow: str | list[int] = "backbone"
+    """``backbone``, ``heavy``, an MDTraj selection or a list of 0-based atom indices."""
+
+
+class CoordinatesConfig(_Section):
+    """How the slow atoms are described."""
+
+    kind: Literal["internal", "cartesian"] = "internal"
+    reference_atoms: tuple[int, int, int] | None = None
+    """Cartesian only: the atoms at the origin, on the x axis and in the xy plane (0-based, bonded in a row)."""
+    bound: float = Field(5.0, gt=1.0)
+    """Half-width of the spline interval of bounded coordinates, in units of their scale."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class FlowConfig(_Section):
+    """Sizes of the spline coupling flow."""
+
+    n_layers: int = Field(6, ge=2)
+    """Coupling layers of each block (torsions; bounded coordinates given torsions)."""
+    n_bins: int = Field(8, ge=2)
+    hidden_features: list[int] = [64, 64]
+
+
+class SamplerConfig(_Section):
+    """Frozen-slow Langevin dynamics of the fast atoms."""
+
+    estimator: Literal["comoving", "cartesian"] = "comoving"
+    n_replicas: int = Field(256, ge=1)
+    """Replicas, that is flow samples, of one training step."""
+    timestep: Time = Field(0.001, gt=0)
+    friction: Friction = Field(50.0, gt=0)
+    hydrogen_mass: Mass = Field(4.0, gt=0)
+    """Mass of fast hydrogens; configurational averages do not depend on masses."""
+    n_pool_steps: int = Field(1000, ge=0)
+    """Steps that equilibrate the first pool of fast atoms."""
+    n_relax: int = Field(20, ge=0)
+    """Capped descent steps; they act on forces above force_cap only."""
+    force_cap: float = Field(10000.0, gt=0)
+    """kJ/mol/nm, far above thermal forces."""
+    n_equilibration: int = Field(20, ge=0)
+    n_frames: int = Field(4, ge=1)
+    stride: int = Field(10, ge=1)
+    """Steps between two frames."""
+    max_invalid: float = Field(0.2, ge=0, le=1)
+    """Fraction of quarantined replicas above which the run stops."""
+    keep_chirality: bool = True
+    """Quarantine replicas whose handedness differs from the input structure's."""
+    platform: str | None = None
+    """OpenMM platform; otherwise OPENMM_DEFAULT_PLATFORM, otherwise a timing probe."""
+    precision: Literal["single", "mixed", "double"] = "mixed"
+    engine: Literal["auto", "contexts", "lattice"] = "auto"
+    n_workers: int = Field(0, ge=0)
+    """Worker processes of the contexts engine; 0 = one per core."""
+
+
+class TemperingConfig(_Section):
+    """The ladder of temperatures from easy to the target."""
+
+    schedule: Literal["adaptive", "linear", "list"] = "adaptive"
+    start: Temperature = Field(1200.0, gt=0)
+    n_stages: int = Field(10, ge=1)
+    """Stages of the linear schedule, equally spaced in beta."""
+    temperatures: list[Temperature] = []
+    """Stages of the list schedule, from hot to the target."""
+    criterion: Literal["ess", "kl"] = "ess"
+    min_ess: float = Field(0.7, gt=0, lt=1)
+    """Adaptive: relative effective sample size between two stages."""
+    max_kl: float = Field(0.2, gt=0)
+    """Adaptive with criterion kl: increase of the KL divergence between two stages, in nats."""
+
+
+class TrainingConfig(_Section):
+    """Reverse KL by Adam."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    n_steps_first: int = Field(300, ge=0)
+    n_steps: int = Field(100, ge=0)
+    n_steps_last: int = Field(600, ge=0)
+    clip_factor: float = Field(5.0, gt=0)
+    """Gradients are clipped at this multiple of the running median norm."""
+    skip_factor: float = Field(10.0, gt=0)
+    """Updates with gradients above this multiple are skipped."""
+    median_window: int = Field(50, ge=1)
+    checkpoint_interval: Seconds = Field(60.0, gt=0)
+    """Wall time between two checkpoints."""
+
+
+class SamplingConfig(_Section):
+    """The samples that end a training."""
+
+    n_samples: int = Field(10000, ge=0)
+    n_equilibration: int = Field(500, ge=0)
+    """Steps of every frame's own chain after its warm start."""
+    plots: bool = True
+
+
+class Config(_Section):
+    """Everything a run depends on."""
+
+    system: SystemConfig | None = None
+    """May be missing only where a MolecularSystem is handed over in Python."""
+    temperature: Temperature = Field(300.0, gt=0)
+    seed: int = Field(2025, ge=0, lt=2**31)
+    partition: PartitionConfig = PartitionConfig()
+    coordinates: CoordinatesConfig = CoordinatesConfig()
+    flow: FlowConfig = FlowConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    tempering: TemperingConfig = TemperingConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML configuration; relative paths in its ``system`` section are relative to the file.
+
+    Arguments:
+        path: The YAML file.
+        overrides: ``section.key=value`` strings, the value in YAML syntax.
+
+    Raises:
+        CGFlowError: If the file cannot be read or any setting is unknown, missing or out of range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise CGFlowError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CGFlowError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise CGFlowError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
+    config = validate(apply_overrides(tree, overrides), source=str(path))
+    if config.system is None:
+        return config
+    return config.model_copy(update={"system": _absolute(config.system, path.resolve().parent)})
+
+
+def validate(tree: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validates a tree of settings.
+
+    Raises:
+        CGFlowError: One line for each wrong setting; unknown keys name the nearest known one.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise CGFlowError("\n".join([f"{source}: {len(lines)} problem(s) in the settings:", *lines])) from None
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of ``tree`` with ``section.key=value`` settings replaced, values in YAML syntax."""
+    result = yaml.safe_load(yaml.safe_dump(dict(tree)))
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise CGFlowError(f"--set {item}: expected section.key=value")
+        *sections, key = name.split(".")
+        node = result
+        for section in sections:
+            child = node.setdefault(section, {})
+            if isinstance(child, str) and section == "coordinates":  # the `coordinates: cartesian` shorthand
+                child = node[section] = {"kind": child}
+            if not isinstance(child, dict):
+                raise CGFlowError(f"--set {item}: {section} is not a section")
+            node = child
+        try:
+            node[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise CGFlowError(f"--set {item}: not valid YAML: {error}") from None
+    return result
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every number in the unit named at the top."""
+    header = "# Resolved configuration. Units: K, ps, 1/ps, Da, kJ/mol/nm; checkpoint_interval in s.\n"
+    return header + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _absolute(system: SystemConfig, folder: Path) -> SystemConfig:
+    def resolve(value: Any) -> Any:
+        if isinstance(value, Path):
+            return folder / value
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        return value
+
+    paths = {name: resolve(value) for name, value in system if name != "forcefield"}
+    # A force-field name stays a name for OpenMM to find unless such a file lies beside the configuration.
+    names = [str(folder / name) if (folder / name).is_file() else name for name in system.forcefield]
+    return system.model_copy(update=paths | {"forcefield": names})
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"  {name}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"  {name}: required, but missing"
+    return f"  {name or 'configuration'}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _known_keys(sections: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

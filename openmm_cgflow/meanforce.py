@@ -1,0 +1,289 @@
+"""The mean force on the slow coordinates from chains of the fast atoms (paper eqs. 15-17).
+
+The contract between OpenMM and training is here: :class:`MeanForceEstimator`. OpenMM itself is not: the engine that
+runs the chains is handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_cgflow.assembly import Assembly
+from openmm_cgflow.errors import ReplicaError
+from openmm_cgflow.units import thermal_beta
+
+__all__ = [
+    "ChainEngine",
+    "FastChains",
+    "Frames",
+    "MeanForce",
+    "MeanForceEstimator",
+    "MolecularMeanForce",
+    "derive_seed",
+]
+
+logger = logging.getLogger(__name__)
+
+_N_POOLS = 4  # calls whose end states stay in the pool
+
+
+class MeanForce(NamedTuple):
+    """The mean force at a batch of z.
+
+    Attributes:
+        gradient: d(beta A)/dz, dimensionless per unit of z, shape (B, n_features).
+        variance: Its squared standard error, shape (B, n_features).
+        energy: Mean potential energy over the fast atoms, kJ/mol, shape (B,).
+        energy_variance: Its squared standard error, shape (B,).
+        valid: Whether the replica may be used, shape (B,) bool; where it is False the rest is zero.
+    """
+
+    gradient: Tensor
+    variance: Tensor
+    energy: Tensor
+    energy_variance: Tensor
+    valid: Tensor
+
+
+class MeanForceEstimator(Protocol):
+    """Anything that gives mean forces: a molecule in OpenMM or a closed form in a test."""
+
+    n_energy_evaluations: int
+
+    def __call__(self, z: Tensor, temperature: float) -> MeanForce: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class ChainEngine(Protocol):
+    """What runs the frozen-slow chains: see :class:`openmm_cgflow.replicas.ReplicaEngine`."""
+
+    n_energy_evaluations: int
+
+    def run(
+        self, xyz: np.ndarray, temperature: float, *, n_relax: int, n_equilibration: int, n_frames: int, stride: int,
+        seed: int,
+    ) -> Any: ...
+
+
+class Frames(NamedTuple):
+    """Frames of the chains, shapes (B, n_frames, n_atoms, 3), the same, (B, n_frames) and (B,); nm and kJ/mol."""
+
+    xyz: Tensor
+    forces: Tensor
+    energy: Tensor
+    valid: Tensor
+
+
+@dataclass
+class Quarantine:
+    """How many replicas were set aside, and why."""
+
+    total: int = 0
+    not_finite: int = 0
+    flipped: int = 0
+
+
+def derive_seed(*entropy: int) -> int:
+    """One 31-bit seed from the configuration's seed, a purpose and counters."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] & 0x7FFFFFFF)
+
+
+class FastChains:
+    """Short chains of the fast atoms at given z, warm-started from a pool.
+
+    The pool holds the fast internal coordinates where earlier chains ended, with their z; a new z starts from its
+    nearest neighbour's. Chains are short, lineages are long, so the fast atoms stay equilibrated. The first pool is a
+    thermal draw, relaxed and run for ``n_pool_steps``.
+
+    Arguments:
+        engine: Runs the chains.
+        assembly: Builds structures.
+        draw_fast: Thermal draw of y: (z, temperature, generator) -> y.
+        settings: The ``sampler`` section of the configuration.
+        seed: The configuration's seed.
+    """
+
+    def __init__(
+        self,
+        engine: ChainEngine,
+        assembly: Assembly,
+        draw_fast: Callable[[Tensor, float, torch.Generator], Tensor],
+        settings: Any,
+        seed: int,
+    ) -> None:
+        self.engine, self.assembly, self.settings, self.seed = engine, assembly, settings, seed
+        self._draw_fast = draw_fast
+        self.quarantine = Quarantine()
+        self.n_calls = 0
+        self.pool: list[tuple[Tensor, Tensor]] = []
+
+    def run(
+        self, z: Tensor, temperature: float, n_equilibration: int, n_frames: int, stride: int, seed: int | None = None
+    ) -> Frames:
+        """Runs one chain at each z and puts where they end into the pool.
+
+        Arguments:
+            z: Slow coordinates, shape (B, n_features).
+            temperature: K.
+            n_equilibration: Steps before the first stride.
+            n_frames: Frames of each chain.
+            stride: Steps between frames.
+            seed: Overrides the seed derived from the number of calls.
+
+        Raises:
+            ReplicaError: If more than ``max_invalid`` of the replicas are quarantined.
+        """
+        z = z.detach()
+        if not self.pool:
+            self._fill_pool(z, temperature)
+        xyz = self.assembly.build(z, self._nearest(z))
+        return self._run(z, xyz, temperature, self.settings.n_relax, n_equilibration, n_frames, stride, seed)
+
+    def _fill_pool(self, z: Tensor, temperature: float) -> None:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 1))
+        xyz = self.assembly.build(z, self._draw_fast(z, temperature, generator))
+        self._run(z, xyz, temperature, 200, self.settings.n_pool_steps, 1, 1, derive_seed(self.seed, 2))
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        pool_z = torch.cat([entry[0] for entry in self.pool])
+        pool_y = torch.cat([entry[1] for entry in self.pool])
+        return pool_y[torch.cdist(self._embed(z), self._embed(pool_z)).argmin(dim=-1)]
+
+    def _embed(self, z: Tensor) -> Tensor:
+        n = self.assembly.coordinates.n_circular
+        scale = 0.2 if n else 1.0  # torsions decide which fast atoms fit
+        return torch.cat((torch.cos(z[:, :n]), torch.sin(z[:, :n]), scale * z[:, n:]), dim=-1)
+
+    def _run(
+        self, z: Tensor, xyz: Tensor, temperature: float, n_relax: int, n_equilibration: int, n_frames: int,
+        stride: int, seed: int | None,
+    ) -> Frames:
+        self.n_calls += 1
+        raw = self.engine.run(
+            xyz.numpy(), temperature, n_relax=n_relax, n_equilibration=n_equilibration, n_frames=n_frames,
+            stride=stride, seed=derive_seed(self.seed, 3, self.n_calls) if seed is None else seed,
+        )
+        frames = Frames(*(torch.as_tensor(array) for array in raw))
+        same = self.assembly.same_handedness(frames.xyz).all(-1)
+        valid = frames.valid & same if self.settings.keep_chirality else frames.valid
+        self.quarantine.total += len(z)
+        self.quarantine.not_finite += int((~frames.valid).sum())
+        self.quarantine.flipped += int((frames.valid & ~same).sum())
+        n_invalid = int((~valid).sum())
+        if n_invalid > self.settings.max_invalid * len(z):
+            n_flipped = int((frames.valid & ~same).sum())
+            raise ReplicaError(
+                f"{n_invalid} of {len(z)} replicas failed at {temperature:.0f} K ({n_flipped} changed their "
+                f"handedness, {n_invalid - n_flipped} diverged), more than sampler.max_invalid = "
+                f"{self.settings.max_invalid}. Try a shorter sampler.timestep or a lower tempering.start"
+            )
+        self.pool.append((z[valid], self.assembly.read_fast(frames.xyz[valid, -1])))
+        del self.pool[:-_N_POOLS]
+        return frames._replace(valid=valid)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later run continues from, as tensors and numbers."""
+        return {"n_calls": self.n_calls, "pool": list(self.pool), "quarantine": vars(self.quarantine).copy()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.n_calls = state["n_calls"]
+        self.pool = [tuple(entry) for entry in state["pool"]]
+        self.quarantine = Quarantine(**state["quarantine"])
+
+
+def frame_gradients(assembly: Assembly, z: Tensor, frames: Frames, beta: float, estimator: str) -> Tensor:
+    """d(beta U)/dz of every frame, shape (B, n_frames, n_features).
+
+    ``comoving`` holds the fast atoms' internal coordinates and contracts the forces on all atoms; ``cartesian``, the
+    paper's, holds their positions and contracts the forces on the slow atoms alone. Both average to the mean force.
+    """
+    repeated = z.detach()[:, None].expand(-1, frames.energy.shape[1], -1).clone().requires_grad_()
+    if estimator == "comoving":
+        built = assembly.build(repeated, assembly.read_fast(frames.xyz))
+        forces = frames.forces
+    else:
+        built = assembly.coordinates.to_xyz(repeated)
+        forces = frames.forces[..., list(assembly.slow), :]
+    # Invalid replicas hold zeros that rebuild to nan: they are masked before anything is multiplied.
+    valid = frames.valid[:, None, None, None]
+    (gradient,) = torch.autograd.grad(built, repeated, torch.where(valid, -beta * forces, 0.0))
+    return torch.where(frames.valid[:, None, None], gradient, 0.0)
+
+
+def mean_and_variance(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of each chain and its squared standard error.
+
+    Successive frames are correlated, and a chain's own spread says too little of what it has not reached. Both are
+    taken from a first-order autoregression, one coefficient per feature pooled over the batch; it matches the expected
+    lag-one ratio of chains of this length, so nothing is assumed of their length.
+
+    Arguments:
+        values: Shape (B, n_frames, n_features).
+        valid: Shape (B,) bool.
+    """
+    n = values.shape[1]
+    mean = values.mean(dim=1)
+    if n == 1:
+        return mean, torch.full_like(mean, float("nan"))
+    away = values - mean[:, None]
+    spread = away.square().sum(dim=1) / (n - 1)
+    pooled = away[valid]
+    ratio = (pooled[:, 1:] * pooled[:, :-1]).sum(dim=(0, 1)) / pooled.square().sum(dim=(0, 1)).clamp(min=1e-300)
+    if n == 2:  # two frames say nothing of their correlation
+        return mean, spread / 2
+    ratios, factors = _autoregression(n)
+    return mean, spread * torch.as_tensor(np.interp(ratio.numpy(), ratios, factors))
+
+
+def _autoregression(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lag-one ratio about the chain's own mean and variance of the mean over expected spread, for rho from 0 to 0.95."""
+    rho = np.linspace(0.0, 0.95, 96)
+    powers = rho[:, None] ** np.arange(n)
+    of_mean = (2 * powers @ (n - np.arange(n)) - n) / n**2
+    squares = n * (1 - of_mean)
+    products = (n - 1) * rho - (n + 1) * of_mean + 2 * powers.sum(axis=1) / n
+    return products / squares, of_mean * (n - 1) / squares
+
+
+class MolecularMeanForce:
+    """Mean forces of a molecule: frozen-slow chains in OpenMM, contracted with the coordinates.
+
+    Arguments:
+        chains: Runs the fast atoms.
+        estimator: ``comoving`` or ``cartesian``; see :func:`frame_gradients`.
+    """
+
+    def __init__(self, chains: FastChains, estimator: Literal["comoving", "cartesian"] = "comoving") -> None:
+        self.chains, self.estimator = chains, estimator
+
+    @property
+    def n_energy_evaluations(self) -> int:
+        return self.chains.engine.n_energy_evaluations
+
+    def __call__(self, z: Tensor, temperature: float) -> MeanForce:
+        settings = self.chains.settings
+        frames = self.chains.run(z, temperature, settings.n_equilibration, settings.n_frames, settings.stride)
+        beta = thermal_beta(temperature)
+        gradients = frame_gradients(self.chains.assembly, z, frames, beta, self.estimator)
+        gradient, variance = mean_and_variance(gradients, frames.valid)
+        energies = torch.where(frames.valid[:, None], frames.energy, 0.0)
+        energy, energy_variance = mean_and_variance(energies[..., None], frames.valid)
+        return MeanForce(gradient, variance, energy[:, 0], energy_variance[:, 0], frames.valid)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chains": self.chains.state_dict(), "n_energy_evaluations": self.n_energy_evaluations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.chains.load_state_dict(state["chains"])
+        self.chains.engine.n_energy_evaluations = state["n_energy_evaluations"]

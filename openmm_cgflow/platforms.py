@@ -1,0 +1,149 @@
+"""Which OpenMM platform runs the replicas: an explicit setting, the environment, or a short timing probe."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import openmm
+
+from openmm_cgflow.errors import CGFlowError
+
+__all__ = ["GPU_PLATFORMS", "PlatformChoice", "available_platforms", "choose_platform", "platform_choice"]
+
+logger = logging.getLogger(__name__)
+
+GPU_PLATFORMS = ("CUDA", "HIP", "OpenCL")
+_ENVIRONMENT = "OPENMM_DEFAULT_PLATFORM"
+# A later platform must beat the best so far by this factor, so that noise in the probe does not change the choice.
+_MARGIN = 1.2
+
+
+@dataclass(frozen=True)
+class PlatformChoice:
+    """A platform and how it was chosen.
+
+    Attributes:
+        name: OpenMM's name, such as ``"Reference"``.
+        properties: The platform properties to create a Context with.
+        reason: Why this platform, for the log.
+    """
+
+    name: str
+    properties: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name in GPU_PLATFORMS
+
+    def context(self, system: openmm.System, integrator: openmm.Integrator) -> openmm.Context:
+        """A new Context of ``system`` on this platform."""
+        return openmm.Context(system, integrator, openmm.Platform.getPlatformByName(self.name), dict(self.properties))
+
+    def __str__(self) -> str:
+        settings = "".join(f", {key}={value}" for key, value in self.properties.items())
+        return f"{self.name}{settings} ({self.reason})"
+
+
+def available_platforms() -> list[str]:
+    """Names of the platforms that OpenMM has registered, in its order (slowest first)."""
+    return [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+
+
+def platform_choice(name: str, precision: str = "mixed", reason: str = "") -> PlatformChoice:
+    """A registered platform with the properties that this package wants of it.
+
+    Forces are asked to be deterministic and precision to be as given where the platform knows these properties
+    (others refuse them), and the CPU platform gets one thread, as processes run side by side.
+
+    Arguments:
+        name: Name of a registered platform.
+        precision: ``single``, ``mixed`` or ``double``.
+        reason: Why it was chosen.
+    """
+    known = openmm.Platform.getPlatformByName(name).getPropertyNames()
+    wanted = {"Precision": precision, "DeterministicForces": "true", "Threads": "1"}
+    return PlatformChoice(name, {key: value for key, value in wanted.items() if key in known}, reason)
+
+
+def choose_platform(
+    requested: str | None, precision: str, seconds_per_step: Callable[[PlatformChoice], float]
+) -> PlatformChoice:
+    """Chooses the platform: ``requested``, otherwise ``OPENMM_DEFAULT_PLATFORM``, otherwise the fastest one.
+
+    Arguments:
+        requested: Name set by the user, or None.
+        precision: ``single``, ``mixed`` or ``double``; ignored by platforms without such a property.
+        seconds_per_step: The probe: seconds for one step of one replica. It is called for every registered platform
+            when the choice is free; a platform whose probe raises ``openmm.OpenMMException`` is passed over.
+
+    Raises:
+        CGFlowError: If the named platform does not exist or cannot be used on this machine.
+    """
+    if requested:
+        return _named(requested, precision, "sampler.platform")
+    if from_environment := os.environ.get(_ENVIRONMENT):
+        return _named(from_environment, precision, _ENVIRONMENT)
+    return _fastest(precision, seconds_per_step)
+
+
+def _named(name: str, precision: str, source: str) -> PlatformChoice:
+    available = available_platforms()
+    match = {item.lower(): item for item in available}.get(name.lower())
+    if match is None:
+        raise CGFlowError(_absent(name, source, available))
+    choice = platform_choice(match, precision, f"set by {source}")
+    particle = openmm.System()
+    particle.addParticle(1.0)
+    try:
+        choice.context(particle, openmm.VerletIntegrator(0.001))
+    except openmm.OpenMMException as error:
+        raise CGFlowError(
+            f"{source}: the platform {match} is installed but cannot be used on this machine: {error}. "
+            f"Available: {', '.join(available)}; leave the setting out to have one chosen."
+        ) from None
+    return choice
+
+
+def _absent(name: str, source: str, available: list[str]) -> str:
+    message = f"{source}: OpenMM has no platform '{name}' here; available: {', '.join(available)}."
+    known = {item.lower(): item for item in (*available, *GPU_PLATFORMS)}
+    near = difflib.get_close_matches(name.lower(), list(known), n=2, cutoff=0.5)
+    if name.lower() not in known:
+        names = " or ".join(f"'{known[item]}'" for item in near)
+        return message + (f" Did you mean {names}?" if names else "")
+    name = known[name.lower()]
+    failures = [line for line in openmm.Platform.getPluginLoadFailures() if name in line]
+    message += " " + (" ".join(failures) if failures else f"No {name} plugin is installed.")
+    if name == "CUDA":
+        message += (
+            " With an NVIDIA driver for CUDA 12 or 13: pip install 'openmm-cgflow[cuda12]' or 'openmm-cgflow[cuda13]'."
+        )
+    return message
+
+
+def _fastest(precision: str, seconds_per_step: Callable[[PlatformChoice], float]) -> PlatformChoice:
+    for failure in openmm.Platform.getPluginLoadFailures():
+        # OpenCL's plugin comes with every OpenMM; those of CUDA and HIP were installed on purpose.
+        if "libOpenMMCUDA" in failure or "libOpenMMHIP" in failure:
+            logger.warning("A GPU plugin of OpenMM did not load; looking for another platform: %s", failure)
+    best: PlatformChoice | None = None
+    best_time = float("inf")
+    timings = []
+    for name in available_platforms():
+        choice = platform_choice(name, precision)
+        try:
+            seconds = seconds_per_step(choice)
+        except openmm.OpenMMException as error:
+            logger.warning("OpenMM's platform %s cannot be used on this machine: %s", name, error)
+            continue
+        timings.append(f"{name} {1e6 * seconds:.0f}")
+        if best is None or seconds * _MARGIN < best_time:
+            best, best_time = choice, seconds
+    if best is None:
+        raise CGFlowError("None of OpenMM's platforms can be used on this machine; try: python -m openmm.testInstallation")
+    return PlatformChoice(best.name, best.properties, f"timed, µs per replica and step: {', '.join(timings)}")

@@ -1,0 +1,195 @@
+"""Figures of a run. Every function returns a Matplotlib figure of its own; nothing global is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from openmm_cgflow.files import atomic_path
+
+__all__ = [
+    "convergence",
+    "free_energy_map",
+    "ramachandran",
+    "save",
+    "torsion_density",
+    "torsion_marginals",
+]
+
+# Okabe and Ito's palette, told apart with any colour vision; markers and line styles differ as well.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
+_TICKS = np.arange(-180, 181, 60)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG at 150 dots per inch.
+
+    Raises:
+        CGFlowError: If the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(str(temporary), dpi=150)
+
+
+def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """How a training went, step by step: residual against its noise, gradient norm, energy, temperature, quarantine.
+
+    There is no loss: the objective's value is never computed, only its gradient. The residual is what the mean force
+    and the flow's own slope disagree by; it cannot fall below the noise of the mean forces.
+
+    Arguments:
+        rows: Rows of ``metrics.csv``; of ``residual, noise, gradient_norm, ess, energy, temperature, invalid`` those
+            that are there are drawn, over ``step``.
+    """
+    panels = [
+        (("residual", "noise"), "rms slope mismatch\n(kT per unit of z)", True),
+        (("gradient_norm",), "gradient norm", True),
+        (("ess",), "relative effective\nsample size", False),
+        (("energy",), "mean potential energy\n(kJ/mol)", False),
+        (("temperature",), "temperature (K)", False),
+        (("invalid",), "quarantined\nreplicas", False),
+    ]
+    known = set(rows[0]) if rows else set()
+    panels = [panel for panel in panels if panel[0][0] in known]
+    figure = Figure(figsize=(7.5, 1.0 + 1.5 * max(len(panels), 1)), layout="constrained")
+    axes = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
+    step = np.array([row["step"] for row in rows])
+    stage = np.array([row.get("stage", 0) for row in rows])
+    for axis, (names, label, logarithmic) in zip(axes, panels, strict=False):
+        for name, colour in zip(names, (_BLUE, _ORANGE), strict=False):
+            if name not in known:
+                continue
+            values = np.array([row[name] for row in rows], dtype=float)
+            smooth = _running_median(values)
+            axis.plot(step, values, color=colour, alpha=0.25, linewidth=0.7)
+            style = "-" if name == names[0] else "--"
+            axis.plot(step, smooth, style, color=colour, linewidth=1.6, label=name.replace("_", " "))
+        if len(names) > 1:
+            axis.legend(frameon=False, ncols=2, fontsize="small")
+        finite = [row[names[0]] for row in rows if np.isfinite(row[names[0]])]
+        if logarithmic and finite and min(finite) > 0:
+            axis.set_yscale("log")
+        for start in step[1:][np.diff(stage) != 0]:
+            axis.axvline(start, color=_GREY, linewidth=0.5, linestyle=":")
+        axis.set_ylabel(label, fontsize="small")
+        _open_frame(axis)
+    axes[0].set_title("thin: every step; thick: running median; dotted: a new temperature", fontsize="small")
+    axes[-1].set_xlabel("training step")
+    return figure
+
+
+def torsion_density(
+    values: np.ndarray, *, weights: np.ndarray | None = None, n_bins: int = 72
+) -> tuple[np.ndarray, np.ndarray]:
+    """Density of a torsion per radian, and the centres of its bins in radians, both of shape (n_bins,).
+
+    Arguments:
+        values: Radians, any turn, shape (n,).
+        weights: Non-negative weights, not necessarily normalised, shape (n,).
+        n_bins: Bins on the circle.
+    """
+    density, edges = np.histogram(_wrap(values), n_bins, (-np.pi, np.pi), weights=weights, density=True)
+    return density, (edges[1:] + edges[:-1]) / 2
+
+
+def free_energy_map(
+    phi: np.ndarray, psi: np.ndarray, *, weights: np.ndarray | None = None, n_bins: int = 60
+) -> tuple[np.ndarray, np.ndarray]:
+    """Density of two torsions per square radian, and its free energy in kT above the minimum.
+
+    Arguments:
+        phi: Radians, shape (n,).
+        psi: Radians, shape (n,).
+        weights: Non-negative weights, not necessarily normalised, shape (n,).
+        n_bins: Bins in each direction.
+
+    Returns:
+        Density and free energy, shape (n_bins, n_bins), first index φ; empty bins have infinite free energy.
+    """
+    turn = [[-np.pi, np.pi]] * 2
+    density = np.histogram2d(_wrap(phi), _wrap(psi), n_bins, turn, weights=weights, density=True)[0]
+    with np.errstate(divide="ignore"):
+        return density, -np.log(density / density.max())
+
+
+def ramachandran(
+    phi: np.ndarray, psi: np.ndarray, *, weights: np.ndarray | None = None, temperature: float | None = None,
+    title: str = "",
+) -> Figure:
+    """Free energy of φ and ψ in kT.
+
+    Arguments:
+        phi: Radians, shape (n,).
+        psi: Radians, shape (n,).
+        weights: Weights of the samples, shape (n,).
+        temperature: K.
+        title: Such as the residue.
+    """
+    density, energy = free_energy_map(phi, psi, weights=weights)
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    axis = figure.subplots()
+    highest = max(1.0, np.ceil(energy[density > 0].max()))
+    levels = np.degrees(np.linspace(-np.pi, np.pi, len(energy) + 1))
+    mesh = axis.pcolormesh(
+        levels, levels, np.ma.masked_invalid(energy.T), cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
+    )
+    label = "free energy (kT)" if temperature is None else f"free energy (kT at {temperature:g} K)"
+    figure.colorbar(mesh, ax=axis, label=label)
+    axis.set(
+        xlabel="φ (degrees)", ylabel="ψ (degrees)", xticks=_TICKS, yticks=_TICKS, aspect="equal",
+        title=" ".join(part for part in (title, f"({len(phi)} samples)") if part),
+    )
+    return figure
+
+
+def torsion_marginals(
+    names: Sequence[str], values: np.ndarray, *, weights: np.ndarray | None = None
+) -> Figure:
+    """The density of each torsion.
+
+    Arguments:
+        names: One for each torsion.
+        values: Radians, shape (n_samples, n_torsions).
+        weights: Weights of the samples, shape (n_samples,).
+    """
+    if values.ndim != 2 or values.shape[1] != len(names):
+        raise ValueError(f"got values of shape {values.shape}, expected (n_samples, {len(names)})")
+    n_columns = min(3, max(1, len(names)))
+    n_rows = max(1, -(-len(names) // n_columns))
+    figure = Figure(figsize=(max(4.5, 3.2 * n_columns), 0.4 + 2.4 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, sharex=True, squeeze=False).ravel()
+    for k, name in enumerate(names):
+        density, centres = torsion_density(values[:, k], weights=weights)
+        degrees = np.degrees(centres)
+        axes[k].stairs(
+            density * np.pi / 180, np.linspace(-180, 180, len(density) + 1), fill=True, color=_BLUE, alpha=0.25
+        )
+        axes[k].plot(degrees, density * np.pi / 180, color=_BLUE, linewidth=1.2, drawstyle="steps-mid")
+        axes[k].set(title=name, xlim=(-180, 180), xticks=_TICKS)
+        axes[k].set_ylim(bottom=0)
+        axes[k].title.set_fontsize("small")
+        _open_frame(axes[k])
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    figure.supxlabel("torsion (degrees)", fontsize="medium")
+    figure.supylabel("density (1/degree)", fontsize="medium")
+    return figure
+
+
+def _wrap(angles: np.ndarray) -> np.ndarray:
+    return np.mod(np.asarray(angles, dtype=np.float64) + np.pi, 2 * np.pi) - np.pi
+
+
+def _running_median(values: np.ndarray, width: int = 25) -> np.ndarray:
+    half = min(width, len(values)) // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.median(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])
+
+
+def _open_frame(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,207 @@
+"""Replicas of the fast atoms at frozen slow atoms: the contract of the engines, and the choice of one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import numpy as np
+import openmm
+from openmm import app, unit
+
+from openmm_cgflow.config import SamplerConfig
+from openmm_cgflow.contexts import Chain, ContextsEngine, Dynamics, Frames, Schedule, default_workers
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.lattice import Lattice, LatticeEngine, plan_lattice
+from openmm_cgflow.platforms import PlatformChoice, choose_platform, platform_choice
+from openmm_cgflow.replicate import NotReplicableError
+
+__all__ = ["Frames", "Molecule", "ReplicaEngine", "create_engine", "frozen_system"]
+
+logger = logging.getLogger(__name__)
+
+_PROBE_STEPS = 100
+# Up to here a molecule's energy is cheaper on one core than the launches of a GPU's kernels.
+_SMALL = 150
+
+
+class Molecule(Protocol):
+    """What the engines need of a ``MolecularSystem``."""
+
+    @property
+    def topology(self) -> app.Topology: ...
+    @property
+    def system(self) -> openmm.System: ...
+    @property
+    def positions(self) -> np.ndarray: ...
+    @property
+    def elements(self) -> Sequence[str]: ...
+
+
+class ReplicaEngine(Protocol):
+    """Samples the fast atoms of many replicas by Langevin dynamics while the slow atoms stand still.
+
+    Attributes:
+        n_energy_evaluations: Force and energy evaluations of one molecule since the engine was created. An integration
+            step (descent or Langevin) is 1, the forces and energy of a frame are 1, an ``evaluate`` of a structure is 1.
+        description: One line for the log: engine, platform and how it was chosen, workers or replicas.
+    """
+
+    @property
+    def n_energy_evaluations(self) -> int: ...
+    @property
+    def description(self) -> str: ...
+
+    def run(
+        self,
+        xyz: np.ndarray,
+        temperature: float,
+        *,
+        n_relax: int,
+        n_equilibration: int,
+        n_frames: int,
+        stride: int,
+        seed: int,
+    ) -> Frames:
+        """Runs one chain from each structure; velocities are drawn at the temperature.
+
+        Arguments:
+            xyz: All-atom starting structures, ``(n_replicas, n_atoms, 3)`` in nm; the slow atoms stay exactly there.
+            temperature: In K.
+            n_relax: Capped descent steps at the start, which act on force components above ``force_cap`` only.
+            n_equilibration: Langevin steps before the frames.
+            n_frames: Frames of each replica, at least 1.
+            stride: Langevin steps before each frame, at least 1.
+            seed: The result is a function of it and of the arguments (on GPUs also of the calls made before).
+
+        Raises:
+            ValueError: If ``xyz`` has the wrong shape.
+            CGFlowError: If a worker process dies.
+        """
+        ...
+
+    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Energies ``(n,)`` in kJ/mol and forces ``(n, n_atoms, 3)`` in kJ/mol/nm of structures ``(n, n_atoms, 3)`` in nm.
+
+        They are not finite where the structure's energy is not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees Contexts and worker processes; the engine is of no use afterwards."""
+        ...
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: SamplerConfig) -> ReplicaEngine:
+    """The engine that suits the platform: small Contexts on the CPU, one giant System on a GPU.
+
+    Arguments:
+        molecular_system: The molecule (a ``MolecularSystem``); it is not changed.
+        slow: Indices of the atoms to freeze.
+        settings: Platform, precision, engine, workers and integrator settings.
+
+    Raises:
+        CGFlowError: If the platform asked for is not available, or a fast atom has no mass.
+    """
+    system = frozen_system(molecular_system, slow, settings.hydrogen_mass)
+    template = np.array(molecular_system.positions, dtype=np.float64)
+    dynamics = Dynamics(settings.timestep, settings.friction, settings.force_cap)
+    bonds = [(bond[0].index, bond[1].index) for bond in molecular_system.topology.bonds()]
+    plans: list[Lattice | NotReplicableError] = []  # made at most once, and only if some platform asks for it
+
+    def lattice() -> Lattice | NotReplicableError:
+        if not plans:
+            try:
+                plans.append(plan_lattice(system, template, bonds, list(slow), settings.n_replicas))
+            except NotReplicableError as error:
+                plans.append(error)
+        return plans[0]
+
+    def plan_for(platform: PlatformChoice) -> Lattice | NotReplicableError | None:
+        wanted = settings.engine == "lattice" or (settings.engine == "auto" and platform.is_gpu)
+        return lattice() if wanted else None
+
+    def n_workers(platform: PlatformChoice) -> int:
+        return settings.n_workers or (1 if platform.is_gpu else default_workers())
+
+    def seconds_per_step(platform: PlatformChoice) -> float:
+        plan = plan_for(platform)
+        if isinstance(plan, Lattice):
+            start = np.concatenate([template - template.mean(axis=0) + site for site in plan.sites])
+            return _time_step(Chain(plan.system, platform, dynamics), start) / len(plan.sites)
+        return _time_step(Chain(system, platform, dynamics), template) / n_workers(platform)
+
+    platform = choose_platform(settings.platform, settings.precision, seconds_per_step)
+    plan = plan_for(platform)
+    if isinstance(plan, Lattice):
+        single = platform
+        if platform.is_gpu and len(template) <= _SMALL:
+            single = platform_choice("Reference", reason="small molecule")
+        contexts = ContextsEngine(system, template, single, dynamics, n_workers(single))
+        return LatticeEngine(plan, slow, template, platform, dynamics, contexts)
+    engine = ContextsEngine(system, template, platform, dynamics, n_workers(platform))
+    if plan is not None:
+        engine.description += f"; no lattice engine, because the System cannot be copied: {plan}"
+        logger.warning("The lattice engine is not possible, each replica gets its own Context: %s", plan)
+    return engine
+
+
+def frozen_system(molecular_system: Molecule, slow: Sequence[int], hydrogen_mass: float) -> openmm.System:
+    """A copy of the System with the slow atoms frozen (mass 0) and the fast hydrogens made heavier.
+
+    Configurational averages do not depend on masses.
+
+    Arguments:
+        molecular_system: The molecule; it is not changed.
+        slow: Indices of the atoms to freeze.
+        hydrogen_mass: Mass of the other hydrogens in Da.
+
+    Raises:
+        CGFlowError: If a fast atom has no mass.
+        ValueError: If the System was not sanitised: constraints, or a Force that acts on velocities or the box.
+    """
+    system = openmm.XmlSerializer.clone(molecular_system.system)
+    if system.getNumConstraints():
+        raise ValueError("got a System with constraints, expected none")
+    for force in system.getForces():
+        # With frozen atoms CMMotionRemover silently biases the fast ones (mean energy off by 3.5 kT in a peptide).
+        if isinstance(force, openmm.CMMotionRemover) or "Thermostat" in force.getName() or "Barostat" in force.getName():
+            raise ValueError(f"got a System with {force.getName()}, expected none")
+        if isinstance(force, openmm.CustomCentroidBondForce):
+            _keep_weights(force, system)
+    frozen = set(slow)
+    for i, element in enumerate(molecular_system.elements):
+        if i in frozen:
+            system.setParticleMass(i, 0.0)
+        elif system.getParticleMass(i).value_in_unit(unit.dalton) <= 0.0:
+            raise CGFlowError(f"Atom {i} ({element}) is a fast atom without mass (a virtual site, or frozen); not supported.")
+        elif element == "H":
+            system.setParticleMass(i, hydrogen_mass)
+    return system
+
+
+def _keep_weights(force: openmm.CustomCentroidBondForce, system: openmm.System) -> None:
+    """Writes out a force's default weights, the masses, as these are about to change."""
+    for i in range(force.getNumGroups()):
+        particles, weights = force.getGroupParameters(i)
+        if not weights:
+            masses = [system.getParticleMass(particle).value_in_unit(unit.dalton) for particle in particles]
+            force.setGroupParameters(i, particles, masses)
+
+
+def _time_step(chain: Chain, start: np.ndarray) -> float:
+    """Seconds per Langevin step, the fastest of three short runs."""
+    chain.reseed(1, 300.0)
+    chain.run(start, Schedule(300.0, 10, 10, 1, 1), 1, evaluate=False)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        chain.step(_PROBE_STEPS)
+        chain.positions()  # GPU platforms run behind; this waits for them
+        times.append(time.perf_counter() - begin)
+    return min(times) / _PROBE_STEPS

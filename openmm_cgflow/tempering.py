@@ -1,0 +1,109 @@
+"""The ladder of temperatures, from where the target is easy to the target itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from openmm_cgflow.config import TemperingConfig
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.units import thermal_beta
+
+__all__ = ["kl_increase", "log_weights", "next_temperature", "relative_ess", "start_temperature"]
+
+
+def relative_ess(log_weights: Tensor) -> float:
+    """Kish's effective sample size divided by the number of samples, from log weights of shape (n,)."""
+    weights = torch.softmax(log_weights, dim=0)
+    return float(1.0 / (len(weights) * weights.square().sum()))
+
+
+def kl_increase(log_weights: Tensor) -> float:
+    """KL(p_old || p_new) in nats, estimated from log weights of shape (n,) of samples of p_old."""
+    return float(torch.logsumexp(log_weights, 0) - math.log(len(log_weights)) - log_weights.mean())
+
+
+def log_weights(energy: Tensor, energy_variance: Tensor, delta_beta: float) -> Tensor:
+    """log of p(z; beta + delta_beta) / p(z; beta) up to a constant, from d(beta A)/dbeta = <U> at fixed z.
+
+    The replicas' mean energies are noisy; noise would pass for a spread of weights and make the steps too short, so
+    the energies are shrunk to their mean until their spread is what is left without the noise.
+
+    Arguments:
+        energy: <U> at each z, kJ/mol, shape (n,).
+        energy_variance: Its squared standard error, shape (n,).
+        delta_beta: mol/kJ.
+    """
+    away = energy - energy.mean()
+    observed = away.square().mean().clamp(min=1e-300)  # equal energies
+    noise = torch.nan_to_num(energy_variance).mean()
+    shrink = torch.sqrt(((observed - noise) / observed).clamp(0.05, 1.0))
+    return -delta_beta * away * shrink
+
+
+def start_temperature(settings: TemperingConfig, target: float) -> float:
+    """Temperature of the first stage, K.
+
+    Raises:
+        CGFlowError: If the ladder does not lead down to the target.
+    """
+    if settings.schedule == "list":
+        ladder = [*settings.temperatures, target] if target not in settings.temperatures else settings.temperatures
+        if ladder[-1] != target or any(hot <= cold for hot, cold in pairwise(ladder)):
+            raise CGFlowError(
+                f"tempering.temperatures: got {settings.temperatures}, expected falling temperatures (K) above or "
+                f"at the target of {target:g} K"
+            )
+        return ladder[0]
+    if settings.start < target:
+        raise CGFlowError(f"tempering.start: got {settings.start:g} K, below the target of {target:g} K")
+    return settings.start
+
+
+def next_temperature(
+    settings: TemperingConfig, current: float, target: float, energy: Tensor, energy_variance: Tensor
+) -> float:
+    """Temperature of the stage after the one at ``current``; never past the target, and at least one part in 200 lower.
+
+    Arguments:
+        settings: The ``tempering`` section.
+        current: K.
+        target: K.
+        energy: <U> of recent samples of the current stage, kJ/mol, shape (n,); used by the adaptive schedule.
+        energy_variance: Its squared standard error, shape (n,).
+    """
+    if settings.schedule == "list":
+        return max([t for t in settings.temperatures if target < t < current], default=target)
+    beta, beta_target = thermal_beta(current), thermal_beta(target)
+    if settings.schedule == "linear":
+        beta_start = thermal_beta(settings.start)
+        step = (beta_target - beta_start) / max(settings.n_stages - 1, 1)
+    else:
+        step = _largest_step(settings, beta_target - beta, energy, energy_variance)
+        step = max(step, 0.005 * beta)
+    # A last step much shorter than the others would be wasted: 2 % of the target is as good as there.
+    if beta + step >= 0.98 * beta_target:
+        return target
+    return current * beta / (beta + step)
+
+
+def _largest_step(settings: TemperingConfig, limit: float, energy: Tensor, energy_variance: Tensor) -> float:
+    def allowed(step: float) -> bool:
+        weights = log_weights(energy, energy_variance, step)
+        if settings.criterion == "ess":
+            return relative_ess(weights) >= settings.min_ess
+        return kl_increase(weights) <= settings.max_kl
+
+    return limit if allowed(limit) else _bisect(allowed, limit)
+
+
+def _bisect(allowed: Callable[[float], bool], limit: float) -> float:
+    low, high = 0.0, limit
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low

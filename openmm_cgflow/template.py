@@ -1,0 +1,113 @@
+"""The commented configuration that ``openmm-cgflow init`` writes, with every default as :mod:`config` has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from openmm_cgflow.config import (
+    CoordinatesConfig,
+    FlowConfig,
+    SamplerConfig,
+    SamplingConfig,
+    TemperingConfig,
+    TrainingConfig,
+)
+
+__all__ = ["render"]
+
+_SYSTEM_COMMENTS = {
+    "structure": "PDB, mmCIF, inpcrd, rst7, gro or crd",
+    "forcefield": "OpenMM force-field XML files",
+    "topology": "Amber prmtop, GROMACS top or CHARMM psf",
+    "parameters": "CHARMM parameter files",
+    "system_xml": "a serialized openmm.System",
+    "implicit_solvent": "hct, obc1, obc2, gbn or gbn2",
+    "include_dir": "where GROMACS include files live",
+}
+
+
+def render(system: Mapping[str, Any], *, slow: str, temperature: float, seed: int = 2025, command: str = "") -> str:
+    """The configuration as commented YAML.
+
+    Arguments:
+        system: Settings of the ``system`` section, as they are to be written; empty ones are left out.
+        slow: ``partition.slow``.
+        temperature: K.
+        seed: The seed.
+        command: How the file was made, for its first line.
+    """
+    sampler, tempering, training = SamplerConfig(), TemperingConfig(), TrainingConfig()
+    coordinates, flow, sampling = CoordinatesConfig(), FlowConfig(), SamplingConfig()
+    named = [(name, value) for name, value in system.items() if value not in (None, [], ())]
+    system_lines = "\n".join(f"  {name}: {_scalar(value)}  # {_SYSTEM_COMMENTS[name]}" for name, value in named)
+    made = f"# Made by: {command}\n" if command else ""
+    lines = f"""\
+{made}# Check it with `openmm-cgflow check FILE.yaml`, train it with `openmm-cgflow train FILE.yaml -o RUN`.
+# Paths are relative to this file. Values carry units, or are plain numbers in K, ps, 1/ps and Da.
+
+system:
+{system_lines}
+
+temperature: {temperature:g} K
+seed: {seed}
+
+partition:
+  # backbone (N CA C and the carbons of the caps), heavy (all but hydrogens), an MDTraj selection such as
+  # "name N CA C", or a list of 0-based atom indices: one connected set without rings.
+  slow: {_scalar(slow)}
+
+coordinates:
+  kind: {coordinates.kind}  # bonds, angles and torsions; or cartesian, the paper's own choice
+  bound: {coordinates.bound:g}  # half-width of the intervals of bonds and angles, in thermal widths
+
+flow:
+  n_layers: {flow.n_layers}
+  n_bins: {flow.n_bins}
+  hidden_features: {_scalar(flow.hidden_features)}
+
+sampler:  # frozen-slow Langevin dynamics of the fast atoms
+  estimator: {sampler.estimator}  # or cartesian, the paper's own: unbiased too, but far noisier
+  n_replicas: {sampler.n_replicas}  # samples of one training step
+  timestep: {1000 * sampler.timestep:g} fs
+  friction: {sampler.friction:g} /ps
+  hydrogen_mass: {sampler.hydrogen_mass:g} Da  # of fast hydrogens; averages do not depend on it
+  n_pool_steps: {sampler.n_pool_steps}  # equilibration of the first fast atoms
+  n_equilibration: {sampler.n_equilibration}  # steps before the frames of every later chain
+  n_frames: {sampler.n_frames}
+  stride: {sampler.stride}  # steps between frames
+  # platform: CUDA            # else OPENMM_DEFAULT_PLATFORM, else the fastest in a short probe
+  n_workers: {sampler.n_workers}  # processes of the CPU engine; 0 = one per core
+
+tempering:
+  schedule: {tempering.schedule}  # or linear (start, n_stages) or list (temperatures)
+  start: {tempering.start:g} K  # where the molecule crosses its barriers easily
+  min_ess: {tempering.min_ess:g}  # adaptive: relative effective sample size between stages
+
+training:
+  learning_rate: {training.learning_rate:g}
+  n_steps_first: {training.n_steps_first}  # of the first stage
+  n_steps: {training.n_steps}  # of every later stage
+  n_steps_last: {training.n_steps_last}  # of the stage at the target temperature
+
+sampling:  # what ends the training
+  n_samples: {sampling.n_samples}
+  n_equilibration: {sampling.n_equilibration}  # steps of each frame's own chain
+  plots: {_scalar(sampling.plots)}
+"""
+    return "\n".join(_aligned(line) for line in lines.splitlines()) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def _aligned(line: str) -> str:
+    """Moves the comment that follows a setting to one column."""
+    setting, mark, comment = line.partition("  # ")
+    if not mark or not setting.strip() or setting.lstrip().startswith("#"):
+        return line
+    return f"{setting.rstrip():<28}  # {comment}"

@@ -1,0 +1,228 @@
+"""Reverse-KL training of the flow on mean forces (paper eqs. 12-17), stage by stage down the temperature ladder.
+
+Nothing here knows OpenMM: the trainer sees coordinates, a flow and a :class:`MeanForceEstimator`.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm_cgflow.config import Config, TrainingConfig
+from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.meanforce import MeanForce, MeanForceEstimator
+from openmm_cgflow.tempering import next_temperature, start_temperature
+from openmm_cgflow.units import thermal_beta
+
+__all__ = ["GradientGuard", "Trainer", "reverse_kl_gradient"]
+
+_N_ENERGY_BATCHES = 4  # the last batches of a stage, which set the next temperature
+
+
+def reverse_kl_gradient(
+    flow: CGFlow, coordinates: Coordinates, base: Tensor, z: Tensor, force: MeanForce, largest: float = math.inf
+) -> Tensor:
+    """Puts the gradient of the reverse KL into the flow's parameters.
+
+    With z = f(base), the gradient of KL(q || p) is E[(d(beta A)/dz - d log J/dz + d log q/dz) dz/dtheta]: log q is
+    differentiated through the sample alone, for its parameter part averages to zero (Roeder et al. 2017). The bracket
+    vanishes at the optimum sample by sample, so the noise left is that of the mean force.
+
+    Arguments:
+        flow: Its ``.grad`` fields are replaced.
+        coordinates: For log J.
+        base: Base samples, shape (B, n_features).
+        z: f(base), without graph, shape (B, n_features).
+        force: Mean forces at z.
+        largest: Mean forces longer than this multiple of the batch's median length are shortened to it: slow atoms
+            that overlap have forces many orders above all others, and would be the whole gradient. The flow's own
+            part is never shortened, so its parameter part still averages to zero.
+
+    Returns:
+        The bracket, d(beta A)/dz - d log J/dz + d log q/dz, zero for invalid replicas, shape (B, n_features).
+    """
+    at = z.detach().requires_grad_()
+    (log_volume_gradient,) = torch.autograd.grad(coordinates.log_volume(at).sum(), at)
+    (score,) = torch.autograd.grad(flow.log_prob(at).sum(), at)
+    valid = force.valid[:, None]
+    physical = torch.where(valid, force.gradient - log_volume_gradient, 0.0)
+    length = physical.norm(dim=-1, keepdim=True)
+    if force.valid.any() and math.isfinite(largest):
+        physical = physical * (largest * length[valid].median() / length.clamp(min=1e-300)).clamp(max=1.0)
+    residual = torch.where(valid, physical + score, 0.0)
+    flow.zero_grad()
+    mapped, _ = flow(base)
+    mapped.backward(residual / force.valid.sum().clamp(min=1))
+    return residual
+
+
+class GradientGuard:
+    """Clips moderate gradients and skips very large ones against a running median of norms (paper section 3.3)."""
+
+    def __init__(self, settings: TrainingConfig) -> None:
+        self.settings = settings
+        self.norms: list[float] = []
+
+    def __call__(self, flow: torch.nn.Module) -> tuple[float, bool]:
+        """Clips the gradient in place; returns its norm before, and whether the update may be made."""
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in flow.parameters() if p.grad is not None))
+        if not math.isfinite(norm):
+            return norm, False
+        typical = median(self.norms) if self.norms else norm
+        self.norms = [*self.norms, norm][-self.settings.median_window :]
+        if norm > self.settings.skip_factor * typical:
+            return norm, False
+        limit = self.settings.clip_factor * typical
+        if norm > limit:
+            for parameter in flow.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(limit / norm)
+        return norm, True
+
+
+class Trainer:
+    """Adam on the reverse KL at falling temperatures; its whole state can be saved and continued bit for bit.
+
+    Use: ``step()`` while not ``stage_done``; then keep the stage's model and ``next_stage()``, until ``done``.
+
+    Arguments:
+        config: Sections ``training``, ``tempering``, ``sampler.n_replicas``, ``temperature`` and ``seed`` are used.
+        coordinates: Slow coordinates.
+        flow: Trained in place.
+        estimator: Mean forces.
+
+    Attributes:
+        temperature: Of the current stage, K.
+        temperatures: Of all stages so far, K.
+        n_steps: Updates made so far.
+    """
+
+    def __init__(
+        self, config: Config, coordinates: Coordinates, flow: CGFlow, estimator: MeanForceEstimator
+    ) -> None:
+        self.config, self.coordinates, self.flow, self.estimator = config, coordinates, flow, estimator
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.training.learning_rate)
+        self.guard = GradientGuard(config.training)
+        self.temperatures = [start_temperature(config.tempering, config.temperature)]
+        self.n_steps = 0
+        self.n_stage_steps = 0
+        self._energies: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def temperature(self) -> float:
+        return self.temperatures[-1]
+
+    @property
+    def stage(self) -> int:
+        return len(self.temperatures) - 1
+
+    @property
+    def at_target(self) -> bool:
+        return self.temperature <= self.config.temperature
+
+    @property
+    def stage_length(self) -> int:
+        """Updates of the current stage."""
+        training = self.config.training
+        if self.at_target:
+            return training.n_steps_last
+        return training.n_steps_first if self.stage == 0 else training.n_steps
+
+    @property
+    def stage_done(self) -> bool:
+        return self.n_stage_steps >= self.stage_length
+
+    @property
+    def done(self) -> bool:
+        return self.at_target and self.stage_done
+
+    def step(self) -> dict[str, float]:
+        """One update. Returns a row of metrics.
+
+        ``residual`` is the root mean square of d(beta A - log J + log q)/dz per unit of z, and ``noise`` the part of it
+        that the mean forces' standard error explains: training is converged where they meet.
+        """
+        base = self.flow.draw_base(self.config.sampler.n_replicas, self.generator)
+        with torch.no_grad():
+            z, _ = self.flow(base)
+        force = self.estimator(z, self.temperature)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        largest = self.config.training.clip_factor
+        residual = reverse_kl_gradient(self.flow, self.coordinates, base, z, force, largest)
+        norm, usable = self.guard(self.flow)
+        if usable:
+            self.optimizer.step()
+        valid = force.valid
+        self._energies.append((force.energy[valid], force.energy_variance[valid]))
+        del self._energies[:-_N_ENERGY_BATCHES]
+        self.n_steps += 1
+        self.n_stage_steps += 1
+        # A few clashing samples would rule a plain mean; the median over the batch shows the bulk.
+        return {
+            "step": self.n_steps,
+            "stage": self.stage,
+            "temperature": self.temperature,
+            "beta": thermal_beta(self.temperature),
+            "residual": _typical_rms(residual[valid].square()),
+            "noise": _typical_rms(force.variance[valid]),
+            "gradient_norm": norm,
+            "skipped": int(not usable),
+            "energy": float(force.energy[valid].median()) if valid.any() else math.nan,
+            "invalid": int((~valid).sum()),
+            "evaluations": self.estimator.n_energy_evaluations,
+        }
+
+    def next_stage(self) -> None:
+        """Lowers the temperature: never past the target."""
+        energy, variance = (torch.cat(parts) for parts in zip(*self._energies, strict=True))
+        self.temperatures.append(
+            next_temperature(self.config.tempering, self.temperature, self.config.temperature, energy, variance)
+        )
+        self.n_stage_steps = 0
+        self._energies = []
+
+    def _learning_rate(self) -> float:
+        """Constant, but a cosine down to a twentieth over the last stage, to average the noise out."""
+        rate = self.config.training.learning_rate
+        if not self.at_target:
+            return rate
+        progress = self.n_stage_steps / max(self.stage_length, 1)
+        return rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: tensors, numbers and lists only, so that ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "flow": self.flow.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "estimator": self.estimator.state_dict(),
+            "norms": list(self.guard.norms),
+            "temperatures": list(self.temperatures),
+            "n_steps": self.n_steps,
+            "n_stage_steps": self.n_stage_steps,
+            "energies": list(self._energies),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`."""
+        self.flow.load_state_dict(state["flow"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.guard.norms = list(state["norms"])
+        self.temperatures = list(state["temperatures"])
+        self.n_steps = state["n_steps"]
+        self.n_stage_steps = state["n_stage_steps"]
+        self._energies = [tuple(batch) for batch in state["energies"]]
+
+
+def _typical_rms(squares: Tensor) -> float:
+    """Root of the median over the batch of the mean square per sample."""
+    return float(squares.mean(dim=-1).median().sqrt()) if len(squares) else math.nan

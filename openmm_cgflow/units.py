@@ -1,0 +1,87 @@
+"""Units at the public door: strings such as ``"300 K"`` and ``openmm.unit`` quantities become plain floats.
+
+Inside the package everything is in nm, ps, kJ/mol, K and Da.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Any
+
+import pint
+from openmm import unit
+from pydantic import BeforeValidator
+
+__all__ = [
+    "GAS_CONSTANT",
+    "Friction",
+    "Mass",
+    "Seconds",
+    "Temperature",
+    "Time",
+    "parse_quantity",
+    "thermal_beta",
+]
+
+GAS_CONSTANT = 8.31446261815324e-3
+"""kJ/mol/K"""
+
+_OPENMM_UNITS = {
+    "K": unit.kelvin,
+    "ps": unit.picosecond,
+    "1/ps": unit.picosecond**-1,
+    "Da": unit.dalton,
+    "s": unit.second,
+}
+
+
+def thermal_beta(temperature: float) -> float:
+    """Inverse temperature β = 1/(RT) in mol/kJ of a temperature in K."""
+    return 1.0 / (GAS_CONSTANT * temperature)
+
+
+@cache
+def _registry() -> pint.UnitRegistry:
+    return pint.UnitRegistry(autoconvert_offset_to_baseunit=True)
+
+
+def parse_quantity(value: Any, target: str) -> float:
+    """Converts a number, a string with a unit or an ``openmm.unit.Quantity`` to a float in ``target``.
+
+    Arguments:
+        value: A plain number (already in ``target``), ``"0.25 kcal/mol"``, ``"10 /ps"``, or a Quantity.
+        target: A unit that pint knows, such as ``"K"``, ``"ps"`` or ``"1/ps"``.
+
+    Raises:
+        ValueError: If the value has no number, an unknown unit or a unit of another dimension.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"got {value!r}, expected a number or a quantity in {target}")
+    if isinstance(value, (int, float)):
+        return float(value)
+    if unit.is_quantity(value):
+        try:
+            return float(value.value_in_unit(_OPENMM_UNITS[target]))
+        except TypeError:
+            raise ValueError(f"got {value}, expected a quantity in {target}") from None
+    text = str(value).strip()
+    # "10 /ps" is how the field writes a rate; pint wants an explicit numerator.
+    expression = text.replace(" /", " 1/", 1) if " /" in text else text
+    try:
+        quantity = _registry().Quantity(expression)
+        if quantity.dimensionless and quantity.unitless:
+            return float(quantity.magnitude)
+        return float(quantity.to(target).magnitude)
+    except Exception as error:  # pint raises many unrelated types on malformed text
+        raise ValueError(f"got {text!r}, expected a number or a quantity in {target} ({error})") from None
+
+
+def _quantity(target: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: None if value is None else parse_quantity(value, target))
+
+
+Temperature = Annotated[float, _quantity("K")]
+Time = Annotated[float, _quantity("ps")]
+Friction = Annotated[float, _quantity("1/ps")]
+Seconds = Annotated[float, _quantity("s")]
+Mass = Annotated[float, _quantity("Da")]

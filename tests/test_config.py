@@ -1,0 +1,179 @@
+import math
+
+import pytest
+import yaml
+from openmm import unit
+
+from openmm_cgflow.config import Config, apply_overrides, dump_config, load_config, validate
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.template import render
+from openmm_cgflow.units import parse_quantity
+
+_MINIMAL = {"system": {"structure": "m.pdb", "forcefield": ["amber99sbildn.xml"]}}
+
+
+def _with(**sections):
+    return {**_MINIMAL, **sections}
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "expected"),
+    [
+        (300, "K", 300.0),
+        ("300 K", "K", 300.0),
+        ("27 degC", "K", 300.15),
+        ("1 fs", "ps", 0.001),
+        ("0.5", "ps", 0.5),
+        ("10 /ps", "1/ps", 10.0),
+        ("10/ps", "1/ps", 10.0),
+        ("0.05 1/fs", "1/ps", 50.0),
+        ("4 amu", "Da", 4.0),
+        ("2 min", "s", 120.0),
+        (2 * unit.femtosecond, "ps", 0.002),
+        (1 / unit.femtosecond, "1/ps", 1000.0),
+        (310 * unit.kelvin, "K", 310.0),
+    ],
+)
+def test_quantities(value, target, expected):
+    assert math.isclose(parse_quantity(value, target), expected, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "target"),
+    [("300 ps", "K"), ("1 fs", "K"), ("fast", "ps"), ("", "ps"), (True, "K"), (1 * unit.nanometer, "ps"), (None, "K")],
+)
+def test_wrong_quantities(value, target):
+    with pytest.raises(ValueError, match="expected"):
+        parse_quantity(value, target)
+
+
+def test_units_reach_the_settings():
+    config = validate(
+        _with(
+            temperature="350 K",
+            sampler={"timestep": "0.5 fs", "friction": 20 / unit.picosecond, "hydrogen_mass": "3 Da"},
+            training={"checkpoint_interval": "2 min"},
+            tempering={"schedule": "list", "temperatures": ["1000 K", 500]},
+        )
+    )
+    assert config.temperature == 350
+    assert math.isclose(config.sampler.timestep, 0.0005)
+    assert config.sampler.friction == 20
+    assert config.sampler.hydrogen_mass == 3
+    assert config.training.checkpoint_interval == 120
+    assert config.tempering.temperatures == [1000, 500]
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        (_with(sampler={"n_replica": 4}), ["sampler.n_replica", "did you mean 'n_replicas'?"]),
+        (_with(temprature=300), ["temprature", "did you mean 'temperature'?"]),
+        (_with(flow={"zzz": 1}), ["flow.zzz", "known keys: n_layers"]),
+        (_with(sampler={"timestep": "1 K"}), ["sampler.timestep", "quantity in ps", "1 K"]),
+        (_with(sampler={"timestep": -1}), ["sampler.timestep", "greater than 0"]),
+        (_with(temperature="nan"), ["temperature"]),
+        (_with(tempering={"schedule": "fast"}), ["tempering.schedule", "adaptive"]),
+        ({"system": {"forcefield": ["a.xml"]}}, ["system.structure", "required"]),
+        ({"system": {"structure": "m.pdb"}}, ["system", "exactly one of forcefield"]),
+        ({"system": {"structure": "m.pdb", "forcefield": ["a"], "system_xml": "b"}}, ["exactly one of forcefield"]),
+        (
+            {"system": {"structure": "m.pdb", "forcefield": ["a"], "implicit_solvent": "obc2"}},
+            ["implicit_solvent goes with topology"],
+        ),
+    ],
+)
+def test_wrong_settings_are_named(tree, words):
+    with pytest.raises(CGFlowError) as error:
+        validate(tree, source="x.yaml")
+    message = str(error.value)
+    assert message.startswith("x.yaml: ")
+    for word in words:
+        assert word in message
+
+
+def test_all_problems_in_one_message():
+    with pytest.raises(CGFlowError, match=r"2 problem\(s\)") as error:
+        validate(_with(sampler={"n_replica": 4, "stride": 0}))
+    assert "n_replica" in str(error.value)
+    assert "stride" in str(error.value)
+
+
+def test_overrides():
+    tree = apply_overrides(_with(coordinates="cartesian"), ["sampler.n_replicas=8", "coordinates.bound=4", "seed=7"])
+    config = validate(apply_overrides(tree, ["flow.hidden_features=[8, 8]", "sampler.timestep=2 fs"]))
+    assert (config.sampler.n_replicas, config.seed, config.flow.hidden_features) == (8, 7, [8, 8])
+    assert (config.coordinates.kind, config.coordinates.bound) == ("cartesian", 4)
+    assert math.isclose(config.sampler.timestep, 0.002)
+    assert "sampler" not in _MINIMAL, "the caller's tree was changed"
+
+
+@pytest.mark.parametrize("item", ["sampler.n_replicas", "=3", "temperature.x=3", "sampler.stride=[1"])
+def test_wrong_overrides(item):
+    with pytest.raises(CGFlowError, match=r"--set"):
+        apply_overrides({**_MINIMAL, "temperature": 300}, [item])
+
+
+def test_coordinates_shorthand():
+    assert validate(_with(coordinates="cartesian")).coordinates.kind == "cartesian"
+
+
+def test_resolved_configuration_round_trips(tmp_path):
+    atoms = [0, 1, 2]
+    tree = _with(sampler={"timestep": "1.5 fs"}, partition={"slow": atoms}, coordinates={"reference_atoms": atoms})
+    (tmp_path / "m.pdb").touch()
+    source = tmp_path / "a.yaml"
+    source.write_text(yaml.safe_dump(tree))
+    config = load_config(source)
+    # Anywhere else: the resolved paths are absolute.
+    resolved = tmp_path / "elsewhere" / "config.yaml"
+    resolved.parent.mkdir()
+    resolved.write_text(dump_config(config))
+    assert load_config(resolved) == config
+    assert dump_config(load_config(resolved)) == dump_config(config)
+
+
+def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    (folder / "own.xml").touch()
+    source = folder / "a.yaml"
+    source.write_text("system:\n  structure: ../m.pdb\n  forcefield: [own.xml, amber99sbildn.xml]\n")
+    monkeypatch.chdir(tmp_path)
+    system = load_config("inputs/a.yaml").system
+    assert system.structure.is_absolute()
+    assert system.structure.resolve() == tmp_path / "m.pdb"
+    assert system.forcefield == [str(folder / "own.xml"), "amber99sbildn.xml"]
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(CGFlowError, match="cannot read"):
+        load_config(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    for text, word in (("a: [1", "not valid YAML"), ("- 1", "expected a mapping")):
+        bad.write_text(text)
+        with pytest.raises(CGFlowError, match=word):
+            load_config(bad)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        validate(_MINIMAL).temperature = 1.0
+
+
+def test_template_says_what_the_defaults_are():
+    system = {"structure": "my molecule.pdb", "forcefield": ["amber99sbildn.xml"], "topology": None}
+    tree = yaml.safe_load(render(system, slow="name N CA C", temperature=310.5, seed=3, command="init"))
+    shown = validate(tree)
+    assert shown == Config(
+        system={"structure": "my molecule.pdb", "forcefield": ["amber99sbildn.xml"]},
+        temperature=310.5,
+        seed=3,
+        partition={"slow": "name N CA C"},
+    )
+
+
+@pytest.mark.parametrize("name", ["alanine_dipeptide", "butane"])
+def test_example_configurations(systems, name):
+    config = load_config(systems / name / f"{name}.yaml")
+    assert config.system.structure.is_file()

@@ -1,0 +1,233 @@
+"""The flow is a density: invertible, normalised, periodic where it should be, bounded where it should be."""
+
+import math
+
+import pytest
+import torch
+from analytic import largest_sigma
+
+from openmm_cgflow.flow import CGFlow
+
+BOUND = 4.0
+SIZES = [(1, 0), (0, 1), (1, 1), (2, 0), (0, 3), (1, 3), (3, 2), (4, 11)]
+
+
+def make(n_circular, n_bounded, roughness=0.3, n_layers=4, seed=0):
+    """A flow whose parameters all differ from zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flow = CGFlow(n_circular, n_bounded, BOUND, n_layers, n_bins=6, hidden_features=(16,))
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(roughness * torch.randn_like(parameter))
+    return flow
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(11)
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def flow(request):
+    return make(*request.param)
+
+
+def angle_distance(a, b):
+    return torch.remainder(a - b + math.pi, 2 * math.pi) - math.pi
+
+
+def assert_same(flow, a, b, atol):
+    n = flow.n_circular
+    torch.testing.assert_close(angle_distance(a[:, :n], b[:, :n]), torch.zeros_like(a[:, :n]), rtol=0, atol=atol)
+    torch.testing.assert_close(a[:, n:], b[:, n:], rtol=0, atol=atol)
+
+
+def test_round_trip(flow, generator):
+    base = flow.draw_base(200, generator)
+    z, ladj = flow(base)
+    again, back = flow.inverse(z)
+    assert_same(flow, again, base, 1e-8)
+    torch.testing.assert_close(back, -ladj, rtol=0, atol=1e-7)
+    assert_same(flow, flow(again)[0], z, 1e-8)
+    assert float((z - base).detach().abs().max()) > 0.05  # not the identity
+
+
+def test_ladj_is_the_jacobian(flow, generator):
+    base = flow.draw_base(5, generator)
+    _, ladj = flow(base)
+    for point, expected in zip(base, ladj, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda b: flow(b[None])[0][0], point)
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], expected, rtol=0, atol=1e-9)
+
+
+def test_log_prob_is_base_minus_ladj(flow, generator):
+    base = flow.draw_base(100, generator)
+    z, ladj = flow(base)
+    torch.testing.assert_close(flow.log_prob(z), flow.log_base(base) - ladj, rtol=0, atol=1e-7)
+
+
+def test_sample_gives_its_own_density(flow, generator):
+    z, log_q = flow.sample(100, generator)
+    assert z.shape == (100, flow.n_features) and z.dtype == torch.float64 and not z.requires_grad
+    torch.testing.assert_close(flow.log_prob(z).detach(), log_q, rtol=0, atol=1e-7)
+    again, log_q_again = flow.sample(100, torch.Generator().manual_seed(11))
+    assert torch.equal(z, again) and torch.equal(log_q, log_q_again)
+    other, _ = flow.sample(100, generator)  # the generator moves on
+    assert not torch.equal(z, other)
+
+
+def test_global_random_state_is_left_alone(flow, generator):
+    before = torch.get_rng_state()
+    flow.sample(10, generator)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_samples_stay_in_their_intervals(flow, generator):
+    z, _ = flow.sample(5000, generator)
+    n = flow.n_circular
+    assert (z[:, :n] >= -math.pi).all() and (z[:, :n] < math.pi).all()
+    assert (z[:, n:].abs() <= flow.bound).all()
+
+
+def test_density_is_zero_outside_the_bounds():
+    flow = make(1, 2)
+    z = torch.tensor([[0.3, 0.0, 0.0], [0.3, BOUND + 1e-6, 0.0], [0.3, 0.0, -BOUND - 1.0]], dtype=torch.float64)
+    assert torch.isfinite(flow.log_prob(z)).tolist() == [True, False, False]
+    assert flow.log_prob(z)[1:].tolist() == [-math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("size", [(1, 0), (2, 0), (1, 1), (4, 11)], ids=str)
+def test_torsions_are_periodic(size, generator):
+    flow = make(*size)
+    z, log_q = flow.sample(50, generator)
+    for k in range(flow.n_circular):
+        for turn in (-1, 1):
+            moved = z.clone()
+            moved[:, k] += 2 * math.pi * turn
+            torch.testing.assert_close(flow.log_prob(moved).detach(), log_q, rtol=0, atol=1e-6)
+        left, right = z.clone(), z.clone()
+        left[:, k], right[:, k] = -math.pi + 1e-9, math.pi - 1e-9
+        torch.testing.assert_close(flow.log_prob(left), flow.log_prob(right), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_density_is_continuous_around_the_circle():
+    """No jump anywhere: neither at +-pi nor where a rotation has moved the ends of a spline."""
+    flow = make(2, 1, roughness=0.25)
+    for other in (-2.0, 0.5):
+        jumps = []
+        for n in (4000, 16000):
+            angles = torch.linspace(-math.pi, math.pi, n + 1, dtype=torch.float64)
+            z = torch.stack((angles, torch.full_like(angles, other), torch.zeros_like(angles)), dim=1)
+            log_q = flow.log_prob(z)
+            jumps.append(float(log_q.diff().abs().max()))
+            base, _ = flow.inverse(z)
+            turned = angle_distance(base[1:, 0], base[:-1, 0])  # the map turns the circle once
+            assert (turned > 0).all() and math.isclose(float(turned.sum()), 2 * math.pi, rel_tol=1e-6)
+        assert float(log_q.max() - log_q.min()) > 0.1
+        assert jumps[1] < 0.3 * jumps[0]  # a quarter; a jump would stay
+
+
+@torch.no_grad()
+def test_density_integrates_to_one_on_a_grid():
+    flow = make(1, 1, roughness=0.2)
+    n = 400
+    middle = (torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1
+    grid = torch.cartesian_prod(math.pi * middle, BOUND * middle)
+    mass = flow.log_prob(grid).exp().sum() * (2 * math.pi / n) * (2 * BOUND / n)
+    assert abs(float(mass) - 1) < 2e-4
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_density_integrates_to_one_by_sampling(size, generator):
+    """E_base[q/base] = 1 = E_q[base/q], within four standard errors."""
+    flow = make(*size, roughness=0.1)
+    base = flow.draw_base(8000, generator)
+    forward = (flow.log_prob(base) - flow.log_base(base)).exp()
+    z, log_q = flow.sample(8000, generator)
+    backward = (flow.log_base(z) - log_q).exp()
+    for ratio in (forward, backward):
+        assert largest_sigma(ratio[:, None], 1.0) < 4
+        assert float(ratio.std()) > 1e-3  # something was tested
+
+
+def test_base_density_integrates_to_one():
+    flow = make(1, 1)
+    n = 400
+    middle = (torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1
+    grid = torch.cartesian_prod(math.pi * middle, BOUND * middle)
+    mass = flow.log_base(grid).exp().sum() * (2 * math.pi / n) * (2 * BOUND / n)
+    assert abs(float(mass) - 1) < 1e-5
+
+
+def test_base_samples_have_the_base_density(generator):
+    """Uniform angles and truncated normals: moments of a narrow truncation, where a plain normal would show."""
+    flow = CGFlow(1, 1, 1.0, 2, 4, (4,))
+    base = flow.draw_base(40000, generator)
+    angles, normals = base.unbind(1)
+    assert largest_sigma(torch.stack((angles.cos(), angles.sin(), (2 * angles).cos()), dim=1)) < 4
+    assert largest_sigma(angles[:, None].square(), math.pi**2 / 3) < 4
+    density = math.exp(-0.5) / math.sqrt(2 * math.pi)
+    variance = 1 - 2 * density / math.erf(math.sqrt(0.5))
+    assert largest_sigma(torch.stack((normals, normals.square() - variance), dim=1)) < 4
+    assert float(normals.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_new_flow_is_close_to_its_base(size, generator):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        flow = CGFlow(*size, BOUND)
+    base = flow.draw_base(500, generator)
+    away = (flow.log_prob(base) - flow.log_base(base)).detach()
+    assert float(away.square().mean().sqrt()) < 0.1 * math.sqrt(flow.n_features)
+
+
+@pytest.mark.parametrize("direction", ["sampling", "density"])
+def test_every_parameter_gets_a_gradient(flow, direction, generator):
+    z, _ = flow.sample(64, generator)
+    if direction == "density":
+        (flow.log_prob(z) * torch.sin(z.sum(-1))).sum().backward()
+    else:
+        mapped, _ = flow(flow.draw_base(64, generator))
+        torch.sin(mapped + 0.3).sum().backward()
+    for name, parameter in flow.named_parameters():
+        assert parameter.dtype == torch.float64
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+def test_score_is_the_derivative_of_log_prob(generator):
+    flow = make(2, 2)
+    z, _ = flow.sample(3, generator)
+    for point in z:
+        assert torch.autograd.gradcheck(lambda q: flow.log_prob(q[None]), point.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("block", ["torsions", "bounded"])
+def test_all_pairs_of_features_can_depend_on_each_other(block, generator):
+    """With enough layers no feature is left to itself: d z_i / d base_j is nowhere zero."""
+    flow = make(*((5, 0) if block == "torsions" else (0, 5)), roughness=0.5, n_layers=6)
+    seen = torch.zeros(5, 5)
+    for point in flow.draw_base(5, generator):
+        seen += torch.autograd.functional.jacobian(lambda b: flow(b[None])[0][0], point).abs().float()
+    assert (seen > 0).all()
+
+
+def test_bounded_features_depend_on_torsions_and_not_the_other_way(generator):
+    flow = make(2, 2)
+    point = flow.draw_base(1, generator)[0]
+    jacobian = torch.autograd.functional.jacobian(lambda b: flow(b[None])[0][0], point)
+    assert (jacobian[2:, :2] != 0).all() and (jacobian[:2, 2:] == 0).all()
+
+
+def test_result_does_not_depend_on_the_batch(flow, generator):
+    base = flow.draw_base(8, generator)
+    whole, ladj = flow(base)
+    for k in range(8):
+        one, change = flow(base[k : k + 1])
+        torch.testing.assert_close(one[0], whole[k], rtol=0, atol=1e-12)
+        torch.testing.assert_close(change[0], ladj[k], rtol=0, atol=1e-11)
+    torch.testing.assert_close(flow.log_prob(whole.reshape(2, 4, -1)).reshape(8), flow.log_prob(whole))

@@ -1,0 +1,526 @@
+"""Mean forces against a quadratic bath in closed form, their standard errors, the pool and the quarantine."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from analytic import AnalyticMeanForce, EchoEngine, QuadraticBath, assembly_of, random_structure, random_z
+
+from openmm_cgflow.config import SamplerConfig
+from openmm_cgflow.errors import ReplicaError
+from openmm_cgflow.meanforce import (
+    FastChains,
+    Frames,
+    MolecularMeanForce,
+    derive_seed,
+    frame_gradients,
+    mean_and_variance,
+)
+from openmm_cgflow.units import thermal_beta
+
+TEMPERATURE = 300.0
+BETA = thermal_beta(TEMPERATURE)
+
+# A slow chain 0-1-2-3, a fast atom 4 bound to 2 and a fast atom 5 bound to 4: both move with the torsion.
+BONDS = [(0, 1), (1, 2), (2, 3), (2, 4), (4, 5)]
+SLOW = [0, 1, 2, 3]
+# Negative constants push the fast atoms out of the chain; 5 feels the far end 0, so every torsion and angle matters.
+SPRINGS = [(2, 4, 2e4), (3, 4, -5e3), (1, 4, -5e3), (4, 5, 1e4), (2, 5, -3e3), (0, 5, 2e3), (0, 4, 5e2)]
+
+
+def bath(correlation=0.0):
+    return QuadraticBath(6, SPRINGS, SLOW, correlation)
+
+
+def molecule(kind="internal"):
+    return assembly_of(BONDS, SLOW, random_structure(BONDS, 4), kind=kind)
+
+
+def spread_of(kind):
+    """How much of the intervals the tests use: Cartesian ones also hold conformations with atoms on each other."""
+    return 0.5 if kind == "internal" else 0.3
+
+
+def exact(assembly, engine, z, beta=BETA):
+    at = z.clone().requires_grad_()
+    xyz = assembly.coordinates.to_xyz(at)
+    order = [list(assembly.slow).index(atom) for atom in engine.slow]
+    (gradient,) = torch.autograd.grad(beta * engine.free_energy(xyz[:, order]).sum(), at)
+    return gradient
+
+
+def run(assembly, engine, z, n_frames, seed=1):
+    xyz = assembly.build(z, torch.zeros(len(z), 2, 3, dtype=torch.float64) + torch.tensor([0.1, 1.5, 0.5]))
+    return engine.run(
+        xyz.numpy(), TEMPERATURE, n_relax=0, n_equilibration=0, n_frames=n_frames, stride=1, seed=seed
+    )
+
+
+def pulls(gradients, expected):
+    """Deviations of the batch mean from the exact mean force in their own standard errors, per feature."""
+    mean, variance = mean_and_variance(gradients, torch.ones(len(gradients), dtype=torch.bool))
+    return (mean - expected).mean(0) / (variance.mean(0) / len(mean)).sqrt()
+
+
+def chi_square(gradients, expected):
+    """Mean squared deviation of each replica in units of its own standard error, per feature."""
+    mean, variance = mean_and_variance(gradients, torch.ones(len(gradients), dtype=torch.bool))
+    return ((mean - expected).square() / variance).mean(0)
+
+
+# ---------------------------------------------------------------- the quadratic bath
+
+
+def test_the_bath_has_the_free_energy_it_claims():
+    """exp(-beta A) = integral of exp(-beta U) over the fast atoms, by quadrature in one dimension."""
+    engine = QuadraticBath(3, [(0, 2, 300.0), (1, 2, 150.0), (0, 1, 40.0)], [0, 1])
+    a = []
+    for x in (0.1, 0.25):
+        xyz = torch.tensor([[0, 0, 0], [x, 0, 0]], dtype=torch.float64)
+        grid = torch.linspace(-2, 2, 40001, dtype=torch.float64)
+        energy = 150.0 * grid**2 + 75.0 * (grid - x) ** 2 + 20.0 * x**2  # the other axes are the same integrals
+        other = 150.0 * grid**2 + 75.0 * grid**2
+        logs = [torch.logsumexp(-BETA * e, 0) for e in (energy, other, other)]
+        a.append(float(engine.free_energy(xyz) + sum(logs) / BETA))
+    assert a[0] == pytest.approx(a[1], abs=1e-9)
+
+
+def test_the_bath_draws_what_it_claims():
+    engine = bath(correlation=0.6)
+    assembly = molecule()
+    z = random_z(assembly.coordinates, 1, torch.Generator().manual_seed(0))
+    frames = run(assembly, engine, z.repeat(4000, 1), 2)
+    fast = frames.xyz[:, :, engine.fast]
+    start = frames.xyz[0, 0, SLOW]
+    ff, fs = engine._block(engine.fast, engine.fast), engine._block(engine.fast, engine.slow)
+    sigma = torch.linalg.inv(ff).diagonal().sqrt()[:, None] / math.sqrt(BETA)
+    scaled = (fast + torch.linalg.solve(ff, fs @ start)) / sigma
+    assert float(scaled[:, 0].mean(0).abs().max()) < 4.5 / math.sqrt(4000)
+    assert float((scaled[:, 1].square().mean(0) - 1).abs().max()) < 4.5 * math.sqrt(2 / 4000)
+    assert float((scaled[:, 0] * scaled[:, 1]).mean() - 0.6) == pytest.approx(0, abs=0.05)
+    energy = engine.mean_energy(start, TEMPERATURE)
+    assert float((frames.energy[:, 0].mean() - energy) / frames.energy[:, 0].std() * math.sqrt(4000)) < 4
+
+
+@pytest.mark.parametrize("kind", ["internal", "cartesian"])
+@pytest.mark.parametrize("estimator", ["comoving", "cartesian"])
+def test_mean_force_of_the_quadratic_bath(kind, estimator):
+    """Both estimators, in both coordinate systems, agree with the closed form within four standard errors."""
+    assembly, engine = molecule(kind), bath()
+    z = random_z(assembly.coordinates, 150, torch.Generator().manual_seed(2), spread_of(kind))
+    frames = run(assembly, engine, z, 40)
+    expected = exact(assembly, engine, z)
+    gradients = frame_gradients(assembly, z, frames, BETA, estimator)
+    assert gradients.shape == (150, 40, 6)
+    assert float(pulls(gradients, expected).abs().max()) < 4
+    # The standard errors themselves: squared deviations in their units average to one.
+    assert float((chi_square(gradients, expected) - 1 - 2 / 40).abs().max()) < 5 * math.sqrt(2 / 150)
+    # This could have failed: the mean forces are many standard errors away from zero.
+    assert float(chi_square(gradients, torch.zeros(6)).min()) > 20
+
+
+def test_estimators_agree_with_each_other_frame_by_frame():
+    assembly, engine = molecule(), bath()
+    z = random_z(assembly.coordinates, 200, torch.Generator().manual_seed(3), 0.5)
+    frames = run(assembly, engine, z, 30)
+    one, other = (frame_gradients(assembly, z, frames, BETA, e) for e in ("comoving", "cartesian"))
+    assert float(pulls(one - other, torch.zeros(6)).abs().max()) < 4
+    assert float((one - other).abs().max()) > 1
+
+
+@pytest.mark.parametrize("fault", ["temperature", "slow atom dropped", "frames of another z", "wrong sign"])
+def test_a_wrong_mean_force_is_noticed(fault):
+    """The same comparison fails where the code would be wrong."""
+    assembly, engine = molecule(), bath()
+    z = random_z(assembly.coordinates, 150, torch.Generator().manual_seed(2), 0.5)
+    frames = run(assembly, engine, z, 40)
+    beta, forces = BETA, frames.forces.clone()
+    if fault == "temperature":
+        beta = BETA * 1.1
+    elif fault == "slow atom dropped":
+        forces[:, :, 3] = 0
+    elif fault == "frames of another z":
+        z = z.roll(1, 0)
+    else:
+        forces = -forces
+    for estimator in ("comoving", "cartesian"):
+        gradients = frame_gradients(assembly, z, frames._replace(forces=forces), beta, estimator)
+        assert float(chi_square(gradients, exact(assembly, engine, z)).max()) > 1 + 10 * math.sqrt(2 / 150)
+
+
+def test_comoving_without_the_fast_atoms_forces_is_the_cartesian_estimator():
+    """An identity of single frames: moving fast atoms rigidly has no divergence, so their forces add noise or remove
+    it, never a mean."""
+    assembly, engine = molecule(), bath()
+    z = random_z(assembly.coordinates, 20, torch.Generator().manual_seed(2), 0.5)
+    frames = run(assembly, engine, z, 4)
+    forces = frames.forces.clone()
+    forces[:, :, engine.fast] = 0
+    without = frame_gradients(assembly, z, frames._replace(forces=forces), BETA, "comoving")
+    torch.testing.assert_close(without, frame_gradients(assembly, z, frames, BETA, "cartesian"))
+
+
+def test_comoving_is_less_noisy_where_fast_atoms_are_stiff():
+    """Atoms bound to the frame that carries them: held in that frame they say nothing, held in space they do."""
+    assembly = molecule()
+    stiff = [(2, 4, 2e5), (3, 4, -5e4), (1, 4, -5e4), (4, 5, 1e5), (2, 5, -3e4), (0, 5, 50.0)]
+    engine = QuadraticBath(6, stiff, SLOW)
+    z = random_z(assembly.coordinates, 100, torch.Generator().manual_seed(2), 0.5)
+    frames = run(assembly, engine, z, 20)
+    expected = exact(assembly, engine, z)
+    variance = {}
+    for estimator in ("comoving", "cartesian"):
+        gradients = frame_gradients(assembly, z, frames, BETA, estimator)
+        assert float(pulls(gradients, expected).abs().max()) < 4
+        variance[estimator] = mean_and_variance(gradients, frames.valid)[1].mean(0)
+    ratio = variance["cartesian"] / variance["comoving"]
+    # The torsion, the bond 0-1 and the angle 0-1-2 carry the atoms that 4 and 5 are bound to as one body.
+    assert assembly.coordinates.names[4] == "angle A0-A1-A2"
+    assert (ratio[[0, 1, 4]] > 1000).all() and (ratio > 0.9).all()
+
+
+def test_same_mean_force_from_correlated_frames():
+    assembly, engine = molecule(), bath(correlation=0.7)
+    z = random_z(assembly.coordinates, 400, torch.Generator().manual_seed(5), 0.5)
+    frames = run(assembly, engine, z, 12)
+    expected = exact(assembly, engine, z)
+    for estimator in ("comoving", "cartesian"):
+        gradients = frame_gradients(assembly, z, frames, BETA, estimator)
+        mean, variance = mean_and_variance(gradients, frames.valid)
+        assert float(pulls(gradients, expected).abs().max()) < 4
+        size = ((mean - expected).square().mean(0) / variance.mean(0)).sqrt()
+        assert float((size - 1).abs().max()) < 0.2
+
+
+def test_gradient_of_a_frame_is_a_derivative_of_the_energy():
+    """d(beta U)/dz by finite differences of the rebuilt structure: no statistics."""
+    assembly, engine = molecule(), bath()
+    z = random_z(assembly.coordinates, 3, torch.Generator().manual_seed(6), 0.5)
+    frames = run(assembly, engine, z, 2)
+    y = assembly.read_fast(frames.xyz)
+
+    def energy(moved, comoving):
+        xyz = assembly.build(moved[:, None].expand(-1, 2, -1), y)
+        if not comoving:
+            xyz = torch.cat((xyz[:, :, :4], frames.xyz[:, :, 4:]), dim=2)
+        return 0.5 * (xyz * (engine.laplacian @ xyz)).sum((-1, -2))
+
+    for estimator in ("comoving", "cartesian"):
+        found = frame_gradients(assembly, z, frames, BETA, estimator)
+        for k in range(6):
+            step = 1e-5 * torch.eye(6).double()[k]
+            difference = energy(z + step, estimator == "comoving") - energy(z - step, estimator == "comoving")
+            torch.testing.assert_close(found[..., k], BETA * difference / 2e-5, rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------- standard errors
+
+
+def autoregression(n_chains, n_frames, rho, seed=0, n_features=6):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((n_frames, n_chains, n_features), generator=generator, dtype=torch.float64)
+    for k in range(1, n_frames):
+        noise[k] = rho * noise[k - 1] + math.sqrt(1 - rho**2) * noise[k]
+    return noise.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "rho"), [(3, 0.0), (3, 0.5), *((n, rho) for n in (4, 8, 30) for rho in (0.0, 0.3, 0.6, 0.85))]
+)
+def test_standard_error_of_correlated_frames(n_frames, rho):
+    values = autoregression(12000, n_frames, rho)
+    mean, variance = mean_and_variance(values, torch.ones(12000, dtype=torch.bool))
+    truth = mean.square().mean(0).sqrt()
+    assert float((variance.mean(0).sqrt() / truth - 1).abs().max()) < 0.15
+    assert mean.shape == variance.shape == (12000, 6)
+
+
+def test_features_have_their_own_correlation():
+    values = torch.cat((autoregression(3000, 8, 0.0), 1e3 * autoregression(3000, 8, 0.8, seed=1)), dim=2)
+    mean, variance = mean_and_variance(values, torch.ones(3000, dtype=torch.bool))
+    ratio = variance.mean(0).sqrt() / mean.square().mean(0).sqrt()
+    assert float((ratio - 1).abs().max()) < 0.15
+
+
+def test_two_frames_count_as_independent_and_one_has_no_error():
+    values = autoregression(3000, 2, 0.0)
+    valid = torch.ones(3000, dtype=torch.bool)
+    mean, variance = mean_and_variance(values, valid)
+    assert float((variance.mean(0) / mean.square().mean(0) - 1).abs().max()) < 0.15
+    mean, variance = mean_and_variance(values[:, :1], valid)
+    assert torch.equal(mean, values[:, 0]) and variance.isnan().all()
+
+
+def test_constant_frames_have_no_error():
+    mean, variance = mean_and_variance(torch.full((4, 5, 2), 3.0).double(), torch.ones(4, dtype=torch.bool))
+    assert (mean == 3).all() and (variance == 0).all()
+
+
+def test_invalid_replicas_do_not_enter_the_pooled_correlation():
+    values = autoregression(100, 6, 0.3)
+    valid = torch.ones(100, dtype=torch.bool)
+    clean = mean_and_variance(values, valid)
+    spoilt = torch.cat((values, 1e6 * autoregression(5, 6, 0.99, seed=2)))
+    mask = torch.cat((valid, torch.zeros(5, dtype=torch.bool)))
+    for found, expected in zip(mean_and_variance(spoilt, mask), clean, strict=True):
+        torch.testing.assert_close(found[:100], expected)
+
+
+# ---------------------------------------------------------------- invalid replicas
+
+
+def test_invalid_frames_do_not_leak():
+    assembly, engine = molecule(), bath()
+    z = random_z(assembly.coordinates, 12, torch.Generator().manual_seed(2), 0.5)
+    frames = run(assembly, engine, z, 5)
+    xyz, forces, energy = frames.xyz.clone(), frames.forces.clone(), frames.energy.clone()
+    xyz[3], forces[3], energy[3] = math.nan, math.nan, math.nan
+    xyz[7], forces[7] = 0.0, math.inf
+    valid = frames.valid.clone()
+    valid[[3, 7]] = False
+    broken = Frames(xyz, forces, energy, valid)
+    for estimator in ("comoving", "cartesian"):
+        clean = frame_gradients(assembly, z, frames, BETA, estimator)
+        found = frame_gradients(assembly, z, broken, BETA, estimator)
+        assert (found[~valid] == 0).all()
+        assert torch.equal(found[valid], clean[valid])
+
+
+# ---------------------------------------------------------------- chains: pool, quarantine, seeds
+
+CHIRAL_BONDS = [(0, 1), (1, 2), (2, 3), (1, 4), (1, 5)]
+ELEMENTS = ["C", "C", "C", "C", "H", "F"]
+
+
+def settings(**values):
+    return SamplerConfig(**{"n_pool_steps": 500, "n_equilibration": 7, "n_frames": 3, "stride": 2, **values})
+
+
+def chains(engine=None, seed=5, **values):
+    xyz = random_structure(CHIRAL_BONDS, 1)
+    assembly = assembly_of(CHIRAL_BONDS, SLOW, xyz, ELEMENTS)
+    y = assembly.read_fast(xyz)
+
+    def draw_fast(z, temperature, generator):
+        return y + 0.02 * torch.randn((len(z), 2, 3), generator=generator, dtype=torch.float64)
+
+    return FastChains(engine or EchoEngine(), assembly, draw_fast, settings(**values), seed)
+
+
+def some_z(chains, n, seed=0):
+    return random_z(chains.assembly.coordinates, n, torch.Generator().manual_seed(seed), 0.5)
+
+
+def go(chains, z, temperature=TEMPERATURE, **values):
+    return chains.run(z, temperature, n_equilibration=7, n_frames=3, stride=2, **values)
+
+
+def test_the_first_call_equilibrates_a_pool():
+    engine = EchoEngine()
+    sampler = chains(engine)
+    z = some_z(sampler, 6)
+    frames = go(sampler, z, 450.0)
+    pool, call = engine.calls
+    assert (pool["n_equilibration"], pool["n_frames"], pool["temperature"]) == (500, 1, 450.0)
+    assert (call["n_equilibration"], call["n_frames"], call["stride"], call["n_relax"]) == (7, 3, 2, 20)
+    assert frames.xyz.shape == (6, 3, 6, 3) and frames.energy.shape == (6, 3)
+    go(sampler, z)
+    assert len(engine.calls) == 3  # once
+
+
+def test_chains_start_at_z():
+    engine = EchoEngine()
+    sampler = chains(engine)
+    for seed in range(3):
+        z = some_z(sampler, 6, seed)
+        go(sampler, z)
+        start = torch.as_tensor(engine.calls[-1]["xyz"])
+        torch.testing.assert_close(sampler.assembly.read_slow(start), z, rtol=0, atol=1e-9)
+
+
+def test_fast_atoms_start_from_the_nearest_neighbour_in_the_pool():
+    engine = EchoEngine()
+    sampler = chains(engine)
+    go(sampler, some_z(sampler, 20, 1))
+    pool_z = torch.cat([entry[0] for entry in sampler.pool])
+    pool_y = torch.cat([entry[1] for entry in sampler.pool])
+    assert float(pool_y.std(0).min()) > 0
+    z = pool_z[:20] + 1e-3
+    z[:, 0] += 2 * math.pi  # the same torsion
+    go(sampler, z)
+    found = sampler.assembly.read_fast(torch.as_tensor(engine.calls[-1]["xyz"]))
+    away = (pool_y - found[:, None]).abs().amax((2, 3))
+    assert float(away.amin(1).max()) < 1e-9  # all from the pool
+    torsion = torch.stack((z[:, 0].cos(), z[:, 0].sin()), 1)
+    pool_torsion = torch.stack((pool_z[:, 0].cos(), pool_z[:, 0].sin()), 1)
+    distance = (torsion[:, None] - pool_torsion).square().sum(-1)
+    distance = distance + 0.04 * (z[:, None, 1:] - pool_z[:, 1:]).square().sum(-1)
+    chosen = distance.gather(1, away.argmin(1)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distance.amin(1), rtol=0, atol=1e-9)
+
+
+def test_the_pool_holds_where_chains_ended_and_forgets():
+    sampler = chains()
+    for seed in range(8):
+        z = some_z(sampler, 5, seed)
+        frames = go(sampler, z)
+        assert torch.equal(sampler.pool[-1][0], z)
+        assert torch.equal(sampler.pool[-1][1], sampler.assembly.read_fast(frames.xyz[:, -1]))
+    assert len(sampler.pool) == 4
+
+
+def test_quarantine_counts_and_keeps_bad_replicas_out_of_the_pool():
+    engine = EchoEngine()
+    sampler = chains(engine, max_invalid=0.5)
+    go(sampler, some_z(sampler, 10))
+    assert vars(sampler.quarantine) == {"total": 20, "not_finite": 0, "flipped": 0}
+    engine.broken, engine.mirrored = [1, 4], [7]
+    z = some_z(sampler, 10, 1)
+    frames = go(sampler, z)
+    good = torch.tensor([True, False, True, True, False, True, True, False, True, True])
+    assert torch.equal(frames.valid, good)
+    assert vars(sampler.quarantine) == {"total": 30, "not_finite": 2, "flipped": 1}
+    assert torch.equal(sampler.pool[-1][0], z[good])
+    assert torch.isfinite(sampler.pool[-1][1]).all()
+
+
+def test_flips_may_be_allowed():
+    engine = EchoEngine()
+    sampler = chains(engine, keep_chirality=False)
+    go(sampler, some_z(sampler, 4))
+    engine.mirrored = [2]
+    assert go(sampler, some_z(sampler, 4)).valid.all()
+    assert sampler.quarantine.flipped == 1  # counted all the same
+
+
+def test_too_many_failures_are_a_named_error():
+    engine = EchoEngine()
+    sampler = chains(engine, max_invalid=0.2)
+    z = some_z(sampler, 10)
+    go(sampler, z)
+    engine.broken, engine.mirrored = [0], [1]
+    go(sampler, z)  # just allowed
+    engine.broken = [0, 2]
+    message = r"3 of 10 replicas failed at 300 K \(1 changed their handedness, 2 diverged"
+    with pytest.raises(ReplicaError, match=message):
+        go(sampler, z)
+
+
+def test_seeds():
+    engine = EchoEngine()
+    sampler = chains(engine)
+    z = some_z(sampler, 3)
+    go(sampler, z)
+    go(sampler, z)
+    go(sampler, z, seed=77)
+    seeds = [call["seed"] for call in engine.calls]
+    assert len(set(seeds)) == 4 and seeds[-1] == 77
+    other = EchoEngine()
+    go(chains(other), z)
+    assert [call["seed"] for call in other.calls] == seeds[:2]  # the same configuration, the same seeds
+    third = EchoEngine()
+    go(chains(third, seed=6), z)
+    assert not {call["seed"] for call in third.calls} & set(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    many = {derive_seed(5, purpose, call) for purpose in range(10) for call in range(1000)}
+    assert len(many) > 9990
+
+
+def test_chains_continue_from_their_state():
+    first = chains()
+    go(first, some_z(first, 6))
+    second = chains()
+    second.load_state_dict(first.state_dict())
+    for seed in (1, 2):
+        z = some_z(first, 6, seed)
+        for found, expected in zip(go(second, z), go(first, z), strict=True):
+            assert torch.equal(found, expected)
+    assert second.quarantine == first.quarantine and second.n_calls == first.n_calls
+
+
+def test_a_state_does_not_change_with_what_comes_later():
+    sampler = chains()
+    go(sampler, some_z(sampler, 6))
+    state = sampler.state_dict()
+    go(sampler, some_z(sampler, 6, 1))
+    assert state["n_calls"] == 2 and len(state["pool"]) == 2 and state["quarantine"]["total"] == 12
+
+
+# ---------------------------------------------------------------- every estimator keeps the contract
+
+
+def molecular(estimator):
+    engine = bath()
+    xyz = random_structure(BONDS, 4)
+    assembly = assembly_of(BONDS, SLOW, xyz)
+    y = assembly.read_fast(xyz)
+    sampler = FastChains(engine, assembly, lambda z, t, g: y.expand(len(z), -1, -1), settings(), 3)
+    return MolecularMeanForce(sampler, estimator), assembly
+
+
+def with_failures(estimator):
+    engine = EchoEngine()
+    force = MolecularMeanForce(chains(engine, max_invalid=0.5), estimator)
+    force(some_z(force.chains, 8), TEMPERATURE)
+    engine.broken, engine.mirrored = [1], [5]
+    return force
+
+
+ESTIMATORS = {
+    "analytic": lambda: AnalyticMeanForce(lambda z: 2 * torch.cos(z).sum(-1), noise=0.1, invalid=[1, 5]),
+    "comoving": lambda: molecular("comoving")[0],
+    "cartesian": lambda: molecular("cartesian")[0],
+    "comoving with failures": lambda: with_failures("comoving"),
+    "cartesian with failures": lambda: with_failures("cartesian"),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_keep_the_contract(name):
+    estimator = ESTIMATORS[name]()
+    z = random_z(molecule().coordinates, 8, torch.Generator().manual_seed(0), 0.5).requires_grad_()
+    before = z.detach().clone()
+    evaluations = [estimator.n_energy_evaluations]
+    force = estimator(z, TEMPERATURE)
+    evaluations.append(estimator.n_energy_evaluations)
+    assert force.gradient.shape == force.variance.shape == (8, 6)
+    assert force.energy.shape == force.energy_variance.shape == force.valid.shape == (8,)
+    assert force.valid.dtype == torch.bool
+    assert torch.equal(z.detach(), before)
+    for tensor in force[:4]:
+        assert tensor.dtype == torch.float64 and not tensor.requires_grad
+        assert torch.isfinite(tensor).all()
+        assert (tensor[~force.valid] == 0).all()
+    if name == "analytic" or "failures" in name:
+        assert torch.nonzero(~force.valid).flatten().tolist() == [1, 5]
+    assert (force.variance >= 0).all()
+
+    again = ESTIMATORS[name]()
+    again.load_state_dict(estimator.state_dict())
+    assert again.n_energy_evaluations == estimator.n_energy_evaluations
+    for found, expected in zip(again(z, TEMPERATURE), estimator(z, TEMPERATURE), strict=True):
+        assert torch.equal(found, expected)
+    evaluations.append(estimator.n_energy_evaluations)
+    assert evaluations == sorted(set(evaluations))
+
+
+@pytest.mark.parametrize("estimator", ["comoving", "cartesian"])
+def test_the_whole_estimator_on_the_quadratic_bath(estimator):
+    """Through the chains, the pool and the defaults: gradient, energy and both standard errors."""
+    force, assembly = molecular(estimator)
+    temperature = 420.0
+    beta = thermal_beta(temperature)
+    engine = force.chains.engine
+    z = random_z(assembly.coordinates, 1500, torch.Generator().manual_seed(8), 0.5)
+    found = force(z, temperature)
+    expected = exact(assembly, engine, z, beta)
+    away = (found.gradient - expected).mean(0) / (found.variance.mean(0) / 1500).sqrt()
+    assert float(away.abs().max()) < 4
+    energy = engine.mean_energy(assembly.coordinates.to_xyz(z), temperature)
+    away = (found.energy - energy).mean() / (found.energy_variance.mean() / 1500).sqrt()
+    assert abs(float(away)) < 4
+    spread = ((found.energy - energy).square().mean() / found.energy_variance.mean()).sqrt()
+    assert float(spread) == pytest.approx(1, abs=0.1)
+    with np.errstate(all="raise"):
+        assert force.n_energy_evaluations == 1500 * (200 + 500 + 1) + 1500 * (20 + 7 + 3 * 2)

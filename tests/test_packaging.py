@@ -1,0 +1,131 @@
+"""What the package says about itself, held together: setup.cfg, environment.yml, the code and the CI script."""
+
+import ast
+import configparser
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+import openmm_cgflow
+
+# Where conda-forge, or the module to import, has another name than PyPI.
+_CONDA = {"torch": "pytorch", "openmmtorch": "openmm-torch", "matplotlib": "matplotlib-base"}
+_MODULES = {"pyyaml": "yaml"}
+_CONDA_ONLY = {"python", "pip", "setuptools", "openmm-torch"}
+
+
+@pytest.fixture(scope="module")
+def setup(root):
+    parser = configparser.ConfigParser()
+    parser.read(root / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+@pytest.fixture(scope="module")
+def environment(root):
+    return yaml.safe_load((root / "environment.yml").read_text())
+
+
+def _requirements(text):
+    """Name and version constraint of each line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return dict(re.fullmatch(r"([A-Za-z0-9_.-]+?)((?:[<>=]=?.*)?)", line).groups() for line in lines)
+
+
+def test_environment_follows_setup(setup, environment):
+    conda = _requirements("\n".join(environment["dependencies"]))
+    wanted = _requirements(setup["options"]["install_requires"])
+    for extra in ("test", "notebooks"):
+        wanted |= _requirements(setup["options.extras_require"][extra])
+    translated = {_CONDA.get(name, name): version for name, version in wanted.items()}
+    assert {name: version for name, version in conda.items() if name not in _CONDA_ONLY} == translated
+    assert conda["python"] == setup["options"]["python_requires"]
+    assert "openmm-torch" in conda
+
+
+def test_environment_is_conda_forge_only(environment):
+    assert environment["name"] == "openmm-cgflow"
+    assert [channel for channel in environment["channels"] if channel != "nodefaults"] == ["conda-forge"]
+    assert all(isinstance(item, str) for item in environment["dependencies"]), "a pip section"
+
+
+def test_imports_are_declared(setup, root):
+    used = set()
+    for path in (root / "openmm_cgflow").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                used.add(node.module.split(".")[0])
+    used -= set(sys.stdlib_module_names) | {"openmm_cgflow"}
+    declared = _requirements(setup["options"]["install_requires"])
+    assert used == {_MODULES.get(name, name) for name in declared}
+
+
+def test_minimum_versions(setup):
+    declared = _requirements(setup["options"]["install_requires"])
+    # 8.5.2 is the first with a PythonForce that works with torch on CUDA.
+    assert {name: declared[name] for name in ("openmm", "torch", "zuko")} == {
+        "openmm": ">=8.5.2", "torch": ">=2.4", "zuko": ">=1.4",
+    }
+    extras = setup["options.extras_require"]
+    assert _requirements(extras["torchforce"])["torch"] == "==2.9.*"
+    assert {"test", "notebooks", "torchforce", "cuda12", "cuda13"} <= set(extras)
+
+
+def test_metadata(setup, root):
+    metadata = setup["metadata"]
+    assert metadata["license"] == "MIT"
+    assert "openmm_cgflow developers" in (root / "LICENSE").read_text()
+    assert metadata["version"] == "attr: openmm_cgflow.__version__"
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", openmm_cgflow.__version__)
+    assert "## [Unreleased]" in (root / "CHANGELOG.md").read_text()
+
+
+def test_pyproject_holds_build_system_and_linters_only(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert set(project) == {"build-system", "tool"}
+    assert set(project["tool"]) == {"ruff", "mypy"}
+
+
+def test_warnings_are_errors(pytestconfig):
+    assert pytestconfig.getini("filterwarnings")[0] == "error"
+
+
+def test_installed_metadata():
+    try:
+        installed = importlib.metadata.distribution("openmm_cgflow")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed")
+    assert installed.version == openmm_cgflow.__version__
+    commands = {entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"}
+    assert commands == {"openmm-cgflow": "openmm_cgflow.cli:main"}
+
+
+def test_importing_is_light():
+    code = "import sys, openmm_cgflow, openmm_cgflow.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "openmm", "mdtraj", "matplotlib", "numpy", "yaml", "pint"} & set(loaded)
+
+
+def test_ci_script(root):
+    script = root / ".ci" / "run"
+    text = script.read_text()
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "set -euo pipefail" in text
+    assert "mktemp -d" in text
+    assert "trap" in text
+    # No machine's own paths or hosts.
+    assert not re.search(r"https?:|(?<![\w\"}./])/(?!usr/bin/env)[a-z]+", text)
+    # Settings in the smoke run exist.
+    from openmm_cgflow.config import apply_overrides, validate
+
+    settings = re.findall(r"\b(?:[a-z]+\.)[a-z_]+=\S+", text[text.index("tiny=(") : text.index("\n)")])
+    assert len(settings) > 8
+    tree = {"system": {"structure": "a", "forcefield": ["b"]}}
+    validate(apply_overrides(tree, [item.replace("'", "") for item in settings]))
