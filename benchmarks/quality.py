@@ -33,7 +33,9 @@ def populations(phi: np.ndarray, psi: np.ndarray, weights: np.ndarray) -> np.nda
     return np.array([weights[mask].sum() for mask in masks]) / weights.sum()
 
 
-def free_md(system: openmm.System, positions: np.ndarray, temperature: float, n_replicas: int, ps: float, seed: int) -> tuple:
+def free_md(
+    system: openmm.System, positions: np.ndarray, temperature: float, n_replicas: int, ps: float, seed: int
+) -> tuple:
     """Frames (n_replicas, n_frames, n_atoms, 3) nm and energies (n_replicas, n_frames) kJ/mol, 0.2 ps apart."""
     integrator = openmm.LangevinMiddleIntegrator(temperature, 2.0, 0.001)
     integrator.setRandomNumberSeed(seed)
@@ -63,7 +65,9 @@ def main() -> None:
     arguments = parser.parse_args()
     run, model = RunDirectory.open(arguments.run), load(arguments.run)
     record = run.read_provenance()
-    print(f"{arguments.run}: {record['energy_evaluations']:.3g} energy evaluations, {record['wall_time_s']:.0f} s, {record['engine']}")
+    print(
+        f"{arguments.run}: {record['energy_evaluations']:.3g} energy evaluations, {record['wall_time_s']:.0f} s, {record['engine']}"
+    )
     topology = mdtraj.load(str(run.topology)).topology
     samples, energy = mdtraj.load(str(run.samples), top=topology), read_colvar(run.colvar)["energy"]
     torsions = peptide_torsions(samples)
@@ -87,9 +91,13 @@ def main() -> None:
     md = mdtraj.Trajectory(xyz.reshape(-1, *xyz.shape[2:]), topology)
     half = len(md) // 2
     bonds = np.array([[a.index, b.index] for a, b in topology.bonds])
-    neighbours = {i: sorted({*bonds[bonds[:, 0] == i, 1], *bonds[bonds[:, 1] == i, 0]}) for i in range(topology.n_atoms)}
+    neighbours = {
+        i: sorted({*bonds[bonds[:, 0] == i, 1], *bonds[bonds[:, 1] == i, 0]}) for i in range(topology.n_atoms)
+    }
     angles = np.array([(i, j, k) for j, near in neighbours.items() for i in near for k in near if i < k])
-    print(f"\nKS distance to {arguments.md_replicas} x {arguments.md_ps:g} ps of free MD at {model.temperature:g} K (largest, median)")
+    print(
+        f"\nKS distance to {arguments.md_replicas} x {arguments.md_ps:g} ps of free MD at {model.temperature:g} K (largest, median)"
+    )
     for name, mine, theirs in (
         ("bond lengths", mdtraj.compute_distances(samples, bonds), mdtraj.compute_distances(md, bonds)),
         ("angles", mdtraj.compute_angles(samples, angles), mdtraj.compute_angles(md, angles)),
@@ -101,8 +109,10 @@ def main() -> None:
             f"{name:14s} samples {max(distances):.3f} {np.median(distances):.3f}   "
             f"noise floor {max(floor):.3f} {np.median(floor):.3f}"
         )
-    print(f"mean energy    samples {energy.mean():.2f}   MD {md_energy.mean():.2f} +- "
-          f"{md_energy.mean(1).std(ddof=1) / np.sqrt(len(md_energy)):.2f} kJ/mol")
+    print(
+        f"mean energy    samples {energy.mean():.2f}   MD {md_energy.mean():.2f} +- "
+        f"{md_energy.mean(1).std(ddof=1) / np.sqrt(len(md_energy)):.2f} kJ/mol"
+    )
 
 
 if __name__ == "__main__":

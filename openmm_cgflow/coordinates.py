@@ -38,7 +38,12 @@ class Coordinates(nn.Module):
     """
 
     def __init__(
-        self, atoms: Sequence[int], names: Sequence[str], circular: np.ndarray, low: np.ndarray, high: np.ndarray,
+        self,
+        atoms: Sequence[int],
+        names: Sequence[str],
+        circular: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
         bound: float,
     ) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The flow q(z): torsions on the circle first, then the bounded coordinates given the torsions.
 
-log q(z) = log q(torsions) + log q(bounded | torsions), each block a stack of zuko coupling layers with rational-quadratic
+log q(z) = log q(torsions) + log q(bounded | torsions), each block a stack of zuko coupling layers of rational-quadratic
 splines (Durkan et al. 2019): circular ones on a uniform base (Rezende et al. 2020) for torsions, and splines on
 [-bound, bound] on a truncated normal base for bounded coordinates (paper section 2.4), so that no sample leaves the
 splines' support.

@@ -1,4 +1,4 @@
-"""Internal coordinates to Cartesian positions and back, differentiable in float64, vectorised by levels of placement."""
+"""Internal coordinates to Cartesian positions and back, differentiable, vectorised by levels of placement."""
 
 from __future__ import annotations
 

@@ -11,17 +11,17 @@ from typing import Self
 import numpy as np
 import openmm
 
-from openmm_cgflow.contexts import (
+from openmm_cgflow.chain import (
     Chain,
-    ContextsEngine,
     Dynamics,
     Frames,
     Schedule,
-    check_structures,
+    clear,
     derive_seed,
     is_divergence,
     state_arrays,
 )
+from openmm_cgflow.contexts import ContextsEngine, check_structures
 from openmm_cgflow.platforms import PlatformChoice
 from openmm_cgflow.replicate import NotReplicableError, check_copies, replicate_system
 
@@ -58,8 +58,8 @@ def plan_lattice(
 
     Distances along bonds bound distances in space: with every bond at most 1.25 times as long as in ``positions``, the
     longest shortest path through the bonds is an upper bound D of the molecule's diameter, whatever its torsions do.
-    The cutoff is larger than D. A copy is centred on the middle of its slow atoms' bounding box, which has at
-    most the slow atoms' own bound as its width, and no fast atom is farther from its nearest slow atom than the path to it.
+    The cutoff is larger than D. A copy is centred on the middle of its slow atoms' bounding box, which is at most
+    the slow atoms' own bound wide, and no fast atom is farther from its nearest slow atom than the path to it.
     That bounds each copy's half width, and sites are one cutoff and two half widths apart.
 
     Arguments:
@@ -115,8 +115,8 @@ class LatticeEngine:
     """Steps all replicas together in one giant System; energies and forces of the frames are computed copy by copy.
 
     The giant System has no energy of a single copy, so each frame is evaluated in a single-copy Context, which gives
-    its forces too, in that Context's precision; these evaluations are counted. Batches larger than the lattice are cut in
-    rounds, smaller ones padded; the padding is computed, so it is counted.
+    its forces too, in that Context's precision; these evaluations are counted. Batches larger than the lattice are cut
+    in rounds, smaller ones padded; the padding is computed, so it is counted.
 
     A copy that becomes non-finite or outgrows its place may have disturbed its neighbours' pair lists. Such a
     round is repeated without it, at most three times in all, and the copies taken out are run one at a time by the
@@ -147,7 +147,8 @@ class LatticeEngine:
         self._chain: Chain | None = Chain(lattice.system, platform, dynamics)
         self._n_copy_steps = 0
         self.description = (
-            f"lattice engine, {len(lattice.sites)} replicas at once, platform {platform}; frames: {contexts.description}"
+            f"lattice engine, {len(lattice.sites)} replicas at once, platform {platform}; "
+            f"frames evaluated by: {contexts.description}"
         )
 
     @property
@@ -273,9 +274,9 @@ class LatticeEngine:
         energy[members] = flat_energy.reshape(-1, n_frames)
         forces[members] = flat_forces.reshape(-1, n_frames, n_atoms, 3)
         valid = settled & np.isfinite(energy).all(axis=1) & np.isfinite(forces).all(axis=(1, 2, 3))
-        for part in (positions, forces, energy):
-            part[~valid] = 0.0
-        return Frames(positions, forces, energy, valid)
+        frames = Frames(positions, forces, energy, valid)
+        clear(frames, ~valid)
+        return frames
 
 
 def _last_positions(chain: Chain, giant: np.ndarray) -> np.ndarray:

@@ -70,7 +70,14 @@ class ChainEngine(Protocol):
     n_energy_evaluations: int
 
     def run(
-        self, xyz: np.ndarray, temperature: float, *, n_relax: int, n_equilibration: int, n_frames: int, stride: int,
+        self,
+        xyz: np.ndarray,
+        temperature: float,
+        *,
+        n_relax: int,
+        n_equilibration: int,
+        n_frames: int,
+        stride: int,
         seed: int,
     ) -> Any: ...
 
@@ -165,13 +172,25 @@ class FastChains:
         return torch.cat((torch.cos(z[:, :n]), torch.sin(z[:, :n]), scale * z[:, n:]), dim=-1)
 
     def _run(
-        self, z: Tensor, xyz: Tensor, temperature: float, n_relax: int, n_equilibration: int, n_frames: int,
-        stride: int, seed: int | None,
+        self,
+        z: Tensor,
+        xyz: Tensor,
+        temperature: float,
+        n_relax: int,
+        n_equilibration: int,
+        n_frames: int,
+        stride: int,
+        seed: int | None,
     ) -> Frames:
         self.n_calls += 1
         raw = self.engine.run(
-            xyz.numpy(), temperature, n_relax=n_relax, n_equilibration=n_equilibration, n_frames=n_frames,
-            stride=stride, seed=derive_seed(self.seed, 3, self.n_calls) if seed is None else seed,
+            xyz.numpy(),
+            temperature,
+            n_relax=n_relax,
+            n_equilibration=n_equilibration,
+            n_frames=n_frames,
+            stride=stride,
+            seed=derive_seed(self.seed, 3, self.n_calls) if seed is None else seed,
         )
         frames = Frames(*(torch.as_tensor(array) for array in raw))
         same = self.assembly.same_handedness(frames.xyz).all(-1)
@@ -247,7 +266,7 @@ def mean_and_variance(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _autoregression(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lag-one ratio about the chain's own mean and variance of the mean over expected spread, for rho from 0 to 0.95."""
+    """Lag-one ratio about the own mean and variance of the mean over expected spread, for rho from 0 to 0.95."""
     rho = np.linspace(0.0, 0.95, 96)
     powers = rho[:, None] ** np.arange(n)
     of_mean = (2 * powers @ (n - np.arange(n)) - n) / n**2
@@ -266,10 +285,12 @@ class MolecularMeanForce:
 
     def __init__(self, chains: FastChains, estimator: Literal["comoving", "cartesian"] = "comoving") -> None:
         self.chains, self.estimator = chains, estimator
+        self._earlier_evaluations = 0
 
     @property
     def n_energy_evaluations(self) -> int:
-        return self.chains.engine.n_energy_evaluations
+        """Of the engine, and of the sessions that this one continues."""
+        return self._earlier_evaluations + self.chains.engine.n_energy_evaluations
 
     def __call__(self, z: Tensor, temperature: float) -> MeanForce:
         settings = self.chains.settings
@@ -286,4 +307,4 @@ class MolecularMeanForce:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.chains.load_state_dict(state["chains"])
-        self.chains.engine.n_energy_evaluations = state["n_energy_evaluations"]
+        self._earlier_evaluations = state["n_energy_evaluations"] - self.chains.engine.n_energy_evaluations

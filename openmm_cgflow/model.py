@@ -42,7 +42,11 @@ class Scaffold:
 
     @classmethod
     def build(
-        cls, config: Config, molecular_system: MolecularSystem, partition: Partition, evaluate: Evaluate | None = None,
+        cls,
+        config: Config,
+        molecular_system: MolecularSystem,
+        partition: Partition,
+        evaluate: Evaluate | None = None,
         saved: dict[str, Any] | None = None,
     ) -> Scaffold:
         """Z-matrices, harmonic reference, coordinates and assembly.
@@ -115,7 +119,10 @@ def _cartesian(
     for atom in queue:
         for other in sorted(graph[atom]):
             if other in atoms and other not in reach:
-                reach[other] = (reach[atom][0] + float(np.linalg.norm(positions[atom] - positions[other])), reach[atom][1])
+                reach[other] = (
+                    reach[atom][0] + float(np.linalg.norm(positions[atom] - positions[other])),
+                    reach[atom][1],
+                )
                 queue.append(other)
     centre = [local[1, 0], local[2, 0], local[2, 1]]
     half = [0.04, 0.06, 0.06]
@@ -131,8 +138,12 @@ def new_flow(config: Config, coordinates: Coordinates) -> CGFlow:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 5))
         return CGFlow(
-            coordinates.n_circular, coordinates.n_features - coordinates.n_circular, coordinates.bound,
-            config.flow.n_layers, config.flow.n_bins, config.flow.hidden_features,
+            coordinates.n_circular,
+            coordinates.n_features - coordinates.n_circular,
+            coordinates.bound,
+            config.flow.n_layers,
+            config.flow.n_bins,
+            config.flow.hidden_features,
         )
 
 
@@ -168,7 +179,9 @@ class CGModel:
         temperatures: The whole ladder up to this stage, K.
     """
 
-    def __init__(self, scaffold: Scaffold, flow: CGFlow, temperatures: list[float], pool: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, scaffold: Scaffold, flow: CGFlow, temperatures: list[float], pool: list[tuple[Tensor, Tensor]]
+    ) -> None:
         self.scaffold, self.flow, self.temperatures, self._pool = scaffold, flow, temperatures, pool
 
     @property
@@ -200,7 +213,7 @@ class CGModel:
     def free_energy(self, z: np.ndarray | Tensor) -> np.ndarray:
         """Potential of mean force A(z) = -kT (log q(z) - log J(z)) of the slow atoms' positions, kJ/mol, shape (n,).
 
-        Defined up to a constant. -kT log q(z) itself is the free energy of the coordinates z; J is their volume element.
+        Defined up to a constant. -kT log q(z) is the free energy of the coordinates z themselves; J is their volume.
         """
         z = torch.as_tensor(z, dtype=torch.float64)
         return ((self.coordinates.log_volume(z) - self.flow.log_prob(z)) / thermal_beta(self.temperature)).numpy()
@@ -210,7 +223,7 @@ class CGModel:
         return self.scaffold.assembly.read_slow(torch.as_tensor(xyz, dtype=torch.float64)).numpy()
 
     def sample(self, n: int, *, seed: int | None = None, n_equilibration: int | None = None) -> Samples:
-        """Independent all-atom samples: z from the flow, then a frozen-slow chain of the fast atoms (paper section 2.3).
+        """Independent all-atom samples: z from the flow, then a chain of the fast atoms (paper section 2.3).
 
         Arguments:
             n: Number of samples.
@@ -223,7 +236,9 @@ class CGModel:
         config = self.scaffold.config
         with create_engine(self.molecular_system, self.partition.slow, config.sampler) as engine:
             return self.sample_with(
-                engine, n, config.seed if seed is None else seed,
+                engine,
+                n,
+                config.seed if seed is None else seed,
                 config.sampling.n_equilibration if n_equilibration is None else n_equilibration,
             )
 

@@ -145,5 +145,5 @@ def _fastest(precision: str, seconds_per_step: Callable[[PlatformChoice], float]
         if best is None or seconds * _MARGIN < best_time:
             best, best_time = choice, seconds
     if best is None:
-        raise CGFlowError("None of OpenMM's platforms can be used on this machine; try: python -m openmm.testInstallation")
+        raise CGFlowError("None of OpenMM's platforms works on this machine; see: python -m openmm.testInstallation")
     return PlatformChoice(best.name, best.properties, f"timed, µs per replica and step: {', '.join(timings)}")

@@ -11,8 +11,9 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
+from openmm_cgflow.chain import Chain, Dynamics, Frames, Schedule
 from openmm_cgflow.config import SamplerConfig
-from openmm_cgflow.contexts import Chain, ContextsEngine, Dynamics, Frames, Schedule, default_workers
+from openmm_cgflow.contexts import ContextsEngine, default_workers
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.lattice import Lattice, LatticeEngine, plan_lattice
 from openmm_cgflow.platforms import PlatformChoice, choose_platform, platform_choice
@@ -44,8 +45,9 @@ class ReplicaEngine(Protocol):
     """Samples the fast atoms of many replicas by Langevin dynamics while the slow atoms stand still.
 
     Attributes:
-        n_energy_evaluations: Force and energy evaluations of one molecule since the engine was created. An integration
-            step (descent or Langevin) is 1, the forces and energy of a frame are 1, an ``evaluate`` of a structure is 1.
+        n_energy_evaluations: Force and energy evaluations of one molecule since the engine was created. An
+            integration step (descent or Langevin) is 1, the forces and energy of a frame are 1, an ``evaluate`` of a
+            structure is 1.
         description: One line for the log: engine, platform and how it was chosen, workers or replicas.
     """
 
@@ -83,9 +85,16 @@ class ReplicaEngine(Protocol):
         ...
 
     def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Energies ``(n,)`` in kJ/mol and forces ``(n, n_atoms, 3)`` in kJ/mol/nm of structures ``(n, n_atoms, 3)`` in nm.
+        """Energies ``(n,)`` in kJ/mol and forces ``(n, n_atoms, 3)`` in kJ/mol/nm of structures.
 
         They are not finite where the structure's energy is not.
+
+        Arguments:
+            xyz: Structures, ``(n, n_atoms, 3)`` in nm.
+
+        Raises:
+            ValueError: If ``xyz`` has the wrong shape.
+            CGFlowError: If a worker process dies.
         """
         ...
 
@@ -170,8 +179,9 @@ def frozen_system(molecular_system: Molecule, slow: Sequence[int], hydrogen_mass
         raise ValueError("got a System with constraints, expected none")
     for force in system.getForces():
         # With frozen atoms CMMotionRemover silently biases the fast ones (mean energy off by 3.5 kT in a peptide).
-        if isinstance(force, openmm.CMMotionRemover) or "Thermostat" in force.getName() or "Barostat" in force.getName():
-            raise ValueError(f"got a System with {force.getName()}, expected none")
+        kind = type(force).__name__
+        if kind == "CMMotionRemover" or "Thermostat" in kind or "Barostat" in kind:
+            raise ValueError(f"got a System with a {kind}, expected none")
         if isinstance(force, openmm.CustomCentroidBondForce):
             _keep_weights(force, system)
     frozen = set(slow)
@@ -179,7 +189,7 @@ def frozen_system(molecular_system: Molecule, slow: Sequence[int], hydrogen_mass
         if i in frozen:
             system.setParticleMass(i, 0.0)
         elif system.getParticleMass(i).value_in_unit(unit.dalton) <= 0.0:
-            raise CGFlowError(f"Atom {i} ({element}) is a fast atom without mass (a virtual site, or frozen); not supported.")
+            raise CGFlowError(f"atom {i} ({element}): fast atoms must have a mass; virtual sites are not supported")
         elif element == "H":
             system.setParticleMass(i, hydrogen_mass)
     return system

@@ -24,7 +24,7 @@ class _Terms:
 
     Attributes:
         count, getter, adder: Names of the Force's methods.
-        indices: Which of the values that the getter returns are indices (or lists or sets of them).
+        indices: Which of the values that the getter returns are indices, or lists of them: from the first to before the last.
         of: The method of the Force that counts what they index; None for particles.
         one_argument: Whether the adder takes all values as one list.
     """
@@ -32,16 +32,16 @@ class _Terms:
     count: str
     getter: str
     adder: str
-    indices: slice = slice(0, 0)
+    indices: tuple[int, int] = (0, 0)
     of: str | None = None
     one_argument: bool = False
 
 
 def _terms(name: str, n_particles: int = 0) -> _Terms:
-    return _Terms(f"getNum{name}s", f"get{name}Parameters", f"add{name}", slice(0, n_particles))
+    return _Terms(f"getNum{name}s", f"get{name}Parameters", f"add{name}", (0, n_particles))
 
 
-_EXCLUSIONS = _Terms("getNumExclusions", "getExclusionParticles", "addExclusion", slice(0, 2))
+_EXCLUSIONS = _Terms("getNumExclusions", "getExclusionParticles", "addExclusion", (0, 2))
 _CUSTOM_PARTICLES = _Terms("getNumParticles", "getParticleParameters", "addParticle", one_argument=True)
 
 # Order matters where later terms index earlier ones. Energy functions, tabulated functions, global and per-term
@@ -51,18 +51,18 @@ _COPIED: dict[type[openmm.Force], tuple[_Terms, ...]] = {
     openmm.HarmonicAngleForce: (_terms("Angle", 3),),
     openmm.PeriodicTorsionForce: (_terms("Torsion", 4),),
     openmm.RBTorsionForce: (_terms("Torsion", 4),),
-    openmm.CMAPTorsionForce: (_Terms("getNumTorsions", "getTorsionParameters", "addTorsion", slice(1, 9)),),
+    openmm.CMAPTorsionForce: (_Terms("getNumTorsions", "getTorsionParameters", "addTorsion", (1, 9)),),
     openmm.NonbondedForce: (
         _terms("Particle"),
         _terms("Exception", 2),
         _Terms(
-            "getNumParticleParameterOffsets", "getParticleParameterOffset", "addParticleParameterOffset", slice(1, 2)
+            "getNumParticleParameterOffsets", "getParticleParameterOffset", "addParticleParameterOffset", (1, 2)
         ),
         _Terms(
             "getNumExceptionParameterOffsets",
             "getExceptionParameterOffset",
             "addExceptionParameterOffset",
-            slice(1, 2),
+            (1, 2),
             of="getNumExceptions",
         ),
     ),
@@ -75,7 +75,7 @@ _COPIED: dict[type[openmm.Force], tuple[_Terms, ...]] = {
     openmm.CustomCompoundBondForce: (_terms("Bond", 1),),
     openmm.CustomCentroidBondForce: (
         _terms("Group", 1),
-        _Terms("getNumBonds", "getBondParameters", "addBond", slice(0, 1), of="getNumGroups"),
+        _Terms("getNumBonds", "getBondParameters", "addBond", (0, 1), of="getNumGroups"),
     ),
 }
 
@@ -84,7 +84,8 @@ def replicate_system(system: openmm.System, n_copies: int, cutoff: float) -> ope
     """One System with ``n_copies`` of the molecule, copy k being atoms ``k * n_atoms`` to ``(k + 1) * n_atoms - 1``.
 
     Forces between all pairs of atoms are cut off at ``cutoff`` (with reaction-field dielectric 1, which leaves
-    Coulomb forces unchanged below it). Copies closer than ``cutoff`` would interact; keeping them apart is the caller's job.
+    Coulomb forces unchanged below it; energies change by a constant). Copies closer than that would interact: keeping
+    them apart is the caller's job.
 
     Arguments:
         system: The System of one molecule, unchanged by this function.
@@ -178,8 +179,6 @@ def _add(adder: Callable[..., Any], values: list[list[Any]], terms: _Terms, offs
         if terms.one_argument:
             adder(value)
             continue
-        moved = list(value)
-        moved[terms.indices] = [
-            item + offset if isinstance(item, int) else [i + offset for i in item] for item in value[terms.indices]
-        ]
-        adder(*moved)
+        first, last = terms.indices
+        moved = [item + offset if isinstance(item, int) else [i + offset for i in item] for item in value[first:last]]
+        adder(*value[:first], *moved, *value[last:])

@@ -69,9 +69,7 @@ def train(
         ReplicaError: If too many replicas fail; the last checkpoint stays.
     """
     started = time.monotonic()
-    # Whatever can be wrong with the input is found before the directory is touched.
-    probe = RunDirectory(output)
-    probe.check_free(resume=resume, overwrite=overwrite, source=source)
+    RunDirectory(output).check_free(resume=resume, overwrite=overwrite, source=source)
     if molecular_system is None:
         if config.system is None:
             raise CGFlowError("the configuration has no system section, and no molecular_system was given")
@@ -80,16 +78,19 @@ def train(
     with ExitStack() as stack:
         engine = stack.enter_context(create_engine(molecular_system, partition.slow, config.sampler))
         saved: dict[str, Any] | None = None
-        scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate)
+        scaffold: Scaffold | None = None
+        if not resume:  # whatever can be wrong with the input is found before the directory is touched
+            scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate)
         run = RunDirectory.create(output, dump_config(config), resume=resume, overwrite=overwrite, source=source)
         stack.enter_context(run.logging())
-        _describe(scaffold, engine)
         if resume:
             saved = run.load_checkpoint(lambda path: _load_file(path, molecular_system))
             if saved is None:
                 logger.info("%s: nothing to resume, starting from the beginning", run.path)
-        if saved is not None:
-            scaffold = Scaffold.build(config, molecular_system, partition, saved=saved["scaffold"])
+        if scaffold is None:
+            arrays = saved["scaffold"] if saved else None
+            scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
+        _describe(scaffold, engine)
         trainer = Trainer(
             config,
             scaffold.assembly.coordinates,
@@ -151,8 +152,14 @@ class _Session:
     """One process's part of a training: checkpoints, metrics, progress, and stopping in time."""
 
     def __init__(
-        self, run: RunDirectory, scaffold: Scaffold, trainer: Trainer, engine: ReplicaEngine, started: float,
-        max_time: float | None, earlier: float,
+        self,
+        run: RunDirectory,
+        scaffold: Scaffold,
+        trainer: Trainer,
+        engine: ReplicaEngine,
+        started: float,
+        max_time: float | None,
+        earlier: float,
     ) -> None:
         self.run, self.scaffold, self.trainer, self.engine = run, scaffold, trainer, engine
         self.started, self.max_time, self.earlier = started, max_time, earlier
@@ -210,13 +217,19 @@ class _Session:
             torch.save({"format": _FORMAT, **self.model().state()}, path)
         logger.info(
             "stage %d finished: %.1f K, %d steps, %.3g energy evaluations, %.0f s",
-            trainer.stage, trainer.temperature, trainer.n_steps, trainer.estimator.n_energy_evaluations, self.wall_time,
+            trainer.stage,
+            trainer.temperature,
+            trainer.n_steps,
+            trainer.estimator.n_energy_evaluations,
+            self.wall_time,
         )
         counts = trainer.estimator.chains.quarantine
         if counts.not_finite or counts.flipped:
             logger.info(
                 "quarantined so far: %d diverged and %d changed handedness, of %d replicas",
-                counts.not_finite, counts.flipped, counts.total,
+                counts.not_finite,
+                counts.flipped,
+                counts.total,
             )
 
     def _show(self, bar: tqdm, row: dict[str, float]) -> None:
@@ -241,7 +254,7 @@ class _Session:
                 "fingerprint": self.scaffold.molecular_system.fingerprint(),
                 "n_steps": self.trainer.n_steps,
                 "temperatures_K": self.trainer.temperatures,
-                "energy_evaluations": self.engine.n_energy_evaluations,
+                "energy_evaluations": self.trainer.estimator.n_energy_evaluations,
                 "quarantine": vars(self.trainer.estimator.chains.quarantine),
             }
         )
@@ -254,7 +267,9 @@ def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
     logger.info(scaffold.partition.describe(system))
     logger.info(
         "%d slow coordinates, %d of them torsions; %d stereocentres",
-        coordinates.n_features, coordinates.n_circular, len(scaffold.assembly.stereocentres),
+        coordinates.n_features,
+        coordinates.n_circular,
+        len(scaffold.assembly.stereocentres),
     )
     logger.info(engine.description)
 

@@ -102,9 +102,7 @@ class Trainer:
         n_steps: Updates made so far.
     """
 
-    def __init__(
-        self, config: Config, coordinates: Coordinates, flow: CGFlow, estimator: MeanForceEstimator
-    ) -> None:
+    def __init__(self, config: Config, coordinates: Coordinates, flow: CGFlow, estimator: MeanForceEstimator) -> None:
         self.config, self.coordinates, self.flow, self.estimator = config, coordinates, flow, estimator
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.training.learning_rate)

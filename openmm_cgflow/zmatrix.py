@@ -138,7 +138,8 @@ def _finish(graph: nx.Graph, atoms: list[int], references: dict[int, tuple[int, 
     rows = [references[atom] for atom in atoms]
     improper = [c >= 0 and graph.has_edge(a, c) for a, _, c in rows]
     rotatable = [
-        c >= 0 and not sibling and frozenset((a, b)) in bridges for (a, b, c), sibling in zip(rows, improper, strict=True)
+        c >= 0 and not sibling and frozenset((a, b)) in bridges
+        for (a, b, c), sibling in zip(rows, improper, strict=True)
     ]
     return ZMatrix(
         np.array(atoms, dtype=np.int64),

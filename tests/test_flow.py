@@ -216,6 +216,17 @@ def test_all_pairs_of_features_can_depend_on_each_other(block, generator):
     assert (seen > 0).all()
 
 
+@pytest.mark.parametrize(("n", "n_layers"), [(2, 2), (3, 4), (4, 4), (11, 8), (15, 8)])
+def test_every_pair_of_features_meets_in_one_layer(n, n_layers):
+    """For each pair some layer moves the one given the other, both ways; and no layer moves everything or nothing."""
+    flow = CGFlow(n, n, BOUND, n_layers, 4, (4,))
+    for block in (flow.torsions, flow.bounded):
+        masks = torch.stack([layer.mask for layer in block])
+        given = (masks[:, :, None] & ~masks[:, None, :]).any(0)
+        assert torch.equal(given, ~torch.eye(n, dtype=torch.bool))
+        assert masks.any(1).all() and (~masks).any(1).all()
+
+
 def test_bounded_features_depend_on_torsions_and_not_the_other_way(generator):
     flow = make(2, 2)
     point = flow.draw_base(1, generator)[0]

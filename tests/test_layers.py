@@ -10,7 +10,7 @@ import openmm_cgflow
 _NEURAL, _MOLECULAR = {"torch", "zuko"}, {"openmm", "parmed"}
 _FLOW_SIDE = ["coordinates", "internal", "flow", "tempering", "harmonic", "assembly", "meanforce", "training"]
 _WORKER_SIDE = ["system", "loaders", "sanitize", "topology", "partition", "zmatrix"]
-_WORKER_SIDE += ["platforms", "replicas", "contexts", "lattice", "replicate", "errors", "units", "config"]
+_WORKER_SIDE += ["platforms", "chain", "replicas", "contexts", "lattice", "replicate", "errors", "units", "config"]
 
 # What a module must not import itself.
 _DIRECT = {

@@ -12,10 +12,20 @@ from openmm_cgflow.export import read_colvar
 from openmm_cgflow.rundir import RunDirectory
 
 TINY = (
-    "sampler.n_replicas=16", "sampler.n_pool_steps=50", "sampler.n_workers=1", "sampler.platform=Reference",
-    "tempering.schedule=adaptive", "tempering.start=600", "training.n_steps_first=4", "training.n_steps=3",
-    "training.n_steps_last=4", "flow.n_layers=2", "flow.hidden_features=[16]", "sampling.n_samples=24",
-    "sampling.n_equilibration=10", "training.checkpoint_interval=1000",
+    "sampler.n_replicas=16",
+    "sampler.n_pool_steps=50",
+    "sampler.n_workers=1",
+    "sampler.platform=Reference",
+    "tempering.schedule=adaptive",
+    "tempering.start=600",
+    "training.n_steps_first=4",
+    "training.n_steps=3",
+    "training.n_steps_last=4",
+    "flow.n_layers=2",
+    "flow.hidden_features=[16]",
+    "sampling.n_samples=24",
+    "sampling.n_equilibration=10",
+    "training.checkpoint_interval=1000",
 )
 
 
@@ -42,8 +52,18 @@ def finished(tiny, tmp_path_factory):
 def test_run_directory_holds_everything(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
-        "config.yaml", "run.log", "metrics.csv", "topology.pdb", "system.xml", "slow_atoms.json", "checkpoints",
-        "models", "samples.dcd", "samples.colvar", "plots", "provenance.json",
+        "config.yaml",
+        "run.log",
+        "metrics.csv",
+        "topology.pdb",
+        "system.xml",
+        "slow_atoms.json",
+        "checkpoints",
+        "models",
+        "samples.dcd",
+        "samples.colvar",
+        "plots",
+        "provenance.json",
     }
     record = json.loads((finished / "provenance.json").read_text())
     assert record["status"] == "finished"

@@ -334,7 +334,10 @@ def test_invalid_replicas_are_reported():
 
 def restart_settings(**values):
     return config(
-        training={"n_steps_first": 6, "n_steps": 3, "n_steps_last": 5, "median_window": 4},
+        training={
+            "n_steps_first": 6, "n_steps": 3, "n_steps_last": 5, "median_window": 4,
+            "clip_factor": 0.9, "skip_factor": 1.5,
+        },
         tempering={"start": 600, "min_ess": 0.97}, **values,
     )
 
@@ -375,6 +378,7 @@ def test_restart_equals_uninterrupted_bit_for_bit(stop):
     straight = restart_trainer()
     expected = advance(straight)
     assert len(straight.temperatures) > 3 and len(expected) > 14
+    assert 0 < sum(row["skipped"] for row in expected) < 8  # the guard has work to do
 
     first = restart_trainer()
     rows = advance(first, stop)
@@ -398,7 +402,7 @@ def test_a_forgotten_part_of_the_state_is_noticed():
     torch.save(first.state_dict(), file)
     fresh = restart_trainer(seed=5).state_dict()
     fresh["optimizer"] = restart_trainer().state_dict()["optimizer"]
-    for part in ("flow", "optimizer", "generator", "estimator", "temperatures", "n_steps", "n_stage_steps"):
+    for part in ("flow", "optimizer", "generator", "estimator", "norms", "temperatures", "n_steps", "n_stage_steps"):
         file.seek(0)
         state = torch.load(file, weights_only=True)
         state[part] = fresh[part]

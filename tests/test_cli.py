@@ -1,0 +1,685 @@
+"""The command: what it does with good input, and that bad input ends in one clear message and exit code 2."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mdtraj
+import numpy as np
+import openmm
+import pytest
+import torch
+import yaml
+from openmm import app
+
+from openmm_cgflow.cli import main
+from openmm_cgflow.config import load_config
+from openmm_cgflow.export import read_colvar
+
+TINY = (
+    "sampler.n_replicas=16", "sampler.n_pool_steps=20", "sampler.n_workers=1", "sampler.platform=Reference",
+    "tempering.start=600", "tempering.schedule=linear", "tempering.n_stages=2", "training.n_steps_first=3",
+    "training.n_steps=2", "training.n_steps_last=3", "flow.n_layers=2", "flow.hidden_features=[16]",
+    "sampling.n_samples=24", "sampling.n_equilibration=10", "training.checkpoint_interval=1000",
+)  # fmt: skip
+HYDROGENS = ("H", "HA", "H1", "H2", "H3", "HB1", "HB2", "HB3")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def butane(systems, folder):
+    """A configuration written by ``init``, with the tiny settings in the file."""
+    file = folder / "butane.yaml"
+    structure, forcefield = systems / "butane" / "butane.pdb", systems / "butane" / "butane.xml"
+    assert main(["init", str(structure), "--forcefield", str(forcefield), "-o", str(file)]) == 0
+    tree = yaml.safe_load(file.read_text())
+    for item in TINY:
+        name, value = item.split("=")
+        section, key = name.split(".")
+        tree[section][key] = yaml.safe_load(value)
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(butane, folder):
+    """A run that must not be changed."""
+    output = folder / "finished"
+    assert main(["train", str(butane), "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A run to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def alanine(systems):
+    return (systems / "alanine_dipeptide" / "alanine_dipeptide.pdb").read_text()
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must end with exit code 2 and one message that has the given words; returns the message."""
+
+    def run(*arguments, says):
+        capsys.readouterr()
+        try:
+            code = main([str(item) for item in arguments])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert len(re.findall(r"^openmm-cgflow( \w+)?: error: ", error, re.MULTILINE)) == 1, error
+        assert "Traceback" not in error
+        for word in says:
+            assert word in error, error
+        return error
+
+    return run
+
+
+def output_of(capsys, *arguments):
+    capsys.readouterr()
+    assert main([str(item) for item in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def configuration(folder, name="molecule.yaml", **settings):
+    """A file with these settings over tiny ones for the sampler."""
+    tree = {"partition": {"slow": "heavy"}, "sampler": {"platform": "Reference", "n_workers": 1}, **settings}
+    path = folder / name
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def peptide(folder, text, forcefield=("amber99sbildn.xml", "amber99_obc.xml"), **settings):
+    (folder / "molecule.pdb").write_text(text)
+    return configuration(folder, system={"structure": "molecule.pdb", "forcefield": list(forcefield)}, **settings)
+
+
+def without(text, *names):
+    lines = [line for line in text.splitlines() if line[12:16].strip() not in names]
+    return "\n".join(line for line in lines if not line.startswith("CONECT")) + "\n"
+
+
+def with_system(folder, systems, change):
+    """Butane with its System as XML after ``change``, which gets the System or makes another from the PDB file."""
+    source = systems / "butane"
+    pdb = app.PDBFile(str(source / "butane.pdb"))
+    system = change(app.ForceField(str(source / "butane.xml")), pdb.topology)
+    (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
+    shutil.copy(source / "butane.pdb", folder)
+    return configuration(folder, system={"structure": "butane.pdb", "system_xml": "system.xml"})
+
+
+# --- what it does -------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_commented_configuration_that_loads(systems, tmp_path, monkeypatch, capsys):
+    source = systems / "alanine_dipeptide"
+    shutil.copy(source / "alanine_dipeptide.pdb", tmp_path / "my molecule.pdb")
+    monkeypatch.chdir(tmp_path)
+    text = output_of(
+        capsys, "init", "my molecule.pdb", "--forcefield", "amber99sbildn.xml", "amber99_obc.xml",
+        "--temperature", "310 K", "-o", "inputs/ala.yaml",
+    )  # fmt: skip
+    config = load_config("inputs/ala.yaml")
+    assert config.temperature == 310.0
+    assert config.partition.slow == "backbone"
+    assert config.system.structure.samefile("my molecule.pdb")
+    assert config.system.forcefield == ["amber99sbildn.xml", "amber99_obc.xml"]
+    written = Path("inputs/ala.yaml").read_text()
+    assert written.count("#") > 20
+    assert "openmm-cgflow init" in written.splitlines()[0]
+    assert "7 slow and 15 fast" in text or "8 slow and 14 fast" in text
+    assert "openmm-cgflow check inputs/ala.yaml" in text
+
+
+def test_init_refuses_to_overwrite(butane, systems, tmp_path, refused, capsys):
+    file = tmp_path / "butane.yaml"
+    file.write_text("mine")
+    arguments = ("init", systems / "butane/butane.pdb", "--forcefield", systems / "butane/butane.xml", "-o", file)
+    refused(*arguments, says=[str(file), "exists", "--overwrite"])
+    assert file.read_text() == "mine"
+    output_of(capsys, *arguments, "--overwrite")
+    assert load_config(file).partition.slow == "heavy"
+
+
+def test_check_reports_and_leaves_nothing_behind(butane, folder, capsys):
+    before = sorted(folder.iterdir())
+    text = output_of(capsys, "check", butane)
+    assert "4 slow and 10 fast atoms" in text
+    assert "dihedral" in text
+    assert "platform Reference" in text
+    assert re.search(r"estimated wall time: \d", text)
+    assert f"openmm-cgflow train {butane}" in text
+    assert sorted(folder.iterdir()) == before
+
+
+def test_info(finished, capsys):
+    text = output_of(capsys, "info", finished)
+    assert "finished" in text.splitlines()[0]
+    for words in ("seed: 2025", "energy evaluations: ", "openmm ", "stage 0: 600.0 K", "stage 1: 300.0 K", "step 6"):
+        assert words in text, text
+    assert str(finished / "samples.dcd") in text
+    assert f"openmm-cgflow sample {finished}" in text
+
+
+def test_a_run_directory_holds_what_is_promised(finished):
+    for name in (
+        "config.yaml", "run.log", "metrics.csv", "topology.pdb", "checkpoints", "models", "samples.dcd",
+        "samples.colvar", "plots/convergence.png", "plots/torsions.png", "provenance.json",
+    ):  # fmt: skip
+        assert (finished / name).exists(), name
+    record = json.loads((finished / "provenance.json").read_text())
+    assert {"versions", "seed", "engine", "energy_evaluations", "wall_time_s"} <= set(record)
+
+
+def test_same_seed_same_files(finished, tmp_path, capsys):
+    def sample(name, seed):
+        output = tmp_path / name / "frames.dcd"
+        text = output_of(capsys, "sample", finished, "-n", 12, "-o", output, "--seed", seed)
+        assert str(output) in text
+        return [path.read_bytes() for path in sorted(output.parent.iterdir())]
+
+    first, again, other = sample("a", 3), sample("b", 3), sample("c", 4)
+    assert len(first) == 3
+    assert first == again
+    assert first != other
+
+
+def test_another_stage_has_another_temperature(finished, tmp_path, capsys):
+    energies = []
+    for stage, temperature in ((0, "600 K"), (1, "300 K")):
+        output = tmp_path / f"{stage}.dcd"
+        text = output_of(capsys, "sample", finished, "-n", 64, "-o", output, "--stage", stage, "--n-equilibration", 60)
+        assert temperature in text
+        energies.append(np.median(read_colvar(output.with_suffix(".colvar"))["energy"]))
+    # 36 vibrations gain kT/2 each from the higher temperature, 45 kJ/mol; half of it is far above the noise.
+    assert energies[0] > energies[1] + 20
+
+
+def test_xtc_is_written_too(finished, tmp_path, capsys):
+    for suffix in (".dcd", ".xtc"):
+        output_of(capsys, "sample", finished, "-n", 5, "-o", tmp_path / f"few{suffix}")
+        shutil.move(tmp_path / "few.topology.pdb", tmp_path / "top.pdb")
+    first, second = (mdtraj.load(str(tmp_path / f"few{s}"), top=str(tmp_path / "top.pdb")) for s in (".dcd", ".xtc"))
+    assert first.n_frames == second.n_frames == 5
+    np.testing.assert_allclose(first.xyz, second.xyz, atol=1e-3)  # xtc rounds
+
+
+def test_max_time_stops_and_the_printed_command_finishes(butane, finished, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "my run"
+    ticks = itertools.count(0.0, 30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+        text = output_of(capsys, "train", butane, "-o", output, "--max-time", "3m")
+    assert "finished" not in text
+    n_rows = len((output / "metrics.csv").read_text().splitlines())
+    assert 2 <= n_rows < 7
+    assert (output / "checkpoints" / "last.pt").exists()
+    command = shlex.split(text.splitlines()[-1])
+    assert command == ["openmm-cgflow", "train", str(butane), "-o", str(output), "--max-time", "3m", "--resume"]
+    assert "stopped" in output_of(capsys, "info", output)
+    assert "finished" in output_of(capsys, *command[1:])
+    for name in ("metrics.csv", "samples.colvar"):
+        assert (output / name).read_text() == (finished / name).read_text()
+    # Resuming a finished run is harmless.
+    before = (output / "metrics.csv").read_bytes()
+    assert "finished" in output_of(capsys, *command[1:])
+    assert (output / "metrics.csv").read_bytes() == before
+
+
+def test_resume_starts_a_run_if_there_is_none(butane, finished, tmp_path, capsys):
+    assert "finished" in output_of(capsys, "train", butane, "-o", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
+
+
+def test_seed_and_settings_and_overwrite(butane, finished, run, capsys):
+    (run / "mine.txt").write_text("kept")
+    output_of(
+        capsys, "train", butane, "-o", run, "--overwrite", "--seed", 1, "--set", "sampling.n_samples=3", "temperature=310 K"
+    )  # fmt: skip
+    config = load_config(run / "config.yaml")
+    assert (config.seed, config.sampling.n_samples, config.temperature) == (1, 3, 310.0)
+    assert len(read_colvar(run / "samples.colvar")["time"]) == 3
+    assert (run / "metrics.csv").read_text() != (finished / "metrics.csv").read_text()
+    assert (run / "mine.txt").read_text() == "kept"
+    assert json.loads((run / "provenance.json").read_text())["seed"] == 1
+
+
+# --- bad input: configuration and molecule, refused by check and by train ------------------------------------------
+
+
+def missing_structure(folder, systems, alanine):
+    return configuration(folder, system={"structure": "nowhere.pdb", "forcefield": ["amber99sbildn.xml"]})
+
+
+def missing_configuration(folder, systems, alanine):
+    return folder / "nowhere.yaml"
+
+
+def directory_as_configuration(folder, systems, alanine):
+    return folder
+
+
+def text_as_configuration(folder, systems, alanine):
+    (folder / "broken.yaml").write_text("system: [unclosed\n")
+    return folder / "broken.yaml"
+
+
+def pdb_as_configuration(folder, systems, alanine):
+    (folder / "molecule.pdb").write_text(alanine)
+    return folder / "molecule.pdb"
+
+
+def empty_configuration(folder, systems, alanine):
+    (folder / "empty.yaml").write_text("# nothing yet\n")
+    return folder / "empty.yaml"
+
+
+def no_system_section(folder, systems, alanine):
+    return configuration(folder)
+
+
+def unknown_force_field(folder, systems, alanine):
+    return peptide(folder, alanine, ["amber99sb-ildn.xml", "amber99_obc.xml"])
+
+
+def missing_hydrogens(folder, systems, alanine):
+    return peptide(folder, without(alanine, *HYDROGENS))
+
+
+def residue_without_template(folder, systems, alanine):
+    return peptide(folder, alanine.replace(" ALA ", " LIG "))
+
+
+def implicit_solvent_alone(folder, systems, alanine):
+    return peptide(folder, alanine, ["implicit/obc2.xml"])
+
+
+def explicit_water(folder, systems, alanine):
+    water = (
+        "HETATM   30  O   HOH A   9      20.000  20.000  20.000  1.00  0.00           O\n"
+        "HETATM   31  H1  HOH A   9      20.957  20.000  20.000  1.00  0.00           H\n"
+        "HETATM   32  H2  HOH A   9      19.760  20.927  20.000  1.00  0.00           H\nEND\n"
+    )
+    return peptide(folder, alanine.replace("END\n", water), ["amber99sbildn.xml", "tip3p.xml"])
+
+
+def periodic_box(folder, systems, alanine):
+    def change(force_field, topology):
+        topology.setUnitCellDimensions(openmm.Vec3(3, 3, 3) * unit.nanometer)
+        return force_field.createSystem(topology, nonbondedMethod=app.PME)
+
+    return with_system(folder, systems, change)
+
+
+def stubborn_constraints(folder, systems, alanine):
+    def change(force_field, topology):
+        system = force_field.createSystem(topology, constraints=app.HBonds)
+        assert system.getNumConstraints() == 10
+        return system
+
+    return with_system(folder, systems, change)
+
+
+def empty_selection(folder, systems, alanine):
+    return peptide(folder, alanine, partition={"slow": "name XX"})
+
+
+def senseless_selection(folder, systems, alanine):
+    return peptide(folder, alanine, partition={"slow": "backbones and"})
+
+
+def disconnected_selection(folder, systems, alanine):
+    return peptide(folder, alanine, partition={"slow": "name CA O CH3"})
+
+
+def everything_selected(folder, systems, alanine):
+    return peptide(folder, alanine, partition={"slow": "all"})
+
+
+def index_out_of_range(folder, systems, alanine):
+    return peptide(folder, alanine, partition={"slow": [0, 1, 400]})
+
+
+def slow_ring(folder, systems, alanine):
+    """Four carbons in a square, a hydrogen on each, held by springs."""
+    square = np.array([[1, 1, 0], [-1, 1, 0], [-1, -1, 0], [1, -1, 0]], dtype=float)
+    bonds = [(0, 1), (1, 2), (2, 3), (3, 0), *((i, i + 4) for i in range(4))]
+    system, springs = openmm.System(), openmm.HarmonicBondForce()
+    for mass in [12.0] * 4 + [1.0] * 4:
+        system.addParticle(mass)
+    for first, second in bonds:
+        springs.addBond(first, second, 0.15, 1e5)
+    system.addForce(springs)
+    (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
+    lines = [
+        f"HETATM{i + 1:5d}  {'CH'[i // 4]}{i % 4}  RNG A   1    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00           {'CH'[i // 4]}"
+        for i, (x, y, z) in enumerate(np.concatenate([0.75 * square, 1.5 * square]))
+    ]
+    lines += [f"CONECT{first + 1:5d}{second + 1:5d}" for first, second in bonds]
+    (folder / "ring.pdb").write_text("\n".join([*lines, "END\n"]))
+    return configuration(folder, system={"structure": "ring.pdb", "system_xml": "system.xml"})
+
+
+def unknown_key(folder, systems, alanine):
+    return peptide(folder, alanine, sampler={"n_replica": 16})
+
+
+def unknown_section(folder, systems, alanine):
+    return peptide(folder, alanine, samplers={"n_replicas": 16})
+
+
+def wrong_unit(folder, systems, alanine):
+    return peptide(folder, alanine, sampler={"timestep": "1 K"})
+
+
+def unknown_unit(folder, systems, alanine):
+    return peptide(folder, alanine, temperature="300 Kelvins")
+
+
+def out_of_range(folder, systems, alanine):
+    return peptide(folder, alanine, temperature="-3 K")
+
+
+def nan_coordinates(folder, systems, alanine):
+    line = next(line for line in alanine.splitlines() if line[12:16].strip() == "CA")
+    return peptide(folder, alanine.replace(line, line[:30] + "     nan" + line[38:]))
+
+
+def overlapping_atoms(folder, systems, alanine):
+    lines = alanine.splitlines()
+    first, second = (next(line for line in lines if line[12:16].strip() == name) for name in ("HB1", "HB2"))
+    return peptide(folder, alanine.replace(second, second[:30] + first[30:54] + second[54:]))
+
+
+def absent_platform(folder, systems, alanine):
+    return peptide(folder, alanine, sampler={"platform": "Cudo", "n_workers": 1})
+
+
+BAD_INPUT = [
+    (missing_structure, ["nowhere.pdb", "no such file"]),
+    (missing_configuration, ["nowhere.yaml", "cannot read", "No such file"]),
+    (directory_as_configuration, ["cannot read the configuration", "directory"]),
+    (text_as_configuration, ["broken.yaml", "not valid YAML", "line 2"]),
+    (pdb_as_configuration, ["molecule.pdb"]),
+    (empty_configuration, ["empty.yaml", "expected a mapping"]),
+    (no_system_section, ["system"]),
+    (unknown_force_field, ["'amber99sb-ildn.xml'", "did you mean amber99sbildn.xml"]),
+    (missing_hydrogens, ["molecule.pdb", "hydrogens are missing", "ALA2", "pdbfixer", "addHydrogens"]),
+    (residue_without_template, ["molecule.pdb", "no template for LIG2", "system_xml"]),
+    (implicit_solvent_alone, ["implicit/obc2.xml", "no residue templates", "add a protein force field"]),
+    (explicit_water, ["molecule.pdb", "1 HOH", "not supported yet", "implicit"]),
+    (periodic_box, ["butane.pdb", "NonbondedForce", "not supported yet", "NoCutoff"]),
+    (stubborn_constraints, ["butane.pdb", "constraints that cannot be removed", "BUT1:C1-BUT1:H11", "constraints=None"]),
+    (empty_selection, ["'name XX'", "no atom is selected"]),
+    (senseless_selection, ["'backbones and'", "MDTraj", "backbone, heavy"]),
+    (disconnected_selection, ["'name CA O CH3'", "not bonded", "ALA2:CA", "add the atoms between"]),
+    (everything_selected, ["'all'", "all 22 atoms", "at least one must stay fast"]),
+    (index_out_of_range, ["400", "0 to 21"]),
+    (slow_ring, ["ring", "[0, 1, 2, 3]", "leave at least one atom"]),
+    (unknown_key, ["molecule.yaml", "sampler.n_replica: unknown key", "did you mean 'n_replicas'?"]),
+    (unknown_section, ["samplers: unknown key", "did you mean 'sampler'?"]),
+    (wrong_unit, ["sampler.timestep", "'1 K'", "quantity in ps"]),
+    (unknown_unit, ["temperature", "'300 Kelvins'", "quantity in K"]),
+    (out_of_range, ["temperature", "greater than 0"]),
+    (nan_coordinates, ["molecule.pdb", "ALA2:CA", "not finite", "rebuild"]),
+    (overlapping_atoms, ["molecule.pdb", "ALA2:HB1", "ALA2:HB2", "overlap", "minimise"]),
+    (absent_platform, ["sampler.platform", "'Cudo'", "available: Reference", "'CUDA'"]),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), BAD_INPUT, ids=[make.__name__ for make, _ in BAD_INPUT])
+def test_bad_input(make, words, tmp_path, systems, alanine, refused):
+    file = make(tmp_path, systems, alanine)
+    output = tmp_path / "run"
+    refused("train", file, "-o", output, says=words)
+    assert not output.exists()
+    refused("check", file, says=words)
+
+
+def test_init_refuses_bad_molecules(tmp_path, alanine, refused):
+    (tmp_path / "bare.pdb").write_text(without(alanine, *HYDROGENS))
+    (tmp_path / "good.pdb").write_text(alanine)
+    output = ("-o", tmp_path / "new.yaml")
+    fields = ("--forcefield", "amber99sbildn.xml", "amber99_obc.xml")
+    refused("init", tmp_path / "bare.pdb", *fields, *output, says=["bare.pdb", "hydrogens are missing", "pdbfixer"])
+    refused("init", tmp_path / "nowhere.pdb", *fields, *output, says=["nowhere.pdb", "no such file"])
+    refused("init", tmp_path / "good.pdb", *output, says=["exactly one of forcefield"])
+    refused("init", tmp_path / "good.pdb", "--forcefield", "amber14-al.xml", *output, says=["amber14-all.xml"])
+    refused("init", tmp_path / "good.pdb", *fields, *output, "--slow", "name XX", says=["name XX", "no atom"])
+    refused("init", tmp_path / "good.pdb", *fields, *output, "--temperature", "hot", says=["--temperature", "'hot'"])
+    assert not (tmp_path / "new.yaml").exists()
+
+
+@pytest.mark.parametrize("where", ["environment", "setting"])
+def test_cuda_asked_for_and_absent(where, butane, tmp_path, monkeypatch, refused):
+    settings = ["--set", f"sampler.platform={'CUDA' if where == 'setting' else 'null'}"]
+    source = "sampler.platform" if where == "setting" else "OPENMM_DEFAULT_PLATFORM"
+    if where == "environment":
+        monkeypatch.setenv("OPENMM_DEFAULT_PLATFORM", "CUDA")
+    monkeypatch.setattr(platforms, "available_platforms", lambda: ["Reference", "CPU"])
+    monkeypatch.setattr(openmm.Platform, "getPluginLoadFailures", staticmethod(lambda: ()))
+    words = [source, "no platform 'CUDA'", "available: Reference, CPU", "No CUDA plugin is installed", "cuda12"]
+    refused("check", butane, *settings, says=words)
+    failure = "Error loading library libOpenMMCUDA.so: libcuda.so.1: cannot open shared object file"
+    monkeypatch.setattr(openmm.Platform, "getPluginLoadFailures", staticmethod(lambda: (failure,)))
+    refused("train", butane, "-o", tmp_path / "run", *settings, says=[source, failure])
+    assert not (tmp_path / "run").exists()
+
+
+# --- bad input: options --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("seed", ["--set seed", "section.key=value"]),
+        ("=3", ["--set =3", "section.key=value"]),
+        ("sampler.n_replica=3", ["sampler.n_replica", "did you mean 'n_replicas'"]),
+        ("sampler.n_replicas=many", ["sampler.n_replicas", "integer"]),
+        ("temperature=1 fs", ["temperature", "'1 fs'", "in K"]),
+        ("temperature.start=3", ["temperature is not a section"]),
+        ("partition.slow=[0, 1", ["partition.slow", "not valid YAML"]),
+        ("sampling=3", ["sampling", "SamplingConfig"]),
+    ],
+)
+def test_bad_settings(setting, words, butane, tmp_path, refused):
+    refused("train", butane, "-o", tmp_path / "run", "--set", setting, says=words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["COMMAND"]),
+        (("trian",), ["trian", "train"]),
+        (("train", "a.yaml"), ["-o/--output"]),
+        (("train", "a.yaml", "-o", "run", "--max-time", "soon"), ["--max-time", "'soon'", "30m"]),
+        (("train", "a.yaml", "-o", "run", "--max-time", "90"), ["--max-time", "'90'", "90s"]),
+        (("train", "a.yaml", "-o", "run", "--seed", "-1"), ["--seed"]),
+        (("train", "a.yaml", "-o", "run", "--resume", "--overwrite"), ["--overwrite", "not allowed with"]),
+        (("sample", "run", "-n", "ten"), ["-n", "'ten'", "whole number"]),
+        (("sample", "run", "--stage", "last"), ["--stage", "'last'", "whole number"]),
+    ],
+)
+def test_bad_options(arguments, words, refused):
+    refused(*arguments, says=words)
+
+
+def test_a_seed_that_is_too_large(butane, tmp_path, refused):
+    refused("train", butane, "-o", tmp_path / "run", "--seed", 2**40, says=["seed", "less than 2147483648"])
+
+
+# --- bad input: run directories -------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_used_run_directory_is_refused(butane, finished, refused):
+    before = files_of(finished)
+    command = f"openmm-cgflow train {butane} -o {finished}"
+    refused(
+        "train", butane, "-o", finished, says=[str(finished), "already", f"{command} --resume", f"{command} --overwrite"]
+    )
+    assert files_of(finished) == before
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
+def test_a_directory_of_something_else_is_never_touched(flags, butane, tmp_path, refused):
+    (tmp_path / "config.yaml").write_text("thesis: true\n")
+    before = files_of(tmp_path)
+    refused("train", butane, "-o", tmp_path, *flags, says=[str(tmp_path), "not a run directory", "choose another"])
+    assert files_of(tmp_path) == before
+
+
+def test_resume_with_another_configuration(butane, run, refused):
+    before = files_of(run)
+    words = [str(run), "another configuration", "flow.n_bins: 8 -> 9", "seed: 2025 -> 7", "original settings"]
+    refused("train", butane, "-o", run, "--resume", "--seed", 7, "--set", "flow.n_bins=9", says=words)
+    assert files_of(run) == before
+
+
+def test_resume_with_another_molecule_in_the_same_files(butane, run, systems, tmp_path, refused):
+    shutil.copy(systems / "butane" / "butane.pdb", tmp_path)
+    text = (systems / "butane" / "butane.xml").read_text()
+    (tmp_path / "butane.xml").write_text(text)
+    tree = yaml.safe_load(butane.read_text())
+    tree["system"] = {"structure": "butane.pdb", "forcefield": ["butane.xml"]}
+    file = configuration(tmp_path, "butane.yaml", **tree)
+    output = tmp_path / "new"
+    assert main(["train", str(file), "-o", str(output), "--set", "sampling.n_samples=0"]) == 0
+    strength = re.search(r'<Bond [^>]*k="([^"]*)"', text).group(1)
+    (tmp_path / "butane.xml").write_text(text.replace(f'k="{strength}"', f'k="{0.9 * float(strength)}"'))
+    words = ["last.pt", "another molecule or force field", "original input files"]
+    refused("train", file, "-o", output, "--resume", says=words)
+
+
+def test_damaged_checkpoints(butane, finished, tmp_path, monkeypatch, refused, capsys):
+    output = tmp_path / "run"
+    for _ in range(2):
+        ticks = itertools.count(0.0, 30.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "time", SimpleNamespace(monotonic=lambda ticks=ticks: next(ticks)))
+            output_of(capsys, "train", butane, "-o", output, "--resume", "--max-time", "1m")
+    last, previous = (output / "checkpoints" / name for name in ("last.pt", "previous.pt"))
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    both = tmp_path / "both"
+    shutil.copytree(output, both)
+    capsys.readouterr()
+    assert main(["train", str(butane), "-o", str(output), "--resume"]) == 0
+    told = capsys.readouterr().err
+    assert re.search(r"checkpoint is damaged.*last\.pt", told)
+    assert re.search(r"continuing from .*previous\.pt", told)
+    assert (output / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
+
+    damaged = both / "checkpoints" / "previous.pt"
+    content = bytearray(previous.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged.write_bytes(content)
+    refused(
+        "train", butane, "-o", both, "--resume",
+        says=["no checkpoint can be read", "last.pt", "previous.pt", "--overwrite"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["below a file", "device", "kernel"])
+def test_output_that_cannot_be_written(place, butane, finished, tmp_path, refused):
+    # Permissions would not do: they do not bind the superuser.
+    (tmp_path / "file").write_text("")
+    root = {"below a file": tmp_path / "file", "device": Path("/dev/null"), "kernel": Path("/proc")}[place]
+    if not root.exists():
+        pytest.skip(f"no {root} here")
+    refused("train", butane, "-o", root / "run", says=[str(root / "run"), "cannot write"])
+    refused("sample", finished, "-n", 1, "-o", root / "new" / "a.dcd", says=[str(root / "new"), "cannot write"])
+    source = load_config(butane).system
+    refused(
+        "init", source.structure, "--forcefield", source.forcefield[0], "-o", root / "new" / "a.yaml",
+        says=[str(root / "new"), "cannot write"],
+    )  # fmt: skip
+
+
+def test_output_that_is_a_file(butane, tmp_path, refused):
+    (tmp_path / "run").write_text("")
+    refused("train", butane, "-o", tmp_path / "run", says=["is a file, expected a directory"])
+    refused("train", butane, "-o", tmp_path / "run", "--overwrite", says=["is a file, expected a directory"])
+
+
+def test_a_full_disk(butane, run, tmp_path, refused):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    output = tmp_path / "new"
+    refused("train", butane, "-o", output, "--resume", "--set", "seed=x", says=["seed"])
+    main(["train", str(butane), "-o", str(output), "--set", "sampling.n_samples=0"])
+    for name in ("metrics.csv",):
+        (output / name).unlink()
+        (output / name).symlink_to("/dev/full")
+
+
+# --- bad input: sampling and telling -------------------------------------------------------------------------------
+
+
+def test_what_is_no_run_cannot_be_sampled(tmp_path, refused):
+    for command in ("sample", "info"):
+        refused(command, tmp_path / "nowhere", says=["nowhere", "no such run directory"])
+        refused(command, tmp_path, says=[str(tmp_path), "not a run directory"])
+        (tmp_path / "file").write_text("")
+        refused(command, tmp_path / "file", says=["file", "no such run directory"])
+
+
+def test_a_run_without_models(run, refused, capsys):
+    shutil.rmtree(run / "models")
+    refused("sample", run, "-o", run / "a.dcd", says=["no tempering stage was finished", "--resume"])
+    assert "sample it" not in output_of(capsys, "info", run)
+
+
+def test_wrong_sampling_options(finished, tmp_path, refused):
+    refused("sample", finished, "--stage", 9, "-o", tmp_path / "a.dcd", says=["no stage 9", "there are 0, 1"])
+    refused("sample", finished, "-n", 0, "-o", tmp_path / "a.dcd", says=["got 0", "at least 1"])
+    refused("sample", finished, "-o", tmp_path / "a.pdb", says=["a.pdb", "'.pdb'", ".dcd or .xtc"])
+    refused("sample", finished, "-o", tmp_path, says=[str(tmp_path)])
+    (tmp_path / "a.dcd").write_text("mine")
+    refused("sample", finished, "-o", tmp_path / "a.dcd", says=["a.dcd", "exists", "--overwrite"])
+    assert (tmp_path / "a.dcd").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.dcd"]
+
+
+@pytest.mark.parametrize(
+    "name", ["models/stage_01.pt", "config.yaml", "topology.pdb", "system.xml", "slow_atoms.json", "provenance.json"]
+)
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_run(name, damage, run, refused):
+    path = run / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    if name == "provenance.json":
+        if damage == "cut":
+            refused("info", run, says=["provenance.json", "not valid JSON"])
+    elif (name, damage) != ("models/stage_01.pt", "gone"):  # the stage before it is sampled then
+        refused("sample", run, "-n", 1, "-o", run / "new.dcd", says=[path.name])
+        assert not (run / "new.dcd").exists()
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
