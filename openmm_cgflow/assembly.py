@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.internal import Placement, signed_volumes
 from openmm_cgflow.zmatrix import ZMatrix
 
@@ -26,6 +27,9 @@ class Assembly(nn.Module):
         fast: Z-matrix of the fast atoms.
         stereocentres: Rows of four neighbours, shape (n_centres, 4).
         positions: Input structure, nm, shape (n_atoms, 3); its handedness is the one to keep.
+
+    Raises:
+        CGFlowError: If a fast atom is to be placed from three atoms on a straight line.
     """
 
     def __init__(
@@ -36,8 +40,20 @@ class Assembly(nn.Module):
         self.placement = Placement(fast, np.array(coordinates.atoms))
         self.register_buffer("to_topology", torch.as_tensor(np.argsort(self.placement.order)))
         self.register_buffer("stereocentres", torch.as_tensor(stereocentres))
+        self._refuse_straight_frames(fast, positions)
         reference = torch.tensor(positions, dtype=torch.float64)
         self.register_buffer("handedness", torch.sign(signed_volumes(reference, self.stereocentres)))
+
+    @staticmethod
+    def _refuse_straight_frames(fast: ZMatrix, positions: np.ndarray) -> None:
+        for atom, row in zip(fast.atoms.tolist(), fast.references.tolist(), strict=True):
+            a, b, c = positions[row]
+            sine = np.linalg.norm(np.cross(a - b, c - b)) / (np.linalg.norm(a - b) * np.linalg.norm(c - b))
+            if sine < 0.1:
+                raise CGFlowError(
+                    f"fast atom {atom} (0-based) hangs on atoms {row}, which lie on a straight line and give it no "
+                    "frame. Groups such as alkynes are not supported among the fast atoms: make them slow up to a bend"
+                )
 
     @property
     def slow(self) -> Sequence[int]:

@@ -266,7 +266,8 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("train", help="train a flow and sample it")
+    # Options in full only: the command that continues a run is made from the words of the one that started it.
+    parser = commands.add_parser("train", allow_abbrev=False, help="train a flow and sample it")
     parser.set_defaults(run=_train)
     _add_settings(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="run directory")

@@ -107,7 +107,7 @@ class SamplerConfig(_Section):
     """Mass of fast hydrogens; configurational averages do not depend on masses."""
     n_pool_steps: int = Field(1000, ge=0)
     """Steps that equilibrate the first pool of fast atoms."""
-    n_relax: int = Field(20, ge=0)
+    n_relax: int = Field(10, ge=0)
     """Capped descent steps; they act on forces above force_cap only."""
     force_cap: float = Field(10000.0, gt=0)
     """kJ/mol/nm, far above thermal forces."""
@@ -147,9 +147,9 @@ class TrainingConfig(_Section):
     """Reverse KL by Adam."""
 
     learning_rate: float = Field(1e-3, gt=0)
-    n_steps_first: int = Field(300, ge=0)
-    n_steps: int = Field(100, ge=0)
-    n_steps_last: int = Field(600, ge=0)
+    n_steps_first: int = Field(200, ge=1)
+    n_steps: int = Field(60, ge=1)
+    n_steps_last: int = Field(400, ge=1)
     clip_factor: float = Field(5.0, gt=0)
     """Gradients are clipped at this multiple of the running median norm."""
     skip_factor: float = Field(10.0, gt=0)
@@ -163,7 +163,7 @@ class SamplingConfig(_Section):
     """The samples that end a training."""
 
     n_samples: int = Field(10000, ge=0)
-    n_equilibration: int = Field(500, ge=0)
+    n_equilibration: int = Field(300, ge=0)
     """Steps of every frame's own chain after its warm start."""
     plots: bool = True
 

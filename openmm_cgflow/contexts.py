@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -36,6 +38,7 @@ __all__ = ["ContextsEngine", "check_structures", "default_workers"]
 
 _CHUNK = 16  # replicas with one seed; a change of it changes every result
 _EVALUATION_CHUNK = 64
+_PARENT_CHECK = 2.0  # s
 
 
 def _run_chunk(chain: Chain, xyz: np.ndarray, schedule: Schedule, entropy: tuple[int, int]) -> tuple[Frames, int]:
@@ -80,7 +83,15 @@ _worker_chain: Chain | None = None
 def _start_worker(system_xml: str, platform: PlatformChoice, dynamics: Dynamics) -> None:
     global _worker_chain
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     _worker_chain = Chain(openmm.XmlSerializer.deserialize(system_xml), platform, dynamics)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this worker when the parent was killed: loky's workers would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK)
+    os._exit(1)
 
 
 def _in_worker(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

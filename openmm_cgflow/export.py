@@ -79,7 +79,10 @@ def write_trajectory(trajectory: mdtraj.Trajectory, path: Path, *, topology: Pat
     with atomic_path(topology) as temporary:
         frames[0].save_pdb(str(temporary))
     with atomic_path(path) as temporary:
-        frames.save(str(temporary))
+        try:
+            frames.save(str(temporary))
+        except (RuntimeError, TypeError) as error:  # what MDTraj's DCD and XTC writers raise where the disk is full
+            raise CGFlowError(f"{path}: cannot write: MDTraj fails to; is the disk full? ({error})") from error
     return topology
 
 

@@ -199,7 +199,7 @@ class FastChains:
         self.quarantine.not_finite += int((~frames.valid).sum())
         self.quarantine.flipped += int((frames.valid & ~same).sum())
         n_invalid = int((~valid).sum())
-        if n_invalid > self.settings.max_invalid * len(z):
+        if n_invalid > self.settings.max_invalid * len(z) or n_invalid == len(z):
             n_flipped = int((frames.valid & ~same).sum())
             raise ReplicaError(
                 f"{n_invalid} of {len(z)} replicas failed at {temperature:.0f} K ({n_flipped} changed their "

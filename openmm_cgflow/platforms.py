@@ -141,7 +141,7 @@ def _fastest(precision: str, seconds_per_step: Callable[[PlatformChoice], float]
         except openmm.OpenMMException as error:
             logger.warning("OpenMM's platform %s cannot be used on this machine: %s", name, error)
             continue
-        timings.append(f"{name} {1e6 * seconds:.0f}")
+        timings.append(f"{name} {1e6 * seconds:.2g}")
         if best is None or seconds * _MARGIN < best_time:
             best, best_time = choice, seconds
     if best is None:

@@ -178,7 +178,7 @@ def frozen_system(molecular_system: Molecule, slow: Sequence[int], hydrogen_mass
     if system.getNumConstraints():
         raise ValueError("got a System with constraints, expected none")
     for force in system.getForces():
-        # With frozen atoms CMMotionRemover silently biases the fast ones (mean energy off by 3.5 kT in a peptide).
+        # With frozen atoms CMMotionRemover silently biases the fast ones: 2 to 4 kT of mean energy in a peptide.
         kind = type(force).__name__
         if kind == "CMMotionRemover" or "Thermostat" in kind or "Barostat" in kind:
             raise ValueError(f"got a System with a {kind}, expected none")

@@ -24,7 +24,7 @@ class _Terms:
 
     Attributes:
         count, getter, adder: Names of the Force's methods.
-        indices: Which of the values that the getter returns are indices, or lists of them: from the first to before the last.
+        indices: Which of the getter's values are indices, or lists of them: from the first to before the last.
         of: The method of the Force that counts what they index; None for particles.
         one_argument: Whether the adder takes all values as one list.
     """
@@ -55,9 +55,7 @@ _COPIED: dict[type[openmm.Force], tuple[_Terms, ...]] = {
     openmm.NonbondedForce: (
         _terms("Particle"),
         _terms("Exception", 2),
-        _Terms(
-            "getNumParticleParameterOffsets", "getParticleParameterOffset", "addParticleParameterOffset", (1, 2)
-        ),
+        _Terms("getNumParticleParameterOffsets", "getParticleParameterOffset", "addParticleParameterOffset", (1, 2)),
         _Terms(
             "getNumExceptionParameterOffsets",
             "getExceptionParameterOffset",

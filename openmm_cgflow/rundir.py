@@ -24,7 +24,7 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files import atomic_path, atomic_write, writing
 from openmm_cgflow.runlog import file_logging, versions
 
-__all__ = ["RunDirectory", "config_differences"]
+__all__ = ["RunDirectory", "config_differences", "load_checked"]
 
 _MARK = "# A run directory of openmm_cgflow.\n"
 # Neither changes what is learned, so a run may be continued with other values.
@@ -174,7 +174,7 @@ class RunDirectory:
             if not path.exists():
                 continue
             try:
-                state = _load_checked(path, load)
+                state = load_checked(path, load)
             except CGFlowError:
                 raise
             except Exception as error:  # a damaged file can make the unpickler raise anything
@@ -289,8 +289,12 @@ def config_differences(old: str, new: str) -> list[str]:
     ]
 
 
-def _load_checked(path: Path, load: Callable[[Path], _T]) -> _T:
-    # torch.save writes zip archives, but torch.load does not compare their checksums.
+def load_checked(path: Path, load: Callable[[Path], _T]) -> _T:
+    """``load(path)`` of what ``torch.save`` wrote, once the checksums hold, which ``torch.load`` does not compare.
+
+    Raises:
+        zipfile.BadZipFile: If a checksum is wrong. Damage can also make ``load`` raise anything.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:

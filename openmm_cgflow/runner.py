@@ -5,18 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from openmm import app, unit
-from tqdm.auto import tqdm
 
 from openmm_cgflow import plots
 from openmm_cgflow.config import Config, dump_config, load_config
@@ -28,14 +22,14 @@ from openmm_cgflow.model import CGModel, Samples, Scaffold, new_flow
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.session import Session
+from openmm_cgflow.statefile import load_model_state, load_state
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.training import Trainer
 
 __all__ = ["load", "save_samples", "train"]
 
 logger = logging.getLogger(__name__)
-
-_FORMAT = 1
 
 
 def train(
@@ -84,7 +78,7 @@ def train(
         run = RunDirectory.create(output, dump_config(config), resume=resume, overwrite=overwrite, source=source)
         stack.enter_context(run.logging())
         if resume:
-            saved = run.load_checkpoint(lambda path: _load_file(path, molecular_system))
+            saved = run.load_checkpoint(lambda path: load_state(path, molecular_system.fingerprint()))
             if saved is None:
                 logger.info("%s: nothing to resume, starting from the beginning", run.path)
         if scaffold is None:
@@ -102,7 +96,7 @@ def train(
         run.truncate_metrics(trainer.n_steps)
         if saved is None:
             _write_inputs(run, scaffold)
-        session = _Session(run, scaffold, trainer, engine, started, max_time, saved["wall_time"] if saved else 0.0)
+        session = Session(run, scaffold, trainer, engine, started, max_time, saved["wall_time"] if saved else 0.0)
         complete = session.train(progress)
         model = session.model()
         if complete:
@@ -132,12 +126,23 @@ def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
         stage = max(names)
     if stage not in names:
         raise CGFlowError(f"{run.path}: no stage {stage}; there are {', '.join(map(str, sorted(names)))}")
-    state = _load_file(names[stage], None)
+    path = names[stage]
+    state = load_model_state(path)
     config = load_config(run.config)
     molecular_system = MolecularSystem.from_files(run.topology, system_xml=run.system_xml)
     molecular_system = dataclasses.replace(molecular_system, positions=state["positions"].numpy())
-    partition = Partition.resolve(molecular_system, json.loads(run.slow_atoms.read_text())["slow"])
-    return CGModel.from_state(state, config, molecular_system, partition)
+    try:
+        slow = json.loads(run.slow_atoms.read_text())["slow"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CGFlowError(f"{run.slow_atoms}: cannot be read, restore it: {type(error).__name__}: {error}") from error
+    partition = Partition.resolve(molecular_system, slow)
+    try:
+        return CGModel.from_state(state, config, molecular_system, partition)
+    except RuntimeError as error:  # torch's, for parameters of other names or shapes
+        raise CGFlowError(
+            f"{path}: does not fit the settings in {run.config}, which must stay as the training wrote them; restore "
+            f"that file. {str(error).splitlines()[0]}"
+        ) from error
 
 
 def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | None = None) -> list[Path]:
@@ -146,118 +151,6 @@ def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | 
     colvar = path.with_suffix(".colvar")
     write_colvar(colvar, colvar_columns(samples, model.coordinates.names))
     return [path, topology, colvar]
-
-
-class _Session:
-    """One process's part of a training: checkpoints, metrics, progress, and stopping in time."""
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        scaffold: Scaffold,
-        trainer: Trainer,
-        engine: ReplicaEngine,
-        started: float,
-        max_time: float | None,
-        earlier: float,
-    ) -> None:
-        self.run, self.scaffold, self.trainer, self.engine = run, scaffold, trainer, engine
-        self.started, self.max_time, self.earlier = started, max_time, earlier
-        self.began = datetime.now(UTC).isoformat(timespec="seconds")
-
-    @property
-    def wall_time(self) -> float:
-        """Seconds of this session and the ones it continues."""
-        return self.earlier + time.monotonic() - self.started
-
-    def train(self, progress: bool | None) -> bool:
-        """Steps to the end; False if stopped before it."""
-        trainer = self.trainer
-        checkpointed = time.monotonic()
-        interval = self.scaffold.config.training.checkpoint_interval
-        self.write_provenance("running")
-        with _stop_requests() as stop, _bar(progress) as bar:
-            while True:
-                while not trainer.stage_done:
-                    row = trainer.step()
-                    self.run.append_metrics(row)
-                    self._show(bar, row)
-                    late = self.max_time is not None and time.monotonic() - self.started > self.max_time
-                    if stop.is_set() or late:
-                        self.save_checkpoint()
-                        return False
-                    if time.monotonic() - checkpointed > interval:
-                        self.save_checkpoint()
-                        checkpointed = time.monotonic()
-                self._save_stage()
-                if trainer.done:
-                    self.save_checkpoint()
-                    return True
-                trainer.next_stage()
-
-    def model(self) -> CGModel:
-        """The flow as it is now."""
-        trainer = self.trainer
-        chains = trainer.estimator.state_dict()["chains"]
-        return CGModel(self.scaffold, trainer.flow, trainer.temperatures, chains["pool"])
-
-    def save_checkpoint(self) -> None:
-        state = {
-            "format": _FORMAT,
-            "fingerprint": self.scaffold.molecular_system.fingerprint(),
-            "scaffold": self.scaffold.saved_arrays(),
-            "trainer": self.trainer.state_dict(),
-            "wall_time": self.wall_time,
-        }
-        self.run.save_checkpoint(lambda path: torch.save(state, path))
-
-    def _save_stage(self) -> None:
-        trainer = self.trainer
-        with atomic_path(self.run.models / f"stage_{trainer.stage:02d}.pt") as path:
-            torch.save({"format": _FORMAT, **self.model().state()}, path)
-        logger.info(
-            "stage %d finished: %.1f K, %d steps, %.3g energy evaluations, %.0f s",
-            trainer.stage,
-            trainer.temperature,
-            trainer.n_steps,
-            trainer.estimator.n_energy_evaluations,
-            self.wall_time,
-        )
-        counts = trainer.estimator.chains.quarantine
-        if counts.not_finite or counts.flipped:
-            logger.info(
-                "quarantined so far: %d diverged and %d changed handedness, of %d replicas",
-                counts.not_finite,
-                counts.flipped,
-                counts.total,
-            )
-
-    def _show(self, bar: tqdm, row: dict[str, float]) -> None:
-        text = f"stage {row['stage']} {row['temperature']:.0f} K, residual {row['residual']:.2f} (noise {row['noise']:.2f})"
-        bar.total = self.trainer.n_steps - self.trainer.n_stage_steps + self.trainer.stage_length
-        bar.n = self.trainer.n_steps
-        bar.set_description(text, refresh=False)
-        bar.update(0)
-        if bar.disable and self.trainer.n_steps % 20 == 0:
-            logger.info("step %d: %s, %.0f s", row["step"], text, self.wall_time)
-
-    def write_provenance(self, status: str) -> None:
-        config = self.scaffold.config
-        self.run.write_provenance(
-            {
-                "status": status,
-                "started": self.began,
-                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-                "wall_time_s": round(self.wall_time, 1),
-                "engine": self.engine.description,
-                "seed": config.seed,
-                "fingerprint": self.scaffold.molecular_system.fingerprint(),
-                "n_steps": self.trainer.n_steps,
-                "temperatures_K": self.trainer.temperatures,
-                "energy_evaluations": self.trainer.estimator.n_energy_evaluations,
-                "quarantine": vars(self.trainer.estimator.chains.quarantine),
-            }
-        )
 
 
 def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
@@ -308,41 +201,3 @@ def _plot_samples(run: RunDirectory, model: CGModel, samples: Samples) -> None:
     if n:
         names = [name.removeprefix("dihedral ") for name in model.coordinates.names[:n]]
         plots.save(plots.torsion_marginals(names, samples.z[:, :n]), run.plots / "torsions.png")
-
-
-def _load_file(path: Path, molecular_system: MolecularSystem | None) -> dict[str, Any]:
-    state = torch.load(path, weights_only=True)
-    if state.get("format") != _FORMAT:
-        raise CGFlowError(f"{path}: written by another version of openmm-cgflow (format {state.get('format')})")
-    if molecular_system is not None and state["fingerprint"] != molecular_system.fingerprint():
-        raise CGFlowError(
-            f"{path}: belongs to another molecule or force field than the one that was loaded now. Restore the "
-            "original input files, or start a new run in another directory"
-        )
-    return state
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set an event instead of ending the process; a second one ends it."""
-    stop = threading.Event()
-
-    def request(number: int, _: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        logger.warning("%s: stopping after this step", signal.Signals(number).name)
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _bar(progress: bool | None) -> tqdm:
-    return tqdm(disable=None if progress is None else not progress, unit="step", dynamic_ncols=True)

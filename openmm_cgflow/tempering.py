@@ -67,7 +67,9 @@ def start_temperature(settings: TemperingConfig, target: float) -> float:
 def next_temperature(
     settings: TemperingConfig, current: float, target: float, energy: Tensor, energy_variance: Tensor
 ) -> float:
-    """Temperature of the stage after the one at ``current``; never past the target, and at least one part in 200 lower.
+    """Temperature of the stage after the one at ``current``; never past the target.
+
+    Adaptive steps raise beta by one part in 200 at least, but for the last.
 
     Arguments:
         settings: The ``tempering`` section.
@@ -85,8 +87,8 @@ def next_temperature(
     else:
         step = _largest_step(settings, beta_target - beta, energy, energy_variance)
         step = max(step, 0.005 * beta)
-    # A last step much shorter than the others would be wasted: 2 % of the target is as good as there.
-    if beta + step >= 0.98 * beta_target:
+    # A last step a tenth longer than allowed is better than a stage for the rest.
+    if beta_target - beta <= 1.1 * step:
         return target
     return current * beta / (beta + step)
 

@@ -1,9 +1,19 @@
 """The command: what it does with good input, and that bad input ends in one clear message and exit code 2."""
 
+import itertools
 import json
+import os
 import re
+import resource
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mdtraj
 import numpy as np
@@ -11,8 +21,9 @@ import openmm
 import pytest
 import torch
 import yaml
-from openmm import app
+from openmm import app, unit
 
+from openmm_cgflow import __version__, platforms, runner
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import load_config
 from openmm_cgflow.export import read_colvar
@@ -147,7 +158,7 @@ def test_init_writes_a_commented_configuration_that_loads(systems, tmp_path, mon
     written = Path("inputs/ala.yaml").read_text()
     assert written.count("#") > 20
     assert "openmm-cgflow init" in written.splitlines()[0]
-    assert "7 slow and 15 fast" in text or "8 slow and 14 fast" in text
+    assert "7 slow and 15 fast" in text
     assert "openmm-cgflow check inputs/ala.yaml" in text
 
 
@@ -625,15 +636,26 @@ def test_output_that_is_a_file(butane, tmp_path, refused):
     refused("train", butane, "-o", tmp_path / "run", "--overwrite", says=["is a file, expected a directory"])
 
 
-def test_a_full_disk(butane, run, tmp_path, refused):
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    output = tmp_path / "new"
-    refused("train", butane, "-o", output, "--resume", "--set", "seed=x", says=["seed"])
-    main(["train", str(butane), "-o", str(output), "--set", "sampling.n_samples=0"])
-    for name in ("metrics.csv",):
-        (output / name).unlink()
-        (output / name).symlink_to("/dev/full")
+@pytest.fixture
+def small_files():
+    """Lets files grow to a number of bytes only: what a full disk or a quota does, as far as a program can tell."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Between the sizes of the files: every limit stops another writer.
+@pytest.mark.parametrize(("limit", "name"), [(5_000, "system.xml"), (20_000, "stage_00.pt"), (60_000, "last.pt")])
+def test_a_full_disk_while_training(limit, name, butane, tmp_path, small_files, refused):
+    small_files(limit)
+    refused("train", butane, "-o", tmp_path / "run", says=[name, "cannot write"])
+
+
+@pytest.mark.parametrize("suffix", ["dcd", "xtc"])
+def test_a_full_disk_while_sampling(suffix, finished, tmp_path, small_files, refused):
+    small_files(4_000)
+    refused("sample", finished, "-n", 100, "-o", tmp_path / f"a.{suffix}", says=[f"a.{suffix}", "cannot write"])
+    assert not list(tmp_path.glob(f"*.{suffix}"))
 
 
 # --- bad input: sampling and telling -------------------------------------------------------------------------------
@@ -683,3 +705,97 @@ def test_a_damaged_run(name, damage, run, refused):
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
+
+
+def command(*arguments, **settings):
+    """Runs ``python -m openmm_cgflow`` to its end."""
+    words = [sys.executable, "-m", "openmm_cgflow", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, **settings)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["sample", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    heavy = ("torch", "openmm", "mdtraj", "numpy", "pydantic", "yaml", "matplotlib")
+    code = (
+        "import sys; from openmm_cgflow.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        f"loaded = set(sys.modules) & set({heavy}); assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("openmm-cgflow " + __version__ if "--version" in arguments else "usage: openmm-cgflow")
+
+
+def test_exit_codes_of_the_process(tmp_path):
+    done = command("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"openmm-cgflow {__version__}")
+    done = command("check", tmp_path / "nowhere.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("openmm-cgflow: error: ")
+    assert "nowhere.yaml" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_installed_command(tmp_path):
+    script = Path(sysconfig.get_path("scripts")) / "openmm-cgflow"
+    if not script.exists():
+        pytest.skip("the package is not installed in this environment")
+    done = subprocess.run([script, "info", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "not a run directory" in done.stderr
+
+
+def test_an_unexpected_error_keeps_its_traceback(tmp_path):
+    code = (
+        "import runpy, sys, openmm_cgflow.cli as cli\n"
+        "def fail(options): return 1 // 0\n"
+        "cli._info = fail\n"
+        "runpy.run_module('openmm_cgflow', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "n_workers", "to_group"), [(signal.SIGTERM, 1, False), (signal.SIGINT, 2, True)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, to_group, butane, tmp_path, capsys):
+    """SIGINT reaches the worker processes too, as Ctrl-C on a terminal does."""
+    output = tmp_path / "run"
+    words = ["train", str(butane), "-o", str(output), "--set", "training.n_steps_first=120", "sampling.n_samples=5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openmm_cgflow", *words, f"sampler.n_workers={n_workers}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        metrics = output / "metrics.csv"
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.005)
+        assert process.poll() is None, process.communicate()
+        if to_group:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, error
+    assert "Traceback" not in error
+    assert f"{signal.Signals(number).name}: stopping" in error
+    printed = shlex.split(out.splitlines()[-1])
+    assert printed == ["openmm-cgflow", *words, f"sampler.n_workers={n_workers}", "--resume"]
+    assert json.loads((output / "provenance.json").read_text())["status"] == "stopped"
+    n_rows = len(metrics.read_text().splitlines()) - 1
+    assert 1 <= n_rows < 120
+    assert (output / "checkpoints" / "last.pt").exists()
+    # One process from here on: the number of workers does not change the run.
+    assert "finished" in output_of(capsys, *printed[1:-2], "sampler.n_workers=1", "--resume")
+    assert f"continuing from {output / 'checkpoints' / 'last.pt'}" in (output / "run.log").read_text()
+    assert len(metrics.read_text().splitlines()) == 1 + 120 + 3

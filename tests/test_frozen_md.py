@@ -1,4 +1,4 @@
-"""Chains of the fast atoms against long frozen-slow MD, which shares no code, time step, masses or friction with them."""
+"""Chains of the fast atoms against long frozen-slow MD, sharing no code, time step, masses or friction."""
 
 import numpy as np
 import openmm

@@ -299,7 +299,8 @@ ELEMENTS = ["C", "C", "C", "C", "H", "F"]
 
 
 def settings(**values):
-    return SamplerConfig(**{"n_pool_steps": 500, "n_equilibration": 7, "n_frames": 3, "stride": 2, **values})
+    numbers = {"n_pool_steps": 500, "n_relax": 11, "n_equilibration": 7, "n_frames": 3, "stride": 2, "max_invalid": 0.2}
+    return SamplerConfig(**{**numbers, **values})
 
 
 def chains(engine=None, seed=5, **values):
@@ -328,7 +329,7 @@ def test_the_first_call_equilibrates_a_pool():
     frames = go(sampler, z, 450.0)
     pool, call = engine.calls
     assert (pool["n_equilibration"], pool["n_frames"], pool["temperature"]) == (500, 1, 450.0)
-    assert (call["n_equilibration"], call["n_frames"], call["stride"], call["n_relax"]) == (7, 3, 2, 20)
+    assert (call["n_equilibration"], call["n_frames"], call["stride"], call["n_relax"]) == (7, 3, 2, 11)
     assert frames.xyz.shape == (6, 3, 6, 3) and frames.energy.shape == (6, 3)
     go(sampler, z)
     assert len(engine.calls) == 3  # once
@@ -527,4 +528,4 @@ def test_the_whole_estimator_on_the_quadratic_bath(estimator):
     assert abs(float(away)) < 4
     spread = ((found.energy - energy).square().mean() / found.energy_variance.mean()).sqrt()
     assert float(spread) == pytest.approx(1, abs=0.1)
-    assert force.n_energy_evaluations == 1500 * (200 + 500 + 1) + 1500 * (20 + 7 + 3 * 2)
+    assert force.n_energy_evaluations == 1500 * (200 + 500 + 1) + 1500 * (11 + 7 + 3 * 2)

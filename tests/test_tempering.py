@@ -70,7 +70,7 @@ def test_noise_of_the_energies_is_not_taken_for_spread():
     corrected, naive = log_weights(noisy, variance, 0.05), log_weights(noisy, torch.zeros(1), 0.05)
     assert float(corrected.std() / clean.std()) == pytest.approx(1, rel=0.03)
     assert float(naive.std() / clean.std()) > 1.4
-    ladder = settings(start=1200)
+    ladder = settings(start=1200, min_ess=0.7)
     steps = [
         next_temperature(ladder, 1200, TARGET, *pair) for pair in ((energy, NONE), (noisy, variance), (noisy, NONE))
     ]
@@ -120,7 +120,7 @@ def test_every_ladder_falls_and_ends_at_the_target_exactly(values):
 def test_extreme_energies_still_end_at_the_target(energy):
     ladder = ladder_of(settings(start=1200), lambda t: energy * skewed(50))
     assert ladder[-1] == TARGET
-    assert all(thermal_beta(cold) >= 1.0049 * thermal_beta(hot) for hot, cold in pairwise(ladder))
+    assert all(thermal_beta(cold) >= 1.0049 * thermal_beta(hot) for hot, cold in pairwise(ladder[:-1]))
 
 
 @pytest.mark.parametrize(("criterion", "bound"), [("ess", 0.7), ("kl", 0.2)])

@@ -1,0 +1,90 @@
+"""Replica-steps per second of the two engines, in one run on one machine.
+
+    python benchmarks/engines.py systems/alanine_dipeptide/alanine_dipeptide.yaml
+    python benchmarks/engines.py molecule.pdb --forcefield amber99sbildn.xml amber99_obc.xml --platform CUDA
+
+Every engine makes the same call as a training step: ``sampler.n_replicas`` chains of equilibration and frames from the
+input structure. Calls of the engines alternate, so that a busy machine slows all of them; the fastest call counts. The
+lattice engine's frames are evaluated in single Contexts, which is part of its time.
+"""
+
+import argparse
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from openmm_cgflow import MolecularSystem, Partition, load_config
+from openmm_cgflow.config import PartitionConfig, SamplerConfig
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.replicas import ReplicaEngine, create_engine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("molecule", type=Path, help="configuration (.yaml) or structure (with --forcefield)")
+    parser.add_argument("--forcefield", nargs="+", default=[])
+    parser.add_argument("--slow", help="selection of the slow atoms; by default the configuration's, or backbone")
+    parser.add_argument("--platform", help="OpenMM platform; by default the fastest one")
+    parser.add_argument("--n-replicas", type=int, help="by default the configuration's")
+    parser.add_argument("--n-calls", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to compare")
+    arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except CGFlowError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.molecule.suffix in (".yaml", ".yml"):
+        config = load_config(arguments.molecule)
+        system, selection, sampler = config.system, config.partition.slow, config.sampler
+        molecule = MolecularSystem.from_files(system)
+    else:
+        molecule = MolecularSystem.from_files(arguments.molecule, arguments.forcefield)
+        selection, sampler = PartitionConfig().slow, SamplerConfig()
+    slow = Partition.resolve(molecule, arguments.slow or selection).slow
+    changes = {"platform": arguments.platform or sampler.platform, "n_replicas": arguments.n_replicas}
+    sampler = sampler.model_copy(update={key: value for key, value in changes.items() if value})
+    variants = {f"contexts, {n} worker(s)": {"engine": "contexts", "n_workers": n} for n in arguments.workers}
+    variants["lattice"] = {"engine": "lattice", "n_workers": arguments.workers[-1]}
+    with ExitStack() as stack:
+        engines = {}
+        for name, update in variants.items():
+            engines[name] = stack.enter_context(create_engine(molecule, slow, sampler.model_copy(update=update)))
+            print(f"{name}: {engines[name].description}", flush=True)
+        xyz = np.repeat(molecule.positions[None], sampler.n_replicas, axis=0)
+        for engine in engines.values():
+            call(engine, xyz, sampler, seed=0)  # starts workers, compiles kernels
+        seconds = {name: [] for name in engines}
+        for seed in range(1, 1 + arguments.n_calls):
+            for name, engine in engines.items():
+                seconds[name].append(call(engine, xyz, sampler, seed))
+    n_steps = sampler.n_replicas * (sampler.n_relax + sampler.n_equilibration + sampler.n_frames * sampler.stride)
+    slowest = max(min(times) for times in seconds.values())
+    print(
+        f"\n{molecule.n_atoms} atoms, {sampler.n_replicas} replicas\n\n{'engine':24}{'replica-steps/s':>18}{'ratio':>8}"
+    )
+    for name, times in seconds.items():
+        print(f"{name:24}{n_steps / min(times):18.0f}{slowest / min(times):8.2f}")
+
+
+def call(engine: ReplicaEngine, xyz: np.ndarray, sampler: SamplerConfig, seed: int) -> float:
+    """Seconds of one training step's chains."""
+    start = time.perf_counter()
+    engine.run(
+        xyz,
+        300.0,
+        n_relax=sampler.n_relax,
+        n_equilibration=sampler.n_equilibration,
+        n_frames=sampler.n_frames,
+        stride=sampler.stride,
+        seed=seed,
+    )
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""One process's part of a training: steps, checkpoints, metrics, progress, and stopping in time."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from openmm_cgflow.files import atomic_path
+from openmm_cgflow.model import CGModel, Scaffold
+from openmm_cgflow.replicas import ReplicaEngine
+from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.statefile import save_state
+from openmm_cgflow.training import Trainer
+
+__all__ = ["Session"]
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Runs a trainer in a run directory.
+
+    Arguments:
+        run: Where everything is written.
+        scaffold: What the trainer's model is built on.
+        trainer: Stepped to its end.
+        engine: For its description.
+        started: ``time.monotonic()`` when this process began the run.
+        max_time: Seconds after ``started`` to stop at, or None.
+        earlier: Seconds that earlier sessions of this run took.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        scaffold: Scaffold,
+        trainer: Trainer,
+        engine: ReplicaEngine,
+        started: float,
+        max_time: float | None,
+        earlier: float,
+    ) -> None:
+        self.run, self.scaffold, self.trainer, self.engine = run, scaffold, trainer, engine
+        self.started, self.max_time, self.earlier = started, max_time, earlier
+        self.began = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def wall_time(self) -> float:
+        """Seconds of this session and the ones it continues."""
+        return self.earlier + time.monotonic() - self.started
+
+    def train(self, progress: bool | None) -> bool:
+        """Steps to the end; False if stopped before it."""
+        trainer = self.trainer
+        checkpointed = time.monotonic()
+        interval = self.scaffold.config.training.checkpoint_interval
+        self.write_provenance("running")
+        with _stop_requests() as stop, _bar(progress) as bar:
+            while True:
+                while not trainer.stage_done:
+                    row = trainer.step()
+                    self.run.append_metrics(row)
+                    self._show(bar, row)
+                    late = self.max_time is not None and time.monotonic() - self.started > self.max_time
+                    if stop.is_set() or late:
+                        self.save_checkpoint()
+                        return False
+                    if time.monotonic() - checkpointed > interval:
+                        self.save_checkpoint()
+                        checkpointed = time.monotonic()
+                self._save_stage()
+                if trainer.done:
+                    self.save_checkpoint()
+                    return True
+                trainer.next_stage()
+
+    def model(self) -> CGModel:
+        """The flow as it is now."""
+        trainer = self.trainer
+        chains = trainer.estimator.state_dict()["chains"]
+        return CGModel(self.scaffold, trainer.flow, trainer.temperatures, chains["pool"])
+
+    def save_checkpoint(self) -> None:
+        state = {
+            "fingerprint": self.scaffold.molecular_system.fingerprint(),
+            "scaffold": self.scaffold.saved_arrays(),
+            "trainer": self.trainer.state_dict(),
+            "wall_time": self.wall_time,
+        }
+        self.run.save_checkpoint(lambda path: save_state(state, path))
+
+    def _save_stage(self) -> None:
+        trainer = self.trainer
+        with atomic_path(self.run.models / f"stage_{trainer.stage:02d}.pt") as path:
+            save_state(self.model().state(), path)
+        logger.info(
+            "stage %d finished: %.1f K, %d steps, %.3g energy evaluations, %.0f s",
+            trainer.stage,
+            trainer.temperature,
+            trainer.n_steps,
+            trainer.estimator.n_energy_evaluations,
+            self.wall_time,
+        )
+        counts = trainer.estimator.chains.quarantine
+        if counts.not_finite or counts.flipped:
+            logger.info(
+                "quarantined so far: %d diverged and %d changed handedness, of %d replicas",
+                counts.not_finite,
+                counts.flipped,
+                counts.total,
+            )
+
+    def _show(self, bar: tqdm, row: dict[str, float]) -> None:
+        text = f"stage {row['stage']} {row['temperature']:.0f} K"
+        text += f", residual {row['residual']:.2f} (noise {row['noise']:.2f})"
+        bar.total = self.trainer.n_steps - self.trainer.n_stage_steps + self.trainer.stage_length
+        bar.n = self.trainer.n_steps
+        bar.set_description(text, refresh=False)
+        bar.update(0)
+        if bar.disable and self.trainer.n_steps % 20 == 0:
+            logger.info("step %d: %s, %.0f s", row["step"], text, self.wall_time)
+
+    def write_provenance(self, status: str) -> None:
+        config = self.scaffold.config
+        self.run.write_provenance(
+            {
+                "status": status,
+                "started": self.began,
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "wall_time_s": round(self.wall_time, 1),
+                "engine": self.engine.description,
+                "seed": config.seed,
+                "fingerprint": self.scaffold.molecular_system.fingerprint(),
+                "n_steps": self.trainer.n_steps,
+                "temperatures_K": self.trainer.temperatures,
+                "energy_evaluations": self.trainer.estimator.n_energy_evaluations,
+                "quarantine": vars(self.trainer.estimator.chains.quarantine),
+            }
+        )
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set an event instead of ending the process; a second one ends it."""
+    stop = threading.Event()
+
+    def request(number: int, _: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        logger.warning("%s: stopping after this step", signal.Signals(number).name)
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bar(progress: bool | None) -> tqdm:
+    return tqdm(disable=None if progress is None else not progress, unit="step", dynamic_ncols=True)
