@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("molecule", type=Path, help="configuration (.yaml) or structure (with --forcefield)")
     parser.add_argument("--forcefield", nargs="+", default=[])
     parser.add_argument("--slow", help="selection of the slow atoms; by default the configuration's, or backbone")
-    parser.add_argument("--platform", help="OpenMM platform; by default the fastest one")
+    parser.add_argument("--platform", default="Reference", help="OpenMM platform; by default Reference")
     parser.add_argument("--n-replicas", type=int, help="by default the configuration's")
     parser.add_argument("--n-calls", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to compare")
@@ -40,14 +40,16 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.molecule.suffix in (".yaml", ".yml"):
         config = load_config(arguments.molecule)
-        system, selection, sampler = config.system, config.partition.slow, config.sampler
-        molecule = MolecularSystem.from_files(system)
+        if config.system is None:
+            raise CGFlowError(f"{arguments.molecule}: the configuration has no system section")
+        selection, sampler = config.partition.slow, config.sampler
+        molecule = MolecularSystem.from_files(config.system)
     else:
         molecule = MolecularSystem.from_files(arguments.molecule, arguments.forcefield)
         selection, sampler = PartitionConfig().slow, SamplerConfig()
     slow = Partition.resolve(molecule, arguments.slow or selection).slow
-    changes = {"platform": arguments.platform or sampler.platform, "n_replicas": arguments.n_replicas}
-    sampler = sampler.model_copy(update={key: value for key, value in changes.items() if value})
+    n_replicas = arguments.n_replicas or sampler.n_replicas
+    sampler = sampler.model_copy(update={"platform": arguments.platform, "n_replicas": n_replicas})
     variants = {f"contexts, {n} worker(s)": {"engine": "contexts", "n_workers": n} for n in arguments.workers}
     variants["lattice"] = {"engine": "lattice", "n_workers": arguments.workers[-1]}
     with ExitStack() as stack:
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         xyz = np.repeat(molecule.positions[None], sampler.n_replicas, axis=0)
         for engine in engines.values():
             call(engine, xyz, sampler, seed=0)  # starts workers, compiles kernels
-        seconds = {name: [] for name in engines}
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
         for seed in range(1, 1 + arguments.n_calls):
             for name, engine in engines.items():
                 seconds[name].append(call(engine, xyz, sampler, seed))

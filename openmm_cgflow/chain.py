@@ -11,7 +11,7 @@ from openmm import unit
 
 from openmm_cgflow.platforms import PlatformChoice
 
-__all__ = ["Chain", "Dynamics", "Frames", "Schedule", "clear", "derive_seed", "is_divergence", "state_arrays"]
+__all__ = ["Chain", "Dynamics", "Frames", "Schedule", "clear", "is_divergence", "state_arrays"]
 
 _DESCENT, _LANGEVIN = 0, 1
 _FORCE_UNIT = unit.kilojoule_per_mole / unit.nanometer
@@ -51,11 +51,6 @@ class Dynamics:
     timestep: float
     friction: float
     force_cap: float
-
-
-def derive_seed(*entropy: int) -> int:
-    """A seed for OpenMM from a tuple of integers; never 0, which OpenMM replaces by a seed of its own."""
-    return 1 + int(np.random.SeedSequence(entropy).generate_state(1)[0]) % (2**31 - 2)
 
 
 class Chain:

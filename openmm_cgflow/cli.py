@@ -126,7 +126,10 @@ def _train(options: argparse.Namespace) -> int:
     from openmm_cgflow.rundir import RunDirectory
 
     run = RunDirectory(options.output)
-    run.check_free(resume=options.resume, overwrite=options.overwrite, source=str(options.file))
+    chosen = [] if options.seed is None else ["--seed", str(options.seed)]
+    chosen += ["--set", *options.settings] if options.settings else []
+    source = shlex.join([str(options.file), *chosen])
+    run.check_free(resume=options.resume, overwrite=options.overwrite, source=source)
     config = _load(options)
     from openmm_cgflow.runner import train
 
@@ -136,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         max_time=options.max_time,
-        source=str(options.file),
+        source=source,
     )
     if run.read_provenance().get("status") == "stopped":
         words = [word for word in options.words if word not in ("--resume", "--overwrite")]
@@ -174,8 +177,12 @@ def _info(options: argparse.Namespace) -> int:
     record = run.read_provenance()
     print(f"{run.path}: {record.get('status', 'not started')}")
     for key, label in (
-        ("started", "last started"), ("ended", "last ended"), ("wall_time_s", "wall time (s)"), ("seed", "seed"),
-        ("engine", "engine"), ("energy_evaluations", "energy evaluations"),
+        ("started", "last started"),
+        ("ended", "last ended"),
+        ("wall_time_s", "wall time (s)"),
+        ("seed", "seed"),
+        ("engine", "engine"),
+        ("energy_evaluations", "energy evaluations"),
     ):
         if key in record:
             print(f"{label}: {record[key]}")
@@ -200,7 +207,10 @@ def _load(options: argparse.Namespace) -> Config:
     from openmm_cgflow.config import load_config
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
-    return load_config(options.file, [*options.settings, *seed])
+    config = load_config(options.file, [*options.settings, *seed])
+    if config.system is None:
+        raise CGFlowError(f"{options.file}: no section 'system'; `{_PROGRAM} init` writes a file that has all it needs")
+    return config
 
 
 def _quoted(path: Path) -> str:
@@ -283,7 +293,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.yaml")
     parser.add_argument("--seed", type=_count, metavar="N", help="overrides the configuration's seed")
     parser.add_argument(
-        "--set", dest="settings", nargs="+", action="extend", default=[], metavar="section.key=value",
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="section.key=value",
         help="override settings, such as sampler.n_replicas=128 'training.checkpoint_interval=30 s'",
     )
 
@@ -294,7 +309,11 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN")
     parser.add_argument("-n", type=_count, default=1000, metavar="N", help="structures (default: %(default)s)")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("samples.dcd"), metavar="FILE",
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("samples.dcd"),
+        metavar="FILE",
         help=".dcd or .xtc; a topology PDB and a COLVAR table go beside it (default: %(default)s)",
     )
     parser.add_argument("--stage", type=_count, metavar="K", help="tempering stage, 0 the hottest (default: the last)")

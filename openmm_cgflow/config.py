@@ -56,9 +56,7 @@ class SystemConfig(_Section):
     def _one_energy(self) -> Self:
         given = [bool(self.forcefield), self.topology is not None, self.system_xml is not None]
         if sum(given) != 1:
-            raise ValueError(
-                "give exactly one of forcefield (XML names), topology (prmtop, top or psf) and system_xml"
-            )
+            raise ValueError("give exactly one of forcefield (XML names), topology (prmtop, top or psf) and system_xml")
         if self.implicit_solvent is not None and self.topology is None:
             raise ValueError("implicit_solvent goes with topology; with XML force fields add e.g. implicit/obc2.xml")
         return self

@@ -27,12 +27,12 @@ from openmm_cgflow.chain import (
     Frames,
     Schedule,
     clear,
-    derive_seed,
     is_divergence,
     state_arrays,
 )
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.platforms import PlatformChoice
+from openmm_cgflow.seeds import derive_seed
 
 __all__ = ["ContextsEngine", "check_structures", "default_workers"]
 
@@ -122,6 +122,7 @@ class ContextsEngine:
         n_workers: int,
     ) -> None:
         self.n_energy_evaluations = 0
+        self.platform = platform
         self.description = f"contexts engine, {n_workers} worker(s), platform {platform}"
         self._template = template
         self._chain: Chain | None = None

@@ -20,6 +20,11 @@ from zuko.transforms import ComposedTransform, CouplingTransform, MonotonicRQSTr
 __all__ = ["CGFlow", "SplineCoupling"]
 
 
+# Of one layer's spline. Steeper or flatter ones make a density so rough that its score, which the path gradient uses,
+# grows without bound during training; a stack of layers reaches all contrasts that molecules need.
+_SMALLEST_SLOPE = 0.1
+
+
 class _CircularRotation(Transform):
     """Rotation of the circle [-pi, pi)."""
 
@@ -86,7 +91,7 @@ class SplineCoupling(LazyTransform):
                     inputs = torch.cat((inputs, c), dim=-1)
                 parameters = self.conditioner(inputs).unflatten(-1, self.moved_shape)
             widths, heights, derivatives, *rotation = parameters.split(self.sizes, dim=-1)
-            spline = MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound)
+            spline = MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound, slope=_SMALLEST_SLOPE)
             if not self.circular:
                 return spline
             return ComposedTransform(spline, _CircularRotation(rotation[0].squeeze(-1)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import networkx as nx
 import numpy as np
 import openmm
 
@@ -17,13 +17,13 @@ from openmm_cgflow.chain import (
     Frames,
     Schedule,
     clear,
-    derive_seed,
     is_divergence,
     state_arrays,
 )
 from openmm_cgflow.contexts import ContextsEngine, check_structures
 from openmm_cgflow.platforms import PlatformChoice
 from openmm_cgflow.replicate import NotReplicableError, check_copies, replicate_system
+from openmm_cgflow.seeds import derive_seed
 
 __all__ = ["Lattice", "LatticeEngine", "plan_lattice"]
 
@@ -91,23 +91,13 @@ def plan_lattice(
 
 
 def _path_lengths(positions: np.ndarray, bonds: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Upper bounds of all distances in nm, ``(n_atoms, n_atoms)``, infinite where no path connects (Dijkstra)."""
-    n_atoms = len(positions)
-    neighbours: list[list[tuple[int, float]]] = [[] for _ in range(n_atoms)]
-    for i, j in bonds:
-        length = _STRETCH * float(np.linalg.norm(positions[i] - positions[j]))
-        neighbours[i].append((j, length))
-        neighbours[j].append((i, length))
-    lengths = np.full((n_atoms, n_atoms), np.inf)
-    for source in range(n_atoms):
-        queue = [(0.0, source)]
-        while queue:
-            distance, atom = heapq.heappop(queue)
-            if distance >= lengths[source, atom]:
-                continue
-            lengths[source, atom] = distance
-            for other, length in neighbours[atom]:
-                heapq.heappush(queue, (distance + length, other))
+    """Upper bounds of all distances in nm, ``(n_atoms, n_atoms)``, infinite where no path connects."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(positions)))
+    graph.add_weighted_edges_from((i, j, _STRETCH * np.linalg.norm(positions[i] - positions[j])) for i, j in bonds)
+    lengths = np.full((len(positions), len(positions)), np.inf)
+    for source, reached in nx.all_pairs_dijkstra_path_length(graph):
+        lengths[source, list(reached)] = list(reached.values())
     return lengths
 
 
@@ -146,6 +136,7 @@ class LatticeEngine:
         self._contexts = contexts
         self._chain: Chain | None = Chain(lattice.system, platform, dynamics)
         self._n_copy_steps = 0
+        self.platform = platform
         self.description = (
             f"lattice engine, {len(lattice.sites)} replicas at once, platform {platform}; "
             f"frames evaluated by: {contexts.description}"

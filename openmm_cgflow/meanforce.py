@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openmm_cgflow.assembly import Assembly
 from openmm_cgflow.errors import ReplicaError
+from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "MeanForce",
     "MeanForceEstimator",
     "MolecularMeanForce",
-    "derive_seed",
 ]
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,6 @@ class Quarantine:
     total: int = 0
     not_finite: int = 0
     flipped: int = 0
-
-
-def derive_seed(*entropy: int) -> int:
-    """One 31-bit seed from the configuration's seed, a purpose and counters."""
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0] & 0x7FFFFFFF)
 
 
 class FastChains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from openmm_cgflow.coordinates import CartesianCoordinates, Coordinates, Interna
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.harmonic import Evaluate, HarmonicReference
-from openmm_cgflow.meanforce import FastChains, derive_seed
+from openmm_cgflow.meanforce import FastChains
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
+from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.tempering import start_temperature
 from openmm_cgflow.units import thermal_beta
@@ -242,8 +244,10 @@ class CGModel:
                 config.sampling.n_equilibration if n_equilibration is None else n_equilibration,
             )
 
-    def sample_with(self, engine: ReplicaEngine, n: int, seed: int, n_equilibration: int) -> Samples:
-        """:meth:`sample` on an engine that is there already."""
+    def sample_with(
+        self, engine: ReplicaEngine, n: int, seed: int, n_equilibration: int, stop: threading.Event | None = None
+    ) -> Samples:
+        """:meth:`sample` on an engine that is there already; ``KeyboardInterrupt`` once ``stop`` is set."""
         if n < 1:
             raise CGFlowError(f"number of samples: got {n}, expected at least 1")
         chains = self.scaffold.chains(engine)
@@ -252,6 +256,8 @@ class CGModel:
         kept: list[tuple[Tensor, ...]] = []
         n_kept = batch = n_rejected = 0
         while n_kept < n:
+            if stop is not None and stop.is_set():
+                raise KeyboardInterrupt
             batch += 1
             z, log_q = self.flow.sample(self.scaffold.config.sampler.n_replicas, generator)
             frames = chains.run(z, self.temperature, n_equilibration, 1, 1, derive_seed(seed, 7, batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -93,7 +94,9 @@ def _select(molecular_system: MolecularSystem, selection: str) -> list[int]:
     try:
         chosen = molecular_system.mdtraj_topology.select(selection)
     except Exception as error:  # MDTraj's parser and its compiled filters raise many unrelated types
-        reason = str(error).strip().splitlines()
+        # MDTraj's parser first lists everything that it knows.
+        found = re.search(r"found (.*?)\s+\(at char \d+\)", str(error))
+        reason = [f"unexpected {found.group(1)}"] if found else str(error).strip().splitlines()
         short = reason[0][:200] if reason else type(error).__name__
         raise CGFlowError(
             f"slow atoms '{selection}': neither a preset (backbone, heavy) nor an MDTraj selection such as "
@@ -170,7 +173,10 @@ def _cap(residue: Any, amino: set[int], neighbours: list[list[int]], elements: l
 def _check(molecular_system: MolecularSystem, slow: list[int], name: str) -> None:
     n_atoms = molecular_system.n_atoms
     if not slow:
-        raise CGFlowError(f"{name}: no atom is selected")
+        raise CGFlowError(
+            f"{name}: no atom is selected; compare the names with those in the structure, or use a preset, "
+            "backbone or heavy"
+        )
     if len(slow) == n_atoms:
         raise CGFlowError(f"{name}: all {n_atoms} atoms are selected; at least one must stay fast")
     position = {atom: k for k, atom in enumerate(slow)}

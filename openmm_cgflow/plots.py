@@ -118,7 +118,11 @@ def free_energy_map(
 
 
 def ramachandran(
-    phi: np.ndarray, psi: np.ndarray, *, weights: np.ndarray | None = None, temperature: float | None = None,
+    phi: np.ndarray,
+    psi: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    temperature: float | None = None,
     title: str = "",
 ) -> Figure:
     """Free energy of φ and ψ in kT.
@@ -141,15 +145,17 @@ def ramachandran(
     label = "free energy (kT)" if temperature is None else f"free energy (kT at {temperature:g} K)"
     figure.colorbar(mesh, ax=axis, label=label)
     axis.set(
-        xlabel="φ (degrees)", ylabel="ψ (degrees)", xticks=_TICKS, yticks=_TICKS, aspect="equal",
+        xlabel="φ (degrees)",
+        ylabel="ψ (degrees)",
+        xticks=_TICKS,
+        yticks=_TICKS,
+        aspect="equal",
         title=" ".join(part for part in (title, f"({len(phi)} samples)") if part),
     )
     return figure
 
 
-def torsion_marginals(
-    names: Sequence[str], values: np.ndarray, *, weights: np.ndarray | None = None
-) -> Figure:
+def torsion_marginals(names: Sequence[str], values: np.ndarray, *, weights: np.ndarray | None = None) -> Figure:
     """The density of each torsion.
 
     Arguments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -23,7 +24,7 @@ __all__ = ["Frames", "Molecule", "ReplicaEngine", "create_engine", "frozen_syste
 
 logger = logging.getLogger(__name__)
 
-_PROBE_STEPS = 100
+_PROBE_SECONDS = 0.02
 # Up to here a molecule's energy is cheaper on one core than the launches of a GPU's kernels.
 _SMALL = 150
 
@@ -49,12 +50,15 @@ class ReplicaEngine(Protocol):
             integration step (descent or Langevin) is 1, the forces and energy of a frame are 1, an ``evaluate`` of a
             structure is 1.
         description: One line for the log: engine, platform and how it was chosen, workers or replicas.
+        platform: Where the chains run.
     """
 
     @property
     def n_energy_evaluations(self) -> int: ...
     @property
     def description(self) -> str: ...
+    @property
+    def platform(self) -> PlatformChoice: ...
 
     def run(
         self,
@@ -139,11 +143,12 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
         return settings.n_workers or (1 if platform.is_gpu else default_workers())
 
     def seconds_per_step(platform: PlatformChoice) -> float:
+        tiny = replace(dynamics, timestep=1e-6)  # a bad input structure must not explode here
         plan = plan_for(platform)
         if isinstance(plan, Lattice):
             start = np.concatenate([template - template.mean(axis=0) + site for site in plan.sites])
-            return _time_step(Chain(plan.system, platform, dynamics), start) / len(plan.sites)
-        return _time_step(Chain(system, platform, dynamics), template) / n_workers(platform)
+            return _time_step(Chain(plan.system, platform, tiny), start) / len(plan.sites)
+        return _time_step(Chain(system, platform, tiny), template) / n_workers(platform)
 
     platform = choose_platform(settings.platform, settings.precision, seconds_per_step)
     plan = plan_for(platform)
@@ -205,13 +210,20 @@ def _keep_weights(force: openmm.CustomCentroidBondForce, system: openmm.System) 
 
 
 def _time_step(chain: Chain, start: np.ndarray) -> float:
-    """Seconds per Langevin step, the fastest of three short runs."""
+    """Seconds per Langevin step: the fastest of three runs of at least ``_PROBE_SECONDS``, or one if that is long."""
     chain.reseed(1, 300.0)
-    chain.run(start, Schedule(300.0, 10, 10, 1, 1), 1, evaluate=False)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        chain.step(_PROBE_STEPS)
-        chain.positions()  # GPU platforms run behind; this waits for them
-        times.append(time.perf_counter() - begin)
-    return min(times) / _PROBE_STEPS
+    chain.run(start, Schedule(300.0, 1, 1, 1, 1), 1, evaluate=False)
+    n_steps, elapsed = 1, 0.0
+    while elapsed < _PROBE_SECONDS:
+        n_steps *= 2
+        elapsed = _seconds(chain, n_steps)
+    if elapsed < 10 * _PROBE_SECONDS:
+        elapsed = min(elapsed, _seconds(chain, n_steps), _seconds(chain, n_steps))
+    return elapsed / n_steps
+
+
+def _seconds(chain: Chain, n_steps: int) -> float:
+    begin = time.perf_counter()
+    chain.step(n_steps)
+    chain.positions()  # GPU platforms run behind; this waits for them
+    return time.perf_counter() - begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,16 +14,17 @@ from typing import Any
 from openmm import app, unit
 
 from openmm_cgflow import plots
-from openmm_cgflow.config import Config, dump_config, load_config
+from openmm_cgflow.config import Config, SamplerConfig, dump_config, load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.export import colvar_columns, peptide_torsions, write_colvar, write_trajectory
 from openmm_cgflow.files import atomic_path, atomic_write
 from openmm_cgflow.meanforce import MolecularMeanForce
 from openmm_cgflow.model import CGModel, Samples, Scaffold, new_flow
 from openmm_cgflow.partition import Partition
+from openmm_cgflow.platforms import available_platforms
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.rundir import RunDirectory
-from openmm_cgflow.session import Session
+from openmm_cgflow.session import Session, stop_requests
 from openmm_cgflow.statefile import load_model_state, load_state
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.training import Trainer
@@ -70,20 +72,20 @@ def train(
         molecular_system = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecular_system, config.partition.slow)
     with ExitStack() as stack:
-        engine = stack.enter_context(create_engine(molecular_system, partition.slow, config.sampler))
         saved: dict[str, Any] | None = None
-        scaffold: Scaffold | None = None
-        if not resume:  # whatever can be wrong with the input is found before the directory is touched
-            scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate)
-        run = RunDirectory.create(output, dump_config(config), resume=resume, overwrite=overwrite, source=source)
-        stack.enter_context(run.logging())
         if resume:
+            run = RunDirectory.create(output, dump_config(config), resume=True, source=source)
+            stack.enter_context(run.logging())
             saved = run.load_checkpoint(lambda path: load_state(path, molecular_system.fingerprint()))
             if saved is None:
                 logger.info("%s: nothing to resume, starting from the beginning", run.path)
-        if scaffold is None:
-            arrays = saved["scaffold"] if saved else None
-            scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
+        settings = config.sampler if saved is None else _same_platform(config.sampler, saved["platform"])
+        engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
+        arrays = saved["scaffold"] if saved else None
+        scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
+        if not resume:  # whatever can be wrong with the input was found before the directory is touched
+            run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
+            stack.enter_context(run.logging())
         _describe(scaffold, engine)
         trainer = Trainer(
             config,
@@ -97,10 +99,11 @@ def train(
         if saved is None:
             _write_inputs(run, scaffold)
         session = Session(run, scaffold, trainer, engine, started, max_time, saved["wall_time"] if saved else 0.0)
-        complete = session.train(progress)
-        model = session.model()
-        if complete:
-            _finish(run, model, engine, config)
+        with stop_requests() as stop:
+            complete = session.train(progress, stop)
+            model = session.model()
+            if complete:
+                complete = _finish(run, model, engine, config, stop)
         session.write_provenance("finished" if complete else "stopped")
         if not complete:
             logger.info("stopped after step %d; continue with --resume", trainer.n_steps)
@@ -153,6 +156,14 @@ def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | 
     return [path, topology, colvar]
 
 
+def _same_platform(settings: SamplerConfig, platform: str) -> SamplerConfig:
+    """Settings that continue on the platform of the checkpoint: another timing probe could choose another one."""
+    if settings.platform is None and platform not in available_platforms():
+        logger.warning("the run was on the platform %s, which is not here: not bitwise equal", platform)
+        return settings
+    return settings.model_copy(update={"platform": settings.platform or platform})
+
+
 def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
     system, coordinates = scaffold.molecular_system, scaffold.assembly.coordinates
     for note in system.notes:
@@ -175,17 +186,23 @@ def _write_inputs(run: RunDirectory, scaffold: Scaffold) -> None:
     atomic_write(run.slow_atoms, json.dumps(scaffold.partition.to_json(system), indent=2) + "\n")
 
 
-def _finish(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config) -> None:
+def _finish(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config, stop: threading.Event) -> bool:
+    """Samples and plots of a finished training; False if stopped before their end."""
     if config.sampling.plots:
         plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")
     if config.sampling.n_samples == 0:
-        return
+        return True
     logger.info("sampling %d structures at %.1f K", config.sampling.n_samples, model.temperature)
-    samples = model.sample_with(engine, config.sampling.n_samples, config.seed, config.sampling.n_equilibration)
+    n_equilibration = config.sampling.n_equilibration
+    try:
+        samples = model.sample_with(engine, config.sampling.n_samples, config.seed, n_equilibration, stop)
+    except KeyboardInterrupt:
+        return False
     paths = save_samples(model, samples, run.samples, run.path / "samples.pdb")
     logger.info("wrote %s", ", ".join(map(str, paths)))
     if config.sampling.plots:
         _plot_samples(run, model, samples)
+    return True
 
 
 def _plot_samples(run: RunDirectory, model: CGModel, samples: Samples) -> None:

@@ -20,7 +20,7 @@ from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.statefile import save_state
 from openmm_cgflow.training import Trainer
 
-__all__ = ["Session"]
+__all__ = ["Session", "stop_requests"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ class Session:
         """Seconds of this session and the ones it continues."""
         return self.earlier + time.monotonic() - self.started
 
-    def train(self, progress: bool | None) -> bool:
-        """Steps to the end; False if stopped before it."""
+    def train(self, progress: bool | None, stop: threading.Event) -> bool:
+        """Steps to the end; False if ``stop`` was set, or the time was up, before it."""
         trainer = self.trainer
         checkpointed = time.monotonic()
         interval = self.scaffold.config.training.checkpoint_interval
         self.write_provenance("running")
-        with _stop_requests() as stop, _bar(progress) as bar:
+        with _bar(progress) as bar:
             while True:
                 while not trainer.stage_done:
                     row = trainer.step()
@@ -93,6 +93,7 @@ class Session:
             "fingerprint": self.scaffold.molecular_system.fingerprint(),
             "scaffold": self.scaffold.saved_arrays(),
             "trainer": self.trainer.state_dict(),
+            "platform": self.engine.platform.name,
             "wall_time": self.wall_time,
         }
         self.run.save_checkpoint(lambda path: save_state(state, path))
@@ -148,14 +149,14 @@ class Session:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """SIGINT and SIGTERM set an event instead of ending the process; a second one ends it."""
     stop = threading.Event()
 
     def request(number: int, _: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
-        logger.warning("%s: stopping after this step", signal.Signals(number).name)
+        logger.warning("%s: stopping as soon as everything is safe", signal.Signals(number).name)
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():

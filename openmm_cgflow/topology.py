@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import networkx as nx
 from openmm import app
 
 from openmm_cgflow.errors import CGFlowError
@@ -42,21 +43,10 @@ def _residue(atom: app.topology.Atom) -> str:
 
 def connected_components(n_atoms: int, bonds: Iterable[tuple[int, int]]) -> list[list[int]]:
     """Sorted atom indices of each connected part, in order of their first atoms."""
-    parent = list(range(n_atoms))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for first, second in bonds:
-        low, high = sorted((root(first), root(second)))
-        parent[high] = low
-    parts: dict[int, list[int]] = {}
-    for i in range(n_atoms):
-        parts.setdefault(root(i), []).append(i)
-    return list(parts.values())
+    graph = nx.Graph()
+    graph.add_nodes_from(range(n_atoms))
+    graph.add_edges_from(bonds)
+    return sorted(sorted(part) for part in nx.connected_components(graph))
 
 
 def refuse_explicit_solvent(topology: app.Topology, source: str) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ import torch
 import yaml
 from openmm import app, unit
 
-from openmm_cgflow import __version__, platforms, runner
+from openmm_cgflow import __version__, platforms, runner, session
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import load_config
 from openmm_cgflow.export import read_colvar
@@ -109,6 +110,17 @@ def output_of(capsys, *arguments):
     capsys.readouterr()
     assert main([str(item) for item in arguments]) == 0
     return capsys.readouterr().out
+
+
+@contextmanager
+def half_a_minute_each(monkeypatch):
+    """Every look at the clock takes 30 s, so a step does."""
+    ticks = itertools.count(0.0, 30.0)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks))
+    with monkeypatch.context() as patch:
+        for module in (runner, session):
+            patch.setattr(module, "time", clock)
+        yield
 
 
 def configuration(folder, name="molecule.yaml", **settings):
@@ -237,13 +249,11 @@ def test_xtc_is_written_too(finished, tmp_path, capsys):
 
 def test_max_time_stops_and_the_printed_command_finishes(butane, finished, tmp_path, monkeypatch, capsys):
     output = tmp_path / "my run"
-    ticks = itertools.count(0.0, 30.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    with half_a_minute_each(monkeypatch):
         text = output_of(capsys, "train", butane, "-o", output, "--max-time", "3m")
     assert "finished" not in text
     n_rows = len((output / "metrics.csv").read_text().splitlines())
-    assert 2 <= n_rows < 7
+    assert 3 <= n_rows < 7
     assert (output / "checkpoints" / "last.pt").exists()
     command = shlex.split(text.splitlines()[-1])
     assert command == ["openmm-cgflow", "train", str(butane), "-o", str(output), "--max-time", "3m", "--resume"]
@@ -265,7 +275,8 @@ def test_resume_starts_a_run_if_there_is_none(butane, finished, tmp_path, capsys
 def test_seed_and_settings_and_overwrite(butane, finished, run, capsys):
     (run / "mine.txt").write_text("kept")
     output_of(
-        capsys, "train", butane, "-o", run, "--overwrite", "--seed", 1, "--set", "sampling.n_samples=3", "temperature=310 K"
+        capsys, "train", butane, "-o", run, "--overwrite", "--seed", 1,
+        "--set", "sampling.n_samples=3", "temperature=310 K",
     )  # fmt: skip
     config = load_config(run / "config.yaml")
     assert (config.seed, config.sampling.n_samples, config.temperature) == (1, 3, 310.0)
@@ -383,8 +394,10 @@ def slow_ring(folder, systems, alanine):
     system.addForce(springs)
     (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
     lines = [
-        f"HETATM{i + 1:5d}  {'CH'[i // 4]}{i % 4}  RNG A   1    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00           {'CH'[i // 4]}"
-        for i, (x, y, z) in enumerate(np.concatenate([0.75 * square, 1.5 * square]))
+        f"HETATM{i + 1:5d}  {name}{i % 4}  RNG A   1    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00           {name}"
+        for i, (name, (x, y, z)) in enumerate(
+            zip("CCCCHHHH", np.concatenate([0.75 * square, 1.5 * square]), strict=True)
+        )
     ]
     lines += [f"CONECT{first + 1:5d}{second + 1:5d}" for first, second in bonds]
     (folder / "ring.pdb").write_text("\n".join([*lines, "END\n"]))
@@ -431,18 +444,18 @@ BAD_INPUT = [
     (missing_configuration, ["nowhere.yaml", "cannot read", "No such file"]),
     (directory_as_configuration, ["cannot read the configuration", "directory"]),
     (text_as_configuration, ["broken.yaml", "not valid YAML", "line 2"]),
-    (pdb_as_configuration, ["molecule.pdb"]),
+    (pdb_as_configuration, ["molecule.pdb", "expected a mapping of settings"]),
     (empty_configuration, ["empty.yaml", "expected a mapping"]),
-    (no_system_section, ["system"]),
+    (no_system_section, ["molecule.yaml", "no section 'system'", "openmm-cgflow init"]),
     (unknown_force_field, ["'amber99sb-ildn.xml'", "did you mean amber99sbildn.xml"]),
     (missing_hydrogens, ["molecule.pdb", "hydrogens are missing", "ALA2", "pdbfixer", "addHydrogens"]),
     (residue_without_template, ["molecule.pdb", "no template for LIG2", "system_xml"]),
     (implicit_solvent_alone, ["implicit/obc2.xml", "no residue templates", "add a protein force field"]),
     (explicit_water, ["molecule.pdb", "1 HOH", "not supported yet", "implicit"]),
     (periodic_box, ["butane.pdb", "NonbondedForce", "not supported yet", "NoCutoff"]),
-    (stubborn_constraints, ["butane.pdb", "constraints that cannot be removed", "BUT1:C1-BUT1:H11", "constraints=None"]),
-    (empty_selection, ["'name XX'", "no atom is selected"]),
-    (senseless_selection, ["'backbones and'", "MDTraj", "backbone, heavy"]),
+    (stubborn_constraints, ["constraints that cannot be removed", "BUT1:C1-BUT1:H11", "constraints=None"]),
+    (empty_selection, ["slow atoms 'name XX'", "no atom is selected", "backbone or heavy"]),
+    (senseless_selection, ["slow atoms 'backbones and'", "MDTraj", "backbone, heavy", "unexpected end of text"]),
     (disconnected_selection, ["'name CA O CH3'", "not bonded", "ALA2:CA", "add the atoms between"]),
     (everything_selected, ["'all'", "all 22 atoms", "at least one must stay fast"]),
     (index_out_of_range, ["400", "0 to 21"]),
@@ -549,10 +562,8 @@ def files_of(folder):
 
 def test_a_used_run_directory_is_refused(butane, finished, refused):
     before = files_of(finished)
-    command = f"openmm-cgflow train {butane} -o {finished}"
-    refused(
-        "train", butane, "-o", finished, says=[str(finished), "already", f"{command} --resume", f"{command} --overwrite"]
-    )
+    again = f"openmm-cgflow train {butane} -o {finished}"
+    refused("train", butane, "-o", finished, says=["already holds a run", f"{again} --resume", f"{again} --overwrite"])
     assert files_of(finished) == before
 
 
@@ -589,9 +600,7 @@ def test_resume_with_another_molecule_in_the_same_files(butane, run, systems, tm
 def test_damaged_checkpoints(butane, finished, tmp_path, monkeypatch, refused, capsys):
     output = tmp_path / "run"
     for _ in range(2):
-        ticks = itertools.count(0.0, 30.0)
-        with monkeypatch.context() as patch:
-            patch.setattr(runner, "time", SimpleNamespace(monotonic=lambda ticks=ticks: next(ticks)))
+        with half_a_minute_each(monkeypatch):
             output_of(capsys, "train", butane, "-o", output, "--resume", "--max-time", "1m")
     last, previous = (output / "checkpoints" / name for name in ("last.pt", "previous.pt"))
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
@@ -724,7 +733,7 @@ def test_help_imports_nothing_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("openmm-cgflow " + __version__ if "--version" in arguments else "usage: openmm-cgflow")
+    assert done.stdout.startswith("openmm-cgflow " if "--version" in arguments else "usage: openmm-cgflow ")
 
 
 def test_exit_codes_of_the_process(tmp_path):
@@ -762,7 +771,9 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "n_workers", "to_group"), [(signal.SIGTERM, 1, False), (signal.SIGINT, 2, True)], ids=["SIGTERM", "SIGINT"]
+    ("number", "n_workers", "to_group"),
+    [(signal.SIGTERM, 1, False), (signal.SIGINT, 2, True)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, to_group, butane, tmp_path, capsys):
     """SIGINT reaches the worker processes too, as Ctrl-C on a terminal does."""

@@ -12,10 +12,10 @@ from openmm_cgflow.meanforce import (
     FastChains,
     Frames,
     MolecularMeanForce,
-    derive_seed,
     frame_gradients,
     mean_and_variance,
 )
+from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0

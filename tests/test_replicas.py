@@ -9,15 +9,16 @@ import numpy as np
 import openmm
 import pytest
 from openmm import unit
-from toys import HarmonicBath, make_toy, n_sigma
+from toys import HarmonicBath, make_toy
 
-from openmm_cgflow.chain import Chain, Dynamics, Schedule, derive_seed
+from openmm_cgflow.chain import Chain, Dynamics, Schedule
 from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.contexts import ContextsEngine
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import platform_choice
 from openmm_cgflow.replicas import create_engine, frozen_system
+from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.system import MolecularSystem
 
 LONG = {"n_relax": 5, "n_equilibration": 150, "n_frames": 8, "stride": 40}
@@ -79,70 +80,6 @@ def test_masses_do_not_matter(bath):
 def peptide(systems):
     folder = systems / "alanine_dipeptide"
     return MolecularSystem.from_files(folder / "alanine_dipeptide.pdb", ["amber99sbildn.xml", "amber99_obc.xml"])
-
-
-@pytest.mark.slow
-def test_peptide_agrees_with_long_frozen_dynamics(peptide):
-    """Mean energy and fast-atom distances against plain MD of the same System, which a CMMotionRemover would bias."""
-    slow = list(Partition.resolve(peptide, "backbone").slow)
-    observe = _observables(peptide, slow)
-    reference = observe(*_plain_dynamics(peptide, slow))
-    assert n_sigma(*_against(reference, observe(*_engine_frames(peptide, slow, remover=False)))) < 4.0
-    biased = _against(reference, observe(*_engine_frames(peptide, slow, remover=True)))
-    assert n_sigma(*biased) > 8.0
-
-
-def _engine_frames(peptide, slow, remover):
-    system = frozen_system(peptide, slow, 4.0)
-    if remover:
-        system.addForce(openmm.CMMotionRemover())
-    dynamics = Dynamics(timestep=0.001, friction=50.0, force_cap=1e4)
-    start = np.repeat(peptide.positions[None], 64, axis=0)
-    with ContextsEngine(system, peptide.positions, platform_choice("Reference"), dynamics, 1) as engine:
-        frames = engine.run(start, 300.0, n_relax=20, n_equilibration=3000, n_frames=20, stride=100, seed=1)
-    assert frames.valid.all()
-    return frames.energy, frames.xyz
-
-
-def _plain_dynamics(peptide, slow):
-    """Eight long trajectories by another integrator at another friction, hydrogens at their own mass."""
-    system = openmm.XmlSerializer.clone(peptide.system)
-    for i in slow:
-        system.setParticleMass(i, 0.0)
-    integrator = openmm.LangevinIntegrator(300.0, 5.0, 0.0005)
-    integrator.setRandomNumberSeed(7)
-    context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
-    energy, xyz = [], []
-    for trajectory in range(8):
-        context.setPositions(peptide.positions)
-        context.setVelocitiesToTemperature(300.0, trajectory + 1)
-        integrator.step(10000)
-        for _ in range(300):
-            integrator.step(100)
-            state = context.getState(positions=True, energy=True)
-            energy.append(state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole))
-            xyz.append(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer))
-    return np.reshape(energy, (8, 300)), np.reshape(xyz, (8, 300, -1, 3))
-
-
-def _observables(peptide, slow):
-    fast = [i for i in range(peptide.n_atoms) if i not in slow]
-
-    def observe(energy, xyz):
-        # Replicas do not exchange equivalent methyl hydrogens, so distances enter as sums over all fast atoms.
-        distances = np.linalg.norm(xyz[:, :, fast, None] - xyz[:, :, None, slow], axis=-1)
-        bonded = np.sort(distances, axis=-1)[..., :2]
-        return np.concatenate([energy[..., None], distances.mean(axis=2), (bonded**2).mean(axis=2)], axis=-1)
-
-    return observe
-
-
-def _against(reference, samples):
-    """The samples, shifted by the long trajectories' mean and widened by its error, for n_sigma."""
-    expected = reference.mean(axis=(0, 1))
-    error = reference.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(len(reference))
-    spread = samples.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(len(samples))
-    return (samples - expected) * (spread / np.hypot(spread, error)), 0.0
 
 
 # ---------------------------------------------------------------- what must not change
