@@ -32,6 +32,10 @@ class Assembly(nn.Module):
         CGFlowError: If a fast atom is to be placed from three atoms on a straight line.
     """
 
+    to_topology: Tensor
+    stereocentres: Tensor
+    handedness: Tensor
+
     def __init__(
         self, coordinates: Coordinates, fast: ZMatrix, stereocentres: np.ndarray, positions: np.ndarray
     ) -> None:

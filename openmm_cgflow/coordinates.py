@@ -37,6 +37,10 @@ class Coordinates(nn.Module):
         bound: Half-width of the interval of bounded features.
     """
 
+    circular: Tensor
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self,
         atoms: Sequence[int],
@@ -110,6 +114,11 @@ class InternalCoordinates(Coordinates):
         CGFlowError: If an angle is straight, where its dihedral is undefined.
     """
 
+    references: Tensor
+    slot_atom: Tensor
+    slot_kind: Tensor
+    row: Tensor
+
     def __init__(
         self, zmatrix: ZMatrix, labels: Sequence[str], centre: np.ndarray, width: np.ndarray, bound: float
     ) -> None:
@@ -136,7 +145,7 @@ class InternalCoordinates(Coordinates):
             if (k, kind) in slots[:n_torsions]:
                 low[-1], high[-1] = -math.pi, math.pi
         circular = np.arange(len(slots)) < n_torsions
-        super().__init__(zmatrix.atoms, names, circular, np.array(low), np.array(high), bound)
+        super().__init__(zmatrix.atoms.tolist(), names, circular, np.array(low), np.array(high), bound)
         self.zmatrix = zmatrix
         self.placement = Placement(zmatrix.without_first_three(), zmatrix.atoms[:3])
         position = {int(atom): k for k, atom in enumerate(zmatrix.atoms)}
@@ -188,6 +197,8 @@ class CartesianCoordinates(Coordinates):
         half_width: Half of each interval, nm, shape (3 n_slow - 6,).
         bound: Half-width of the intervals in z.
     """
+
+    flat: Tensor
 
     def __init__(
         self, atoms: Sequence[int], labels: Sequence[str], centre: np.ndarray, half_width: np.ndarray, bound: float

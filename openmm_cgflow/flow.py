@@ -62,6 +62,8 @@ class SplineCoupling(LazyTransform):
         hidden_features: Hidden layers of the conditioner.
     """
 
+    mask: Tensor
+
     def __init__(
         self, mask: Tensor, context: int, circular: bool, bound: float, n_bins: int, hidden_features: Sequence[int]
     ) -> None:

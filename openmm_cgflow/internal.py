@@ -73,6 +73,9 @@ class Placement(nn.Module):
         known: Atom indices that are placed already, shape (n_known,).
     """
 
+    atoms: Tensor
+    references: Tensor
+
     def __init__(self, zmatrix: ZMatrix, known: np.ndarray) -> None:
         super().__init__()
         self.register_buffer("atoms", torch.as_tensor(zmatrix.atoms))

@@ -55,7 +55,8 @@ class MeanForce(NamedTuple):
 class MeanForceEstimator(Protocol):
     """Anything that gives mean forces: a molecule in OpenMM or a closed form in a test."""
 
-    n_energy_evaluations: int
+    @property
+    def n_energy_evaluations(self) -> int: ...
 
     def __call__(self, z: Tensor, temperature: float) -> MeanForce: ...
 
@@ -67,7 +68,8 @@ class MeanForceEstimator(Protocol):
 class ChainEngine(Protocol):
     """What runs the frozen-slow chains: see :class:`openmm_cgflow.replicas.ReplicaEngine`."""
 
-    n_energy_evaluations: int
+    @property
+    def n_energy_evaluations(self) -> int: ...
 
     def run(
         self,

@@ -265,12 +265,12 @@ class CGModel:
             kept.append((frames.xyz[good, 0], z[good], log_q[good], frames.energy[good, 0]))
             n_kept += int(good.sum())
             n_rejected += int((~good).sum())
-        xyz, z, log_q, energy = (torch.cat(parts)[:n].numpy() for parts in zip(*kept, strict=True))
+        arrays = [torch.cat(parts)[:n].numpy() for parts in zip(*kept, strict=True)]
         if n_rejected:
             logger.warning("%d samples were rejected (diverged, or changed handedness) and drawn again", n_rejected)
-        trajectory = mdtraj.Trajectory(xyz, self.molecular_system.mdtraj_topology, time=np.arange(n))
+        trajectory = mdtraj.Trajectory(arrays[0], self.molecular_system.mdtraj_topology, time=np.arange(n))
         trajectory.center_coordinates()
-        return Samples(trajectory, z, log_q, energy, n_rejected)
+        return Samples(trajectory, arrays[1], arrays[2], arrays[3], n_rejected)
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`from_state` reads back."""

@@ -87,18 +87,20 @@ def train(
             run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
             stack.enter_context(run.logging())
         _describe(scaffold, engine)
+        chains = scaffold.chains(engine)
         trainer = Trainer(
             config,
             scaffold.assembly.coordinates,
             new_flow(config, scaffold.assembly.coordinates),
-            MolecularMeanForce(scaffold.chains(engine), config.sampler.estimator),
+            MolecularMeanForce(chains, config.sampler.estimator),
         )
         if saved is not None:
             trainer.load_state_dict(saved["trainer"])
         run.truncate_metrics(trainer.n_steps)
         if saved is None:
             _write_inputs(run, scaffold)
-        session = Session(run, scaffold, trainer, engine, started, max_time, saved["wall_time"] if saved else 0.0)
+        earlier = saved["wall_time"] if saved else 0.0
+        session = Session(run, scaffold, trainer, engine, chains, started, max_time, earlier)
         with stop_requests() as stop:
             complete = session.train(progress, stop)
             model = session.model()

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from openmm_cgflow.files import atomic_path
+from openmm_cgflow.meanforce import FastChains
 from openmm_cgflow.model import CGModel, Scaffold
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.rundir import RunDirectory
@@ -33,6 +34,7 @@ class Session:
         scaffold: What the trainer's model is built on.
         trainer: Stepped to its end.
         engine: For its description.
+        chains: Of the trainer's mean forces, on that engine.
         started: ``time.monotonic()`` when this process began the run.
         max_time: Seconds after ``started`` to stop at, or None.
         earlier: Seconds that earlier sessions of this run took.
@@ -44,11 +46,12 @@ class Session:
         scaffold: Scaffold,
         trainer: Trainer,
         engine: ReplicaEngine,
+        chains: FastChains,
         started: float,
         max_time: float | None,
         earlier: float,
     ) -> None:
-        self.run, self.scaffold, self.trainer, self.engine = run, scaffold, trainer, engine
+        self.run, self.scaffold, self.trainer, self.engine, self.chains = run, scaffold, trainer, engine, chains
         self.started, self.max_time, self.earlier = started, max_time, earlier
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -85,8 +88,7 @@ class Session:
     def model(self) -> CGModel:
         """The flow as it is now."""
         trainer = self.trainer
-        chains = trainer.estimator.state_dict()["chains"]
-        return CGModel(self.scaffold, trainer.flow, trainer.temperatures, chains["pool"])
+        return CGModel(self.scaffold, trainer.flow, trainer.temperatures, self.chains.pool)
 
     def save_checkpoint(self) -> None:
         state = {
@@ -110,7 +112,7 @@ class Session:
             trainer.estimator.n_energy_evaluations,
             self.wall_time,
         )
-        counts = trainer.estimator.chains.quarantine
+        counts = self.chains.quarantine
         if counts.not_finite or counts.flipped:
             logger.info(
                 "quarantined so far: %d diverged and %d changed handedness, of %d replicas",
@@ -143,7 +145,7 @@ class Session:
                 "n_steps": self.trainer.n_steps,
                 "temperatures_K": self.trainer.temperatures,
                 "energy_evaluations": self.trainer.estimator.n_energy_evaluations,
-                "quarantine": vars(self.trainer.estimator.chains.quarantine),
+                "quarantine": vars(self.chains.quarantine),
             }
         )
 

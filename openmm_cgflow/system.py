@@ -89,7 +89,9 @@ class MolecularSystem:
                 "implicit_solvent": implicit_solvent,
                 "include_dir": include_dir,
             }
-            structure = validate({"system": settings}, source="MolecularSystem.from_files").system
+            config = validate({"system": settings}, source="MolecularSystem.from_files")
+            assert config.system is not None
+            structure = config.system
         loaded = loaders.load_files(structure)
         return cls._checked(loaded.topology, loaded.system, loaded.positions, loaded.notes, str(structure.structure))
 

@@ -68,7 +68,7 @@ def parse_quantity(value: Any, target: str) -> float:
     # "10 /ps" is how the field writes a rate; pint wants an explicit numerator.
     expression = text.replace(" /", " 1/", 1) if " /" in text else text
     try:
-        quantity = _registry().Quantity(expression)
+        quantity: Any = _registry().Quantity(expression)
         if quantity.dimensionless and quantity.unitless:
             return float(quantity.magnitude)
         return float(quantity.to(target).magnitude)

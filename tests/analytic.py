@@ -83,7 +83,10 @@ def cartesian_coordinates(atoms: Sequence[int], xyz: Tensor, bound: float = 5.0)
 
 
 def assembly_of(
-    bonds: Sequence[tuple[int, int]], slow: Sequence[int], xyz: Tensor, elements: Sequence[str] | None = None,
+    bonds: Sequence[tuple[int, int]],
+    slow: Sequence[int],
+    xyz: Tensor,
+    elements: Sequence[str] | None = None,
     kind: str = "internal",
 ) -> Assembly:
     """Slow coordinates and fast placements of a molecule."""
@@ -140,8 +143,11 @@ class AnalyticMeanForce:
         self.n_energy_evaluations += len(z)
         variance = torch.where(valid[:, None], torch.full_like(gradient, self.noise**2), 0.0)
         return MeanForce(
-            torch.where(valid[:, None], gradient, 0.0), variance, torch.where(valid, energy.detach(), 0.0),
-            torch.zeros(len(z), dtype=torch.float64), valid,
+            torch.where(valid[:, None], gradient, 0.0),
+            variance,
+            torch.where(valid, energy.detach(), 0.0),
+            torch.zeros(len(z), dtype=torch.float64),
+            valid,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +196,14 @@ class QuadraticBath:
         return self.free_energy(xyz) + 1.5 * len(self.fast) / thermal_beta(temperature)
 
     def run(
-        self, xyz: np.ndarray, temperature: float, *, n_relax: int, n_equilibration: int, n_frames: int, stride: int,
+        self,
+        xyz: np.ndarray,
+        temperature: float,
+        *,
+        n_relax: int,
+        n_equilibration: int,
+        n_frames: int,
+        stride: int,
         seed: int,
     ) -> Frames:
         self.n_energy_evaluations += len(xyz) * (n_relax + n_equilibration + n_frames * stride)
@@ -226,13 +239,27 @@ class EchoEngine:
         self.n_energy_evaluations = 0
 
     def run(
-        self, xyz: np.ndarray, temperature: float, *, n_relax: int, n_equilibration: int, n_frames: int, stride: int,
+        self,
+        xyz: np.ndarray,
+        temperature: float,
+        *,
+        n_relax: int,
+        n_equilibration: int,
+        n_frames: int,
+        stride: int,
         seed: int,
     ) -> tuple[np.ndarray, ...]:
-        self.calls.append({
-            "xyz": xyz.copy(), "temperature": temperature, "n_relax": n_relax, "n_equilibration": n_equilibration,
-            "n_frames": n_frames, "stride": stride, "seed": seed,
-        })
+        self.calls.append(
+            {
+                "xyz": xyz.copy(),
+                "temperature": temperature,
+                "n_relax": n_relax,
+                "n_equilibration": n_equilibration,
+                "n_frames": n_frames,
+                "stride": stride,
+                "seed": seed,
+            }
+        )
         self.n_energy_evaluations += len(xyz) * n_frames
         rng = np.random.default_rng(seed)
         frames = np.repeat(xyz[:, None], n_frames, axis=1) + rng.normal(0, 1e-4, (len(xyz), n_frames, *xyz.shape[1:]))

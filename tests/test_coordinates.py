@@ -55,11 +55,14 @@ def test_bonds_angles_and_dihedrals_are_those_of_mdtraj():
     for k in range(4):
         topology.add_atom(f"C{k}", mdtraj.element.carbon, residue)
     trajectory = mdtraj.Trajectory(xyz, topology)
-    expected = np.stack((
-        mdtraj.compute_distances(trajectory, [[0, 1]])[:, 0],
-        mdtraj.compute_angles(trajectory, [[0, 1, 2]])[:, 0],
-        mdtraj.compute_dihedrals(trajectory, [[0, 1, 2, 3]])[:, 0],
-    ), axis=1)
+    expected = np.stack(
+        (
+            mdtraj.compute_distances(trajectory, [[0, 1]])[:, 0],
+            mdtraj.compute_angles(trajectory, [[0, 1, 2]])[:, 0],
+            mdtraj.compute_dihedrals(trajectory, [[0, 1, 2, 3]])[:, 0],
+        ),
+        axis=1,
+    )
     found = bond_angle_dihedral(torch.as_tensor(xyz).double(), torch.tensor([0]), torch.tensor([[1, 2, 3]]))
     assert np.abs(expected[:, 2]).min() < 1 < np.abs(expected[:, 2]).max()
     np.testing.assert_allclose(found[:, 0].numpy(), expected, atol=2e-5)
@@ -170,9 +173,15 @@ def test_input_structure_is_in_the_middle(both):
 
 def rotation_vector(w):
     zero = torch.zeros_like(w[0])
-    return torch.linalg.matrix_exp(torch.stack((
-        torch.stack((zero, -w[2], w[1])), torch.stack((w[2], zero, -w[0])), torch.stack((-w[1], w[0], zero)),
-    )))
+    return torch.linalg.matrix_exp(
+        torch.stack(
+            (
+                torch.stack((zero, -w[2], w[1])),
+                torch.stack((w[2], zero, -w[0])),
+                torch.stack((-w[1], w[0], zero)),
+            )
+        )
+    )
 
 
 def all_positions_log_det(coordinates, z, generator):

@@ -55,9 +55,7 @@ def slow_positions(assembly, engine, z):
 
 def run(assembly, engine, z, n_frames, seed=1):
     xyz = assembly.build(z, torch.zeros(len(z), 2, 3, dtype=torch.float64) + torch.tensor([0.1, 1.5, 0.5]))
-    return engine.run(
-        xyz.numpy(), TEMPERATURE, n_relax=0, n_equilibration=0, n_frames=n_frames, stride=1, seed=seed
-    )
+    return engine.run(xyz.numpy(), TEMPERATURE, n_relax=0, n_equilibration=0, n_frames=n_frames, stride=1, seed=seed)
 
 
 def pulls(gradients, expected):

@@ -71,7 +71,9 @@ def test_minimum_versions(setup):
     declared = _requirements(setup["options"]["install_requires"])
     # 8.5.2 is the first with a PythonForce that works with torch on CUDA.
     assert {name: declared[name] for name in ("openmm", "torch", "zuko")} == {
-        "openmm": ">=8.5.2", "torch": ">=2.4", "zuko": ">=1.4",
+        "openmm": ">=8.5.2",
+        "torch": ">=2.4",
+        "zuko": ">=1.4",
     }
     extras = setup["options.extras_require"]
     assert _requirements(extras["torchforce"])["torch"] == "==2.9.*"

@@ -49,10 +49,15 @@ def new_flow(seed=0, roughness=0.0, n_layers=4, hidden=(16,), n_bins=6):
 
 
 def config(training=None, tempering=None, **values):
-    return Config(**{
-        "temperature": 300.0, "training": training or {}, "tempering": tempering or {}, "sampler": {"n_replicas": 64},
-        **values,
-    })
+    return Config(
+        **{
+            "temperature": 300.0,
+            "training": training or {},
+            "tempering": tempering or {},
+            "sampler": {"n_replicas": 64},
+            **values,
+        }
+    )
 
 
 # ---------------------------------------------------------------- the gradient
@@ -335,10 +340,15 @@ def test_invalid_replicas_are_reported():
 def restart_settings(**values):
     return config(
         training={
-            "n_steps_first": 6, "n_steps": 3, "n_steps_last": 5, "median_window": 4,
-            "clip_factor": 0.9, "skip_factor": 1.5,
+            "n_steps_first": 6,
+            "n_steps": 3,
+            "n_steps_last": 5,
+            "median_window": 4,
+            "clip_factor": 0.9,
+            "skip_factor": 1.5,
         },
-        tempering={"start": 600, "min_ess": 0.97}, **values,
+        tempering={"start": 600, "min_ess": 0.97},
+        **values,
     )
 
 
