@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.assembly import Assembly
+from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
@@ -122,7 +123,7 @@ class FastChains:
         engine: ChainEngine,
         assembly: Assembly,
         draw_fast: Callable[[Tensor, float, torch.Generator], Tensor],
-        settings: Any,
+        settings: SamplerConfig,
         seed: int,
     ) -> None:
         self.engine, self.assembly, self.settings, self.seed = engine, assembly, settings, seed
