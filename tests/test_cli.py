@@ -645,25 +645,31 @@ def test_output_that_is_a_file(butane, tmp_path, refused):
     refused("train", butane, "-o", tmp_path / "run", "--overwrite", says=["is a file, expected a directory"])
 
 
-@pytest.fixture
-def small_files():
-    """Lets files grow to a number of bytes only: what a full disk or a quota does, as far as a program can tell."""
+@contextmanager
+def small_files(n_bytes):
+    """Lets files grow to so many bytes only: what a full disk or a quota does, as far as a program can tell.
+
+    Not a fixture: pytest reports a test before it ends its fixtures, to what may be a longer file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # Between the sizes of the files: every limit stops another writer.
 @pytest.mark.parametrize(("limit", "name"), [(5_000, "system.xml"), (20_000, "stage_00.pt"), (60_000, "last.pt")])
-def test_a_full_disk_while_training(limit, name, butane, tmp_path, small_files, refused):
-    small_files(limit)
-    refused("train", butane, "-o", tmp_path / "run", says=[name, "cannot write"])
+def test_a_full_disk_while_training(limit, name, butane, tmp_path, refused):
+    with small_files(limit):
+        refused("train", butane, "-o", tmp_path / "run", says=[name, "cannot write"])
 
 
 @pytest.mark.parametrize("suffix", ["dcd", "xtc"])
-def test_a_full_disk_while_sampling(suffix, finished, tmp_path, small_files, refused):
-    small_files(4_000)
-    refused("sample", finished, "-n", 100, "-o", tmp_path / f"a.{suffix}", says=[f"a.{suffix}", "cannot write"])
+def test_a_full_disk_while_sampling(suffix, finished, tmp_path, refused):
+    with small_files(4_000):
+        refused("sample", finished, "-n", 100, "-o", tmp_path / f"a.{suffix}", says=[f"a.{suffix}", "cannot write"])
     assert not list(tmp_path.glob(f"*.{suffix}"))
 
 
