@@ -162,7 +162,11 @@ class FastChains:
     def _nearest(self, z: Tensor) -> Tensor:
         pool_z = torch.cat([entry[0] for entry in self.pool])
         pool_y = torch.cat([entry[1] for entry in self.pool])
-        return pool_y[torch.cdist(self._embed(z), self._embed(pool_z)).argmin(dim=-1)]
+        distance = torch.cdist(self._embed(z), self._embed(pool_z))
+        # Equal z, as in a test at one z, must not all descend from one ancestor: ties are broken at random.
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 4, self.n_calls))
+        ties = 1e-6 * torch.rand(distance.shape, generator=generator, dtype=distance.dtype)
+        return pool_y[(distance + ties).argmin(dim=-1)]
 
     def _embed(self, z: Tensor) -> Tensor:
         n = self.assembly.coordinates.n_circular

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,9 +245,14 @@ class CGModel:
             )
 
     def sample_with(
-        self, engine: ReplicaEngine, n: int, seed: int, n_equilibration: int, stop: threading.Event | None = None
+        self,
+        engine: ReplicaEngine,
+        n: int,
+        seed: int,
+        n_equilibration: int,
+        must_stop: Callable[[], bool] | None = None,
     ) -> Samples:
-        """:meth:`sample` on an engine that is there already; ``KeyboardInterrupt`` once ``stop`` is set."""
+        """:meth:`sample` on an engine that is there already; ``KeyboardInterrupt`` once ``must_stop()`` is true."""
         if n < 1:
             raise CGFlowError(f"number of samples: got {n}, expected at least 1")
         chains = self.scaffold.chains(engine)
@@ -256,7 +261,7 @@ class CGModel:
         kept: list[tuple[Tensor, ...]] = []
         n_kept = batch = n_rejected = 0
         while n_kept < n:
-            if stop is not None and stop.is_set():
+            if must_stop is not None and must_stop():
                 raise KeyboardInterrupt
             batch += 1
             z, log_q = self.flow.sample(self.scaffold.config.sampler.n_replicas, generator)

@@ -27,7 +27,7 @@ from openmm_cgflow.runlog import file_logging, versions
 __all__ = ["RunDirectory", "config_differences", "load_checked"]
 
 _MARK = "# A run directory of openmm_cgflow.\n"
-# Neither changes what is learned, so a run may be continued with other values.
+# None changes what is learned, so a run may be continued with other values.
 _FREE_SETTINGS = ("sampling", "training.checkpoint_interval", "sampler.n_workers")
 
 _logger = logging.getLogger("openmm_cgflow")

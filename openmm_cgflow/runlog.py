@@ -36,7 +36,9 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def file_logging(path: Path, *, console: bool) -> Iterator[None]:
-    """Appends the logger to a file, opening with versions and machine, and shows it on the console if asked.
+    """Appends the logger to a file, and shows it on the console if asked.
+
+    The file opens with versions and machine; an error that ends the block is its last line.
 
     Raises:
         CGFlowError: If the file cannot be written.
@@ -51,7 +53,13 @@ def file_logging(path: Path, *, console: bool) -> Iterator[None]:
             stack.enter_context(console_logging())
         _logger.info(", ".join(f"{name} {version}" for name, version in versions().items()))
         _logger.info("%s, %d cores", platform.platform(), os.cpu_count() or 1)
-        yield
+        try:
+            yield
+        except Exception as error:
+            # To the file alone: whoever called tells the user.
+            text = f"{type(error).__name__}: {error}"
+            handler.handle(_logger.makeRecord(_logger.name, logging.ERROR, __file__, 0, text, (), None))
+            raise
 
 
 @contextmanager

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def train(
     """Trains a flow from a force field, samples it and leaves everything in a run directory.
 
     SIGINT and SIGTERM, and ``max_time``, end the training after the current step with a checkpoint; the model returned
-    then is that of the step reached.
+    then is that of the step reached. They also end the final sampling, which ``resume`` then starts anew.
 
     Arguments:
         config: Settings; their ``system`` section may be missing if ``molecular_system`` is given.
@@ -101,11 +101,16 @@ def train(
             _write_inputs(run, scaffold)
         earlier = saved["wall_time"] if saved else 0.0
         session = Session(run, scaffold, trainer, engine, chains, started, max_time, earlier)
-        with stop_requests() as stop:
-            complete = session.train(progress, stop)
-            model = session.model()
-            if complete:
-                complete = _finish(run, model, engine, config, stop)
+        try:
+            with stop_requests() as stop:
+                complete = session.train(progress, stop)
+                model = session.model()
+                if complete:
+                    complete = _finish(run, model, engine, config, lambda: session.must_stop(stop))
+        except BaseException:
+            with suppress(CGFlowError):  # where the disk is full, the first error is the one to tell
+                session.write_provenance("failed")
+            raise
         session.write_provenance("finished" if complete else "stopped")
         if not complete:
             logger.info("stopped after step %d; continue with --resume", trainer.n_steps)
@@ -188,7 +193,9 @@ def _write_inputs(run: RunDirectory, scaffold: Scaffold) -> None:
     atomic_write(run.slow_atoms, json.dumps(scaffold.partition.to_json(system), indent=2) + "\n")
 
 
-def _finish(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config, stop: threading.Event) -> bool:
+def _finish(
+    run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config, must_stop: Callable[[], bool]
+) -> bool:
     """Samples and plots of a finished training; False if stopped before their end."""
     if config.sampling.plots:
         plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")
@@ -197,7 +204,7 @@ def _finish(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Co
     logger.info("sampling %d structures at %.1f K", config.sampling.n_samples, model.temperature)
     n_equilibration = config.sampling.n_equilibration
     try:
-        samples = model.sample_with(engine, config.sampling.n_samples, config.seed, n_equilibration, stop)
+        samples = model.sample_with(engine, config.sampling.n_samples, config.seed, n_equilibration, must_stop)
     except KeyboardInterrupt:
         return False
     paths = save_samples(model, samples, run.samples, run.path / "samples.pdb")

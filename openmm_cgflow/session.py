@@ -60,8 +60,13 @@ class Session:
         """Seconds of this session and the ones it continues."""
         return self.earlier + time.monotonic() - self.started
 
+    def must_stop(self, stop: threading.Event) -> bool:
+        """Whether ``stop`` was set or the time is up."""
+        late = self.max_time is not None and time.monotonic() - self.started > self.max_time
+        return stop.is_set() or late
+
     def train(self, progress: bool | None, stop: threading.Event) -> bool:
-        """Steps to the end; False if ``stop`` was set, or the time was up, before it."""
+        """Steps to the end; False if it had to stop before."""
         trainer = self.trainer
         checkpointed = time.monotonic()
         interval = self.scaffold.config.training.checkpoint_interval
@@ -72,8 +77,7 @@ class Session:
                     row = trainer.step()
                     self.run.append_metrics(row)
                     self._show(bar, row)
-                    late = self.max_time is not None and time.monotonic() - self.started > self.max_time
-                    if stop.is_set() or late:
+                    if self.must_stop(stop):
                         self.save_checkpoint()
                         return False
                     if time.monotonic() - checkpointed > interval:

@@ -1,13 +1,14 @@
 """Whole runs on n-butane with tiny settings: restart, protection, files, and the model that comes back."""
 
 import json
+import shutil
 
 import mdtraj
 import numpy as np
 import pytest
 import torch
 
-from openmm_cgflow import CGFlowError, load, load_config, train
+from openmm_cgflow import CGFlowError, ReplicaError, load, load_config, train
 from openmm_cgflow.export import read_colvar
 from openmm_cgflow.rundir import RunDirectory
 
@@ -88,6 +89,26 @@ def test_resumed_equals_uninterrupted(tiny, finished, tmp_path):
         assert all(torch.equal(a["flow"][name], b["flow"][name]) for name in a["flow"])
     assert (output / "samples.dcd").read_bytes() == (finished / "samples.dcd").read_bytes()
     assert (output / "samples.colvar").read_text() == (finished / "samples.colvar").read_text()
+
+
+def test_the_time_is_up_while_sampling_too(tiny, finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "samples.dcd").unlink()
+    train(tiny, output, resume=True, progress=False, max_time=0.0)
+    assert RunDirectory(output).read_provenance()["status"] == "stopped"
+    assert not (output / "samples.dcd").exists()
+    train(tiny, output, resume=True, progress=False)
+    assert (output / "samples.dcd").read_bytes() == (finished / "samples.dcd").read_bytes()
+
+
+def test_a_failed_run_says_so(tiny, tmp_path):
+    sampler = tiny.sampler.model_copy(update={"timestep": 0.05})
+    with pytest.raises(ReplicaError):
+        train(tiny.model_copy(update={"sampler": sampler}), tmp_path / "run", progress=False)
+    run = RunDirectory(tmp_path / "run")
+    assert run.read_provenance()["status"] == "failed"
+    assert "ERROR   ReplicaError: " in run.log.read_text().splitlines()[-1]
 
 
 def test_another_seed_gives_another_run(tiny, finished, tmp_path):
