@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from openmm_cgflow.config import Config, TemperingConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.meanforce import MolecularMeanForce
-from openmm_cgflow.model import Scaffold, new_flow
+from openmm_cgflow.model import Scaffold, new_flow, rotamer_warning
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.system import MolecularSystem
@@ -64,6 +64,8 @@ def dry_run(config: Config) -> Iterator[str]:
         yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {n_circular} of them torsions"
         yield from (f"  {name}" for name in coordinates.names)
         yield f"handedness: {len(scaffold.assembly.stereocentres)} stereocentre(s)"
+        if rotamers := scaffold.fast_rotamers():
+            yield f"warning: {rotamer_warning(rotamers)}"
         yield f"engine: {engine.description}"
         cost = measure_cost(config, scaffold, engine)
     about = "about " if config.tempering.schedule == "adaptive" else ""

@@ -165,7 +165,7 @@ def _sample(options: argparse.Namespace) -> int:
         model = load(options.run_directory, stage=options.stage)
         print(f"sampling {options.n} structures at {model.temperature:g} K (stage {model.stage})")
         samples = model.sample(options.n, seed=options.seed, n_equilibration=options.n_equilibration)
-        paths = save_samples(model, samples, output)
+        paths = save_samples(model, samples, output, output.with_suffix(".topology.pdb"))
     print(f"wrote {', '.join(map(str, paths))}. The frames are independent: their time is an index")
     return 0
 

@@ -149,7 +149,7 @@ class TrainingConfig(_Section):
     n_steps: int = Field(60, ge=1)
     n_steps_last: int = Field(400, ge=1)
     clip_factor: float = Field(5.0, gt=0)
-    """Gradients are clipped at this multiple of the running median norm."""
+    """Gradients are clipped at this multiple of the running median norm, single mean forces at that of their batch."""
     skip_factor: float = Field(10.0, gt=0)
     """Updates with gradients above this multiple are skipped."""
     median_window: int = Field(50, ge=1)

@@ -57,33 +57,28 @@ def check_trajectory_path(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def write_trajectory(trajectory: mdtraj.Trajectory, path: Path, *, topology: Path | None = None) -> Path:
-    """Writes independent frames, each centred, without unit cell, and their topology beside them.
+def write_trajectory(trajectory: mdtraj.Trajectory, path: Path, *, topology: Path | None = None) -> None:
+    """Writes independent frames, each centred, without unit cell.
 
     Arguments:
         trajectory: All-atom frames, nm.
         path: Ends in ``.dcd`` (single precision) or ``.xtc`` (rounded to 0.001 nm: not for energies).
-        topology: The PDB file to write; ``NAME.topology.pdb`` by default, so that an input structure ``NAME.pdb``
-            in the same folder is left alone.
-
-    Returns:
-        The path of the topology.
+        topology: A PDB file to write with the first frame, for the tools that read the trajectory.
 
     Raises:
         CGFlowError: If the suffix is another one or a file cannot be written.
     """
     check_trajectory_path(path)
-    topology = path.with_suffix(".topology.pdb") if topology is None else topology
     centred = trajectory.xyz - trajectory.xyz.mean(axis=1, keepdims=True, dtype=np.float64)
     frames = mdtraj.Trajectory(centred, trajectory.topology, time=np.arange(len(centred)))
-    with atomic_path(topology) as temporary:
-        frames[0].save_pdb(str(temporary))
+    if topology is not None:
+        with atomic_path(topology) as temporary:
+            frames[0].save_pdb(str(temporary))
     with atomic_path(path) as temporary:
         try:
             frames.save(str(temporary))
         except (RuntimeError, TypeError) as error:  # what MDTraj's DCD and XTC writers raise where the disk is full
             raise CGFlowError(f"{path}: cannot write: MDTraj fails to; is the disk full? ({error})") from error
-    return topology
 
 
 def peptide_torsions(trajectory: mdtraj.Trajectory) -> dict[str, np.ndarray]:

@@ -102,7 +102,10 @@ class SplineCoupling(LazyTransform):
 
 
 def _masks(n_features: int, n_layers: int) -> list[Tensor]:
-    """Alternating halves, cut by a different bit of the feature number each time so that all pairs get to meet."""
+    """Alternating halves, each pair of layers cut by the next bit of the feature number.
+
+    Two features condition each other if their numbers differ in one of the first n_layers / 2 bits.
+    """
     if n_features == 1:
         return [torch.zeros(1, dtype=torch.bool)] * n_layers
     n_bits = max(1, math.ceil(math.log2(n_features)))

@@ -22,7 +22,7 @@ from openmm_cgflow.topology import refuse_explicit_solvent
 if TYPE_CHECKING:
     import parmed
 
-__all__ = ["Loaded", "load_files", "load_parmed", "near_force_fields"]
+__all__ = ["Loaded", "load_files", "load_parmed", "near_force_fields", "read_system_xml"]
 
 _SOLVENTS = {"hct": app.HCT, "obc1": app.OBC1, "obc2": app.OBC2, "gbn": app.GBn, "gbn2": app.GBn2}
 _READERS: dict[str, Callable[[str], Any]] = {
@@ -166,7 +166,7 @@ def _from_structure(config: SystemConfig) -> Loaded:
     n_models = structure.getNumFrames()
     notes = () if n_models == 1 else (f"{path.name} holds {n_models} models; the first is used",)
     if config.system_xml is not None:
-        return Loaded(structure.topology, _deserialize(config.system_xml), structure.positions, notes)
+        return Loaded(structure.topology, read_system_xml(config.system_xml), structure.positions, notes)
     force_field = _force_field(config.forcefield)
     try:
         system = force_field.createSystem(
@@ -234,10 +234,10 @@ def _explain_template(
     )
 
 
-def _deserialize(path: Path) -> openmm.System:
+def read_system_xml(path: Path) -> openmm.System:
     try:
         system = openmm.XmlSerializer.deserialize(path.read_text())
-    except (openmm.OpenMMException, ValueError, TypeError, UnicodeDecodeError) as error:
+    except (openmm.OpenMMException, OSError, ValueError, TypeError) as error:
         raise CGFlowError(
             f"{path}: not a serialized openmm.System: {error}; write one with openmm.XmlSerializer.serialize(system)"
         ) from error

@@ -259,10 +259,10 @@ def mean_and_variance(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         return mean, torch.full_like(mean, float("nan"))
     away = values - mean[:, None]
     spread = away.square().sum(dim=1) / (n - 1)
-    pooled = away[valid]
-    ratio = (pooled[:, 1:] * pooled[:, :-1]).sum(dim=(0, 1)) / pooled.square().sum(dim=(0, 1)).clamp(min=1e-300)
     if n == 2:  # two frames say nothing of their correlation
         return mean, spread / 2
+    pooled = away[valid]
+    ratio = (pooled[:, 1:] * pooled[:, :-1]).sum(dim=(0, 1)) / pooled.square().sum(dim=(0, 1)).clamp(min=1e-300)
     ratios, factors = _autoregression(n)
     return mean, spread * torch.as_tensor(np.interp(ratio.numpy(), ratios, factors))
 

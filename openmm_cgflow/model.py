@@ -20,14 +20,16 @@ from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.harmonic import Evaluate, HarmonicReference
 from openmm_cgflow.meanforce import FastChains
 from openmm_cgflow.partition import Partition
+from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.tempering import start_temperature
+from openmm_cgflow.topology import topology_to_table
 from openmm_cgflow.units import thermal_beta
 from openmm_cgflow.zmatrix import ZMatrix, bond_graph, fast_zmatrix, reference_triple, slow_zmatrix, stereocentres
 
-__all__ = ["CGModel", "Samples", "Scaffold", "new_flow"]
+__all__ = ["CGModel", "Samples", "Scaffold", "new_flow", "rotamer_warning"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,18 @@ class Scaffold:
         assembly = Assembly(coordinates, fast, centres, molecular_system.positions)
         return cls(config, molecular_system, partition, harmonic, assembly)
 
+    def fast_rotamers(self) -> list[str]:
+        """Torsions among the fast atoms that move heavy atoms, as labels of their four atoms.
+
+        Short chains do not cross their barriers, so their populations are not sampled.
+        """
+        system, fast = self.molecular_system, self.harmonic.fast
+        return [
+            "-".join(system.atom_label(int(i)) for i in (*row[::-1], atom))
+            for atom, row, rotatable in zip(fast.atoms, fast.references, fast.rotatable, strict=True)
+            if rotatable and system.elements[atom] != "H"
+        ]
+
     def saved_arrays(self) -> dict[str, Tensor]:
         """The fitted numbers, as tensors."""
         names = ("centre", "hessian", "scan")
@@ -135,6 +149,15 @@ def _cartesian(
     return CartesianCoordinates(atoms, labels, np.array(centre), np.array(half), bound)
 
 
+def rotamer_warning(rotamers: list[str]) -> str:
+    """What to tell the user of :meth:`Scaffold.fast_rotamers`."""
+    return (
+        f"{len(rotamers)} torsion(s) of heavy atoms are fast: {', '.join(rotamers)}. Short chains do not cross their "
+        "barriers, so their populations stay what the hot stages left. Make their atoms slow, for example with "
+        "partition.slow: heavy"
+    )
+
+
 def new_flow(config: Config, coordinates: Coordinates) -> CGFlow:
     """An untrained flow, its weights from the configuration's seed."""
     with torch.random.fork_rng(devices=[]):
@@ -156,7 +179,7 @@ class Samples:
     Attributes:
         trajectory: All atoms; frames are independent, their time is an index.
         z: Slow coordinates, shape (n, n_features).
-        log_q: log q(z), shape (n,).
+        log_q: log q(z), shape (n,); the density of what was drawn, before any sample was rejected.
         energy: Potential energy, kJ/mol, shape (n,).
         n_rejected: Samples drawn again because their chain diverged or changed its handedness.
     """
@@ -179,12 +202,19 @@ class CGModel:
         temperature: K.
         stage: Number in the temperature ladder.
         temperatures: The whole ladder up to this stage, K.
+        platform: Name of the OpenMM platform of the training; samples are drawn on it too where it is there.
     """
 
     def __init__(
-        self, scaffold: Scaffold, flow: CGFlow, temperatures: list[float], pool: list[tuple[Tensor, Tensor]]
+        self,
+        scaffold: Scaffold,
+        flow: CGFlow,
+        temperatures: list[float],
+        pool: list[tuple[Tensor, Tensor]],
+        platform: str,
     ) -> None:
-        self.scaffold, self.flow, self.temperatures, self._pool = scaffold, flow, temperatures, pool
+        self.scaffold, self.flow, self.temperatures = scaffold, flow, temperatures
+        self.platform, self._pool = platform, pool
 
     @property
     def temperature(self) -> float:
@@ -236,7 +266,9 @@ class CGModel:
             ReplicaError: If too many chains fail.
         """
         config = self.scaffold.config
-        with create_engine(self.molecular_system, self.partition.slow, config.sampler) as engine:
+        platform = keep_platform(config.sampler.platform, self.platform)
+        settings = config.sampler.model_copy(update={"platform": platform})
+        with create_engine(self.molecular_system, self.partition.slow, settings) as engine:
             return self.sample_with(
                 engine,
                 n,
@@ -283,8 +315,11 @@ class CGModel:
             "scaffold": self.scaffold.saved_arrays(),
             "flow": self.flow.state_dict(),
             "temperatures": list(self.temperatures),
+            "platform": self.platform,
             "pool": list(self._pool),
+            "topology": topology_to_table(self.molecular_system.topology),
             "positions": torch.tensor(self.molecular_system.positions),
+            "fingerprint": self.molecular_system.fingerprint(),
         }
 
     @classmethod
@@ -295,4 +330,5 @@ class CGModel:
         scaffold = Scaffold.build(config, molecular_system, partition, saved=state["scaffold"])
         flow = new_flow(config, scaffold.assembly.coordinates)
         flow.load_state_dict(state["flow"])
-        return cls(scaffold, flow, list(state["temperatures"]), [tuple(entry) for entry in state["pool"]])
+        pool = [tuple(entry) for entry in state["pool"]]
+        return cls(scaffold, flow, list(state["temperatures"]), pool, state["platform"])

@@ -12,7 +12,14 @@ import openmm
 
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["GPU_PLATFORMS", "PlatformChoice", "available_platforms", "choose_platform", "platform_choice"]
+__all__ = [
+    "GPU_PLATFORMS",
+    "PlatformChoice",
+    "available_platforms",
+    "choose_platform",
+    "keep_platform",
+    "platform_choice",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +75,19 @@ def platform_choice(name: str, precision: str = "mixed", reason: str = "") -> Pl
     known = openmm.Platform.getPlatformByName(name).getPropertyNames()
     wanted = {"Precision": precision, "DeterministicForces": "true", "Threads": "1"}
     return PlatformChoice(name, {key: value for key, value in wanted.items() if key in known}, reason)
+
+
+def keep_platform(requested: str | None, earlier: str) -> str | None:
+    """The platform to ask for so that a run goes on where it was: another probe could choose another one.
+
+    Arguments:
+        requested: Name set by the user, or None; it wins.
+        earlier: Name of the platform of the checkpoint or model.
+    """
+    if requested is None and earlier not in available_platforms():
+        logger.warning("the run was on OpenMM's platform %s, which is not here: results will differ bitwise", earlier)
+        return None
+    return requested or earlier
 
 
 def choose_platform(

@@ -43,13 +43,12 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
     and the flow's own slope disagree by; it cannot fall below the noise of the mean forces.
 
     Arguments:
-        rows: Rows of ``metrics.csv``; of ``residual, noise, gradient_norm, ess, energy, temperature, invalid`` those
+        rows: Rows of ``metrics.csv``; of ``residual, noise, gradient_norm, energy, temperature, invalid`` those
             that are there are drawn, over ``step``.
     """
     panels = [
         (("residual", "noise"), "rms slope mismatch\n(kT per unit of z)", True),
         (("gradient_norm",), "gradient norm", True),
-        (("ess",), "relative effective\nsample size", False),
         (("energy",), "mean potential energy\n(kJ/mol)", False),
         (("temperature",), "temperature (K)", False),
         (("invalid",), "quarantined\nreplicas", False),

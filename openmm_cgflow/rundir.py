@@ -27,8 +27,9 @@ from openmm_cgflow.runlog import file_logging, versions
 __all__ = ["RunDirectory", "config_differences", "load_checked"]
 
 _MARK = "# A run directory of openmm_cgflow.\n"
-# None changes what is learned, so a run may be continued with other values.
-_FREE_SETTINGS = ("sampling", "training.checkpoint_interval", "sampler.n_workers")
+# None changes what is learned, so a run may be continued with other values. Files may have moved; that they still hold
+# the same molecule and force field is checked by its fingerprint.
+_FREE_SETTINGS = ("system", "sampling", "training.checkpoint_interval", "sampler.n_workers")
 
 _logger = logging.getLogger("openmm_cgflow")
 _T = TypeVar("_T")
@@ -270,7 +271,7 @@ class RunDirectory:
                 if folder.is_dir():
                     shutil.rmtree(folder)
             # The configuration last: until then the directory can still be recognised.
-            for file in (*files, self.path / "samples.pdb", self.provenance, self.config):
+            for file in (*files, self.provenance, self.config):
                 file.unlink(missing_ok=True)
 
 

@@ -6,9 +6,10 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from openmm_cgflow import __version__
 from openmm_cgflow.files import writing
 
-__all__ = ["console_logging", "file_logging", "versions"]
+__all__ = ["console_logging", "file_logging", "held_back", "versions"]
 
 _PACKAGES = ("openmm", "torch", "zuko", "mdtraj", "numpy")
 
@@ -60,6 +61,21 @@ def file_logging(path: Path, *, console: bool) -> Iterator[None]:
             text = f"{type(error).__name__}: {error}"
             handler.handle(_logger.makeRecord(_logger.name, logging.ERROR, __file__, 0, text, (), None))
             raise
+
+
+@contextmanager
+def held_back() -> Iterator[Callable[[], None]]:
+    """Keeps what is logged before there is a file to log to; the function it yields passes it on, once."""
+    handler = MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+    def release() -> None:
+        _logger.removeHandler(handler)
+        for record in handler.buffer:
+            _logger.handle(record)
+        handler.buffer.clear()
+
+    with _attached(handler):
+        yield release
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -14,19 +13,22 @@ from typing import Any
 from openmm import app, unit
 
 from openmm_cgflow import plots
-from openmm_cgflow.config import Config, SamplerConfig, dump_config, load_config
+from openmm_cgflow.config import Config, dump_config, load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.export import colvar_columns, peptide_torsions, write_colvar, write_trajectory
 from openmm_cgflow.files import atomic_path, atomic_write
+from openmm_cgflow.loaders import read_system_xml
 from openmm_cgflow.meanforce import MolecularMeanForce
-from openmm_cgflow.model import CGModel, Samples, Scaffold, new_flow
+from openmm_cgflow.model import CGModel, Samples, Scaffold, new_flow, rotamer_warning
 from openmm_cgflow.partition import Partition
-from openmm_cgflow.platforms import available_platforms
+from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.runlog import held_back
 from openmm_cgflow.session import Session, stop_requests
 from openmm_cgflow.statefile import load_model_state, load_state
 from openmm_cgflow.system import MolecularSystem
+from openmm_cgflow.topology import topology_from_table
 from openmm_cgflow.training import Trainer
 
 __all__ = ["load", "save_samples", "train"]
@@ -79,13 +81,16 @@ def train(
             saved = run.load_checkpoint(lambda path: load_state(path, molecular_system.fingerprint()))
             if saved is None:
                 logger.info("%s: nothing to resume, starting from the beginning", run.path)
-        settings = config.sampler if saved is None else _same_platform(config.sampler, saved["platform"])
+        platform = keep_platform(config.sampler.platform, saved["platform"]) if saved else config.sampler.platform
+        settings = config.sampler.model_copy(update={"platform": platform})
+        release_log = stack.enter_context(held_back())
         engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
         arrays = saved["scaffold"] if saved else None
         scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
         if not resume:  # whatever can be wrong with the input was found before the directory is touched
             run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
             stack.enter_context(run.logging())
+        release_log()
         _describe(scaffold, engine)
         chains = scaffold.chains(engine)
         trainer = Trainer(
@@ -139,8 +144,11 @@ def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
     path = names[stage]
     state = load_model_state(path)
     config = load_config(run.config)
-    molecular_system = MolecularSystem.from_files(run.topology, system_xml=run.system_xml)
-    molecular_system = dataclasses.replace(molecular_system, positions=state["positions"].numpy())
+    molecular_system = MolecularSystem(
+        topology_from_table(state["topology"]), read_system_xml(run.system_xml), state["positions"].numpy()
+    )
+    if molecular_system.fingerprint() != state["fingerprint"]:
+        raise CGFlowError(f"{run.system_xml}: is not the System that {path} was trained on; restore that file")
     try:
         slow = json.loads(run.slow_atoms.read_text())["slow"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,19 +164,11 @@ def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
 
 
 def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | None = None) -> list[Path]:
-    """Writes a trajectory, its topology and its COLVAR table side by side; returns their paths."""
-    topology = write_trajectory(samples.trajectory, path, topology=topology)
+    """Writes a trajectory, its COLVAR table and, if asked, its topology side by side; returns their paths."""
     colvar = path.with_suffix(".colvar")
+    write_trajectory(samples.trajectory, path, topology=topology)
     write_colvar(colvar, colvar_columns(samples, model.coordinates.names))
-    return [path, topology, colvar]
-
-
-def _same_platform(settings: SamplerConfig, platform: str) -> SamplerConfig:
-    """Settings that continue on the platform of the checkpoint: another timing probe could choose another one."""
-    if settings.platform is None and platform not in available_platforms():
-        logger.warning("the run was on the platform %s, which is not here: not bitwise equal", platform)
-        return settings
-    return settings.model_copy(update={"platform": settings.platform or platform})
+    return [path, colvar, *([topology] if topology else [])]
 
 
 def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
@@ -183,6 +183,8 @@ def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
         len(scaffold.assembly.stereocentres),
     )
     logger.info(engine.description)
+    if rotamers := scaffold.fast_rotamers():
+        logger.warning(rotamer_warning(rotamers))
 
 
 def _write_inputs(run: RunDirectory, scaffold: Scaffold) -> None:
@@ -207,7 +209,7 @@ def _finish(
         samples = model.sample_with(engine, config.sampling.n_samples, config.seed, n_equilibration, must_stop)
     except KeyboardInterrupt:
         return False
-    paths = save_samples(model, samples, run.samples, run.path / "samples.pdb")
+    paths = save_samples(model, samples, run.samples)
     logger.info("wrote %s", ", ".join(map(str, paths)))
     if config.sampling.plots:
         _plot_samples(run, model, samples)

@@ -92,7 +92,7 @@ class Session:
     def model(self) -> CGModel:
         """The flow as it is now."""
         trainer = self.trainer
-        return CGModel(self.scaffold, trainer.flow, trainer.temperatures, self.chains.pool)
+        return CGModel(self.scaffold, trainer.flow, trainer.temperatures, self.chains.pool, self.engine.platform.name)
 
     def save_checkpoint(self) -> None:
         state = {

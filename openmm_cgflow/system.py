@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MolecularSystem"]
 
+_IMPLICIT_SOLVENT = (openmm.GBSAOBCForce, openmm.CustomGBForce)
 _SHORTEST_PAIR = 0.03
 """nm; half the shortest bond there is, H-H."""
 _LONGEST_BOND = 1.0
@@ -152,6 +153,8 @@ class MolecularSystem:
         _refuse_geometry(own_topology, xyz, labels, source)
         _refuse_energy(clean, xyz, source)
         xyz.setflags(write=False)
+        if not any(isinstance(force, _IMPLICIT_SOLVENT) for force in clean.getForces()):
+            added = [*added, "the System has no implicit solvent: the molecule is in vacuum"]
         return cls(own_topology, clean, xyz, tuple([*notes, *changes, *added]))
 
     @property

@@ -10,7 +10,14 @@ from openmm import app
 
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["atom_labels", "connected_components", "copy_topology", "refuse_explicit_solvent"]
+__all__ = [
+    "atom_labels",
+    "connected_components",
+    "copy_topology",
+    "refuse_explicit_solvent",
+    "topology_from_table",
+    "topology_to_table",
+]
 
 
 def copy_topology(topology: app.Topology) -> app.Topology:
@@ -25,6 +32,39 @@ def copy_topology(topology: app.Topology) -> app.Topology:
                 atoms[atom] = result.addAtom(atom.name, atom.element, new_residue, atom.id)
     for bond in topology.bonds():
         result.addBond(atoms[bond.atom1], atoms[bond.atom2], bond.type, bond.order)
+    return result
+
+
+def topology_to_table(topology: app.Topology) -> dict[str, list]:
+    """Atoms and bonds as plain data: a PDB file would lose equal names in one residue and some bonds.
+
+    Returns:
+        ``atoms``: chain, residue and atom as [chain number, chain id, residue number, name, id, insertion code, atom
+        name, element symbol, atom id]; ``bonds``: [i, j].
+    """
+    atoms = [
+        [
+            *(atom.residue.chain.index, atom.residue.chain.id, atom.residue.index, atom.residue.name, atom.residue.id),
+            *(atom.residue.insertionCode, atom.name, atom.element.symbol if atom.element else "", atom.id),
+        ]
+        for atom in topology.atoms()
+    ]
+    return {"atoms": atoms, "bonds": [[bond.atom1.index, bond.atom2.index] for bond in topology.bonds()]}
+
+
+def topology_from_table(table: dict[str, list]) -> app.Topology:
+    """Inverse of :func:`topology_to_table`, but for bond orders."""
+    result = app.Topology()
+    atoms, chains, residues = [], {}, {}
+    for chain, chain_id, residue, name, residue_id, insertion_code, atom_name, symbol, atom_id in table["atoms"]:
+        if chain not in chains:
+            chains[chain] = result.addChain(chain_id)
+        if residue not in residues:
+            residues[residue] = result.addResidue(name, chains[chain], residue_id, insertion_code)
+        element = app.Element.getBySymbol(symbol) if symbol else None
+        atoms.append(result.addAtom(atom_name, element, residues[residue], atom_id))
+    for i, j in table["bonds"]:
+        result.addBond(atoms[i], atoms[j])
     return result
 
 

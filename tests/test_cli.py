@@ -702,7 +702,7 @@ def test_wrong_sampling_options(finished, tmp_path, refused):
 
 
 @pytest.mark.parametrize(
-    "name", ["models/stage_01.pt", "config.yaml", "topology.pdb", "system.xml", "slow_atoms.json", "provenance.json"]
+    "name", ["models/stage_01.pt", "config.yaml", "system.xml", "slow_atoms.json", "provenance.json"]
 )
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_damaged_run(name, damage, run, refused):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_cgflow import CGFlowError, ReplicaError, load, load_config, train
+from openmm_cgflow import CGFlowError, MolecularSystem, Partition, ReplicaError, load, load_config, train
 from openmm_cgflow.export import read_colvar
+from openmm_cgflow.model import Scaffold
 from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.sanitize import energy_and_forces
 
 TINY = (
     "sampler.n_replicas=16",
@@ -170,8 +172,6 @@ def test_trajectory_and_table_agree(finished):
 
 
 def test_python_objects_need_no_files(tiny, tmp_path):
-    from openmm_cgflow import MolecularSystem
-
     molecule = MolecularSystem.from_files(tiny.system)
     config = tiny.model_copy(update={"system": None})
     model = train(config, tmp_path / "run", molecular_system=molecule, progress=False)
@@ -180,3 +180,41 @@ def test_python_objects_need_no_files(tiny, tmp_path):
     with pytest.raises(CGFlowError, match="system"):
         train(config, tmp_path / "another", progress=False)
     assert not (tmp_path / "another").exists()
+
+
+def test_atoms_with_equal_names_can_be_loaded_again(tiny, tmp_path):
+    molecule = MolecularSystem.from_files(tiny.system)
+    for atom in molecule.topology.atoms():
+        atom.name = atom.element.symbol
+    molecule = MolecularSystem.from_openmm(molecule.topology, molecule.system, molecule.positions)
+    train(tiny, tmp_path / "run", molecular_system=molecule, progress=False)
+    model = load(tmp_path / "run")
+    assert np.array_equal(model.molecular_system.bonds, molecule.bonds)
+    assert model.sample(3).trajectory.n_atoms == 14
+
+
+def test_resumed_after_the_files_have_moved(tiny, finished, systems, tmp_path):
+    for name in ("butane.pdb", "butane.xml", "butane.yaml"):
+        (tmp_path / name).write_bytes((systems / "butane" / name).read_bytes())
+    output = tmp_path / "run"
+    train(tiny, output, progress=False, max_time=0.0)
+    train(load_config(tmp_path / "butane.yaml", TINY), output, resume=True, progress=False)
+    assert (output / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
+
+
+def test_what_is_logged_before_there_is_a_directory_is_in_the_log(finished):
+    log = (finished / "run.log").read_text()
+    assert "harmonic reference" in log
+    assert "in vacuum" in log
+
+
+def test_fast_rotamers_are_named(tiny):
+    molecule = MolecularSystem.from_files(tiny.system)
+
+    def evaluate(xyz):
+        results = [energy_and_forces(molecule.system, frame) for frame in xyz]
+        return np.array([energy for energy, _ in results]), np.array([forces for _, forces in results])
+
+    for slow, expected in (("name C1 C2 C3", ["BUT1:C1-BUT1:C2-BUT1:C3-BUT1:C4"]), ("element C", [])):
+        partition = Partition.resolve(molecule, slow)
+        assert Scaffold.build(tiny, molecule, partition, evaluate).fast_rotamers() == expected

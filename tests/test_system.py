@@ -10,6 +10,7 @@ from openmm import app, unit
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.system import MolecularSystem
+from openmm_cgflow.topology import topology_from_table, topology_to_table
 
 ALANINE = Path(__file__).parents[1] / "systems" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 
@@ -410,3 +411,17 @@ def test_from_parmed_without_parameters_is_refused():
     parmed = pytest.importorskip("parmed")
     with pytest.raises(CGFlowError, match="ParmEd cannot build"):
         MolecularSystem.from_parmed(parmed.load_file(str(ALANINE)))
+
+
+def test_topology_table_keeps_what_a_pdb_file_would_lose():
+    """Equal atom names in one residue, bonds between standard residues that have no CONECT, insertion codes."""
+    topology = app.Topology()
+    chain = topology.addChain("Q")
+    first, second = topology.addResidue("ALA", chain, "7", "B"), topology.addResidue("GLY", chain, "9")
+    atoms = [topology.addAtom("C", app.Element.getBySymbol("C"), first, str(k)) for k in range(3)]
+    atoms.append(topology.addAtom("X", None, second))
+    for i, j in ((0, 1), (1, 2), (0, 3)):
+        topology.addBond(atoms[i], atoms[j])
+    back = topology_from_table(topology_to_table(topology))
+    assert topology_to_table(back) == topology_to_table(topology)
+    assert [(bond.atom1.index, bond.atom2.index) for bond in back.bonds()] == [(0, 1), (1, 2), (0, 3)]
