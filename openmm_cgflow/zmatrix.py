@@ -58,7 +58,8 @@ def slow_zmatrix(graph: nx.Graph, slow: Sequence[int]) -> ZMatrix:
     if rings:
         raise CGFlowError(
             f"the slow atoms contain a ring (atoms {sorted(rings[0])}, 0-based). Rings among the slow atoms are not "
-            "supported: leave at least one atom of each ring out of partition.slow; fast atoms may form rings"
+            "supported: leave at least one atom of each ring out of partition.slow (init: --slow); fast atoms "
+            "may form rings"
         )
     path = _longest_path(tree)
     parent: dict[int, int] = {}

@@ -487,7 +487,7 @@ def test_init_refuses_bad_molecules(tmp_path, alanine, refused):
     fields = ("--forcefield", "amber99sbildn.xml", "amber99_obc.xml")
     refused("init", tmp_path / "bare.pdb", *fields, *output, says=["bare.pdb", "hydrogens are missing", "pdbfixer"])
     refused("init", tmp_path / "nowhere.pdb", *fields, *output, says=["nowhere.pdb", "no such file"])
-    refused("init", tmp_path / "good.pdb", *output, says=["exactly one of forcefield"])
+    refused("init", tmp_path / "good.pdb", *output, says=["--forcefield --topology --system-xml is required"])
     refused("init", tmp_path / "good.pdb", "--forcefield", "amber14-al.xml", *output, says=["amber14-all.xml"])
     refused("init", tmp_path / "good.pdb", *fields, *output, "--slow", "name XX", says=["name XX", "no atom"])
     refused("init", tmp_path / "good.pdb", *fields, *output, "--temperature", "hot", says=["--temperature", "'hot'"])
