@@ -98,11 +98,13 @@ class Scaffold:
         Short chains do not cross their barriers, so their populations are not sampled.
         """
         system, fast = self.molecular_system, self.harmonic.fast
-        return [
-            "-".join(system.atom_label(int(i)) for i in (*row[::-1], atom))
-            for atom, row, rotatable in zip(fast.atoms, fast.references, fast.rotatable, strict=True)
-            if rotatable and system.elements[atom] != "H"
-        ]
+        names = []
+        for parent, *rest in fast.references[fast.rotatable].tolist():
+            # The torsion turns all atoms on its parent together, whichever of them carries it.
+            turned = fast.atoms[fast.references[:, 0] == parent].tolist()
+            heavy = [atom for atom in turned if system.elements[atom] != "H"]
+            names += ["-".join(map(system.atom_label, (*rest[::-1], parent, atom))) for atom in heavy[:1]]
+        return names
 
     def saved_arrays(self) -> dict[str, Tensor]:
         """The fitted numbers, as tensors."""
