@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from openmm_cgflow.config import Config, TemperingConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.meanforce import MolecularMeanForce
-from openmm_cgflow.model import Scaffold, new_flow, rotamer_warning
+from openmm_cgflow.model import new_flow
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
+from openmm_cgflow.scaffold import Scaffold, rotamer_warning
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.tempering import start_temperature
 from openmm_cgflow.training import Trainer

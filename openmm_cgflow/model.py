@@ -12,152 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.assembly import Assembly
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates import CartesianCoordinates, Coordinates, InternalCoordinates
+from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import CGFlow
-from openmm_cgflow.harmonic import Evaluate, HarmonicReference
-from openmm_cgflow.meanforce import FastChains
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
+from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.system import MolecularSystem
-from openmm_cgflow.tempering import start_temperature
 from openmm_cgflow.topology import topology_to_table
 from openmm_cgflow.units import thermal_beta
-from openmm_cgflow.zmatrix import ZMatrix, bond_graph, fast_zmatrix, reference_triple, slow_zmatrix, stereocentres
 
-__all__ = ["CGModel", "Samples", "Scaffold", "new_flow", "rotamer_warning"]
+__all__ = ["CGModel", "Samples", "new_flow"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Scaffold:
-    """What a molecule and a configuration determine before any training."""
-
-    config: Config
-    molecular_system: MolecularSystem
-    partition: Partition
-    harmonic: HarmonicReference
-    assembly: Assembly
-
-    @classmethod
-    def build(
-        cls,
-        config: Config,
-        molecular_system: MolecularSystem,
-        partition: Partition,
-        evaluate: Evaluate | None = None,
-        saved: dict[str, Any] | None = None,
-    ) -> Scaffold:
-        """Z-matrices, harmonic reference, coordinates and assembly.
-
-        Arguments:
-            config: Sections ``coordinates``, ``tempering`` and ``temperature`` are used.
-            molecular_system: The molecule.
-            partition: Slow and fast atoms.
-            evaluate: Energies and forces, to fit the harmonic reference.
-            saved: :meth:`saved_arrays` of an earlier build, instead of ``evaluate``.
-
-        Raises:
-            CGFlowError: If the slow atoms contain a ring or a straight chain, or the energy is not finite.
-        """
-        graph = bond_graph(molecular_system.n_atoms, molecular_system.bonds)
-        slow, fast = slow_zmatrix(graph, partition.slow), fast_zmatrix(graph, partition.slow)
-        if config.coordinates.kind == "cartesian":
-            triple = config.coordinates.reference_atoms or reference_triple(graph, partition.slow)
-            if not (set(triple) <= set(partition.slow) and graph.has_edge(*triple[:2]) and graph.has_edge(*triple[1:])):
-                raise CGFlowError(
-                    f"coordinates.reference_atoms: got {list(triple)}, expected three slow atoms bonded in a row"
-                )
-        if saved is not None:
-            arrays = {name: saved[name].numpy() for name in ("centre", "hessian", "scan")}
-            harmonic = HarmonicReference(slow, fast, **arrays)
-        else:
-            assert evaluate is not None
-            harmonic = HarmonicReference.fit(evaluate, slow, fast, molecular_system.positions)
-        labels = [molecular_system.atom_label(i) for i in range(molecular_system.n_atoms)]
-        widths = harmonic.widths(start_temperature(config.tempering, config.temperature))
-        bound = config.coordinates.bound
-        coordinates: Coordinates
-        if config.coordinates.kind == "internal":
-            n = len(slow.atoms)
-            coordinates = InternalCoordinates(slow, labels, harmonic.centre[:n], widths[:n], bound)
-        else:
-            coordinates = _cartesian(slow, triple, labels, molecular_system.positions, graph, bound)
-        centres = stereocentres(graph, molecular_system.elements)
-        assembly = Assembly(coordinates, fast, centres, molecular_system.positions)
-        return cls(config, molecular_system, partition, harmonic, assembly)
-
-    def fast_rotamers(self) -> list[str]:
-        """Torsions among the fast atoms that move heavy atoms, as labels of their four atoms.
-
-        Short chains do not cross their barriers, so their populations are not sampled.
-        """
-        system, fast = self.molecular_system, self.harmonic.fast
-        names = []
-        for parent, *rest in fast.references[fast.rotatable].tolist():
-            # The torsion turns all atoms on its parent together, whichever of them carries it.
-            turned = fast.atoms[fast.references[:, 0] == parent].tolist()
-            heavy = [atom for atom in turned if system.elements[atom] != "H"]
-            names += ["-".join(map(system.atom_label, (*rest[::-1], parent, atom))) for atom in heavy[:1]]
-        return names
-
-    def saved_arrays(self) -> dict[str, Tensor]:
-        """The fitted numbers, as tensors."""
-        names = ("centre", "hessian", "scan")
-        return {name: torch.tensor(getattr(self.harmonic, name)) for name in names}
-
-    def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-        """Thermal draw of the fast internal coordinates at z, shape (B, n_fast, 3)."""
-        slow_xyz = self.assembly.coordinates.to_xyz(z)
-        order = [self.assembly.slow.index(int(atom)) for atom in self.harmonic.slow.atoms]
-        return self.harmonic.draw_fast(slow_xyz[:, order], temperature, generator)
-
-    def chains(self, engine: ReplicaEngine) -> FastChains:
-        """Chains of the fast atoms on an engine, with an empty pool."""
-        return FastChains(engine, self.assembly, self.draw_fast, self.config.sampler, self.config.seed)
-
-
-def _cartesian(
-    slow: ZMatrix, triple: tuple[int, int, int], labels: list[str], positions: np.ndarray, graph: Any, bound: float
-) -> CartesianCoordinates:
-    """Boxes that hold every conformation: each atom within the contour length from its nearest reference atom."""
-    atoms = [*triple, *(int(i) for i in slow.atoms if int(i) not in triple)]
-    local = positions[atoms] - positions[atoms[0]]
-    x = local[1] / np.linalg.norm(local[1])
-    y = local[2] - (local[2] @ x) * x
-    y /= np.linalg.norm(y)
-    local = local @ np.stack((x, y, np.cross(x, y)), axis=1)
-    reach = {atom: (0.0, k) for k, atom in enumerate(triple)}
-    queue = list(triple)
-    for atom in queue:
-        for other in sorted(graph[atom]):
-            if other in atoms and other not in reach:
-                reach[other] = (
-                    reach[atom][0] + float(np.linalg.norm(positions[atom] - positions[other])),
-                    reach[atom][1],
-                )
-                queue.append(other)
-    centre = [local[1, 0], local[2, 0], local[2, 1]]
-    half = [0.04, 0.06, 0.06]
-    for atom in atoms[3:]:
-        length, anchor = reach[atom]
-        centre.extend(local[anchor])
-        half.extend([1.15 * length] * 3)
-    return CartesianCoordinates(atoms, labels, np.array(centre), np.array(half), bound)
-
-
-def rotamer_warning(rotamers: list[str]) -> str:
-    """What to tell the user of :meth:`Scaffold.fast_rotamers`."""
-    return (
-        f"{len(rotamers)} torsion(s) of heavy atoms are fast: {', '.join(rotamers)}. Short chains do not cross their "
-        "barriers, so their populations stay what the hot stages left. Make their atoms slow, for example with "
-        "partition.slow: heavy"
-    )
 
 
 def new_flow(config: Config, coordinates: Coordinates) -> CGFlow:

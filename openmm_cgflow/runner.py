@@ -19,12 +19,13 @@ from openmm_cgflow.export import colvar_columns, peptide_torsions, write_colvar,
 from openmm_cgflow.files import atomic_path, atomic_write
 from openmm_cgflow.loaders import read_system_xml
 from openmm_cgflow.meanforce import MolecularMeanForce
-from openmm_cgflow.model import CGModel, Samples, Scaffold, new_flow, rotamer_warning
+from openmm_cgflow.model import CGModel, Samples, new_flow
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.runlog import held_back
+from openmm_cgflow.scaffold import Scaffold, rotamer_warning
 from openmm_cgflow.session import Session, stop_requests
 from openmm_cgflow.statefile import load_model_state, load_state
 from openmm_cgflow.system import MolecularSystem

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from openmm_cgflow.files import atomic_path
 from openmm_cgflow.meanforce import FastChains
-from openmm_cgflow.model import CGModel, Scaffold
+from openmm_cgflow.model import CGModel
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.statefile import save_state
 from openmm_cgflow.training import Trainer
 

@@ -8,8 +8,8 @@ from openmm import unit
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.meanforce import frame_gradients
-from openmm_cgflow.model import Scaffold
 from openmm_cgflow.replicas import create_engine
+from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0

@@ -10,9 +10,9 @@ import torch
 
 from openmm_cgflow import CGFlowError, MolecularSystem, Partition, ReplicaError, load, load_config, train
 from openmm_cgflow.export import read_colvar
-from openmm_cgflow.model import Scaffold
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.sanitize import energy_and_forces
+from openmm_cgflow.scaffold import Scaffold
 
 TINY = (
     "sampler.n_replicas=16",
