@@ -79,6 +79,19 @@ def write_trajectory(trajectory: mdtraj.Trajectory, path: Path, *, topology: Pat
             frames.save(str(temporary))
         except (RuntimeError, TypeError) as error:  # what MDTraj's DCD and XTC writers raise where the disk is full
             raise CGFlowError(f"{path}: cannot write: MDTraj fails to; is the disk full? ({error})") from error
+        if path.suffix.lower() == ".dcd":
+            _replace_dcd_title(temporary)
+
+
+def _replace_dcd_title(path: Path) -> None:
+    """Puts a fixed text where MDTraj writes the time of day and memory it never cleared: same seed, same file."""
+    # The header: a record of 84 bytes between two markers of 4, then marker, number of titles, titles of 80 bytes.
+    with path.open("r+b") as file:
+        file.seek(180)
+        if not file.read(80).startswith(b"REMARKS"):
+            raise ValueError(f"{path}: not the DCD header that MDTraj writes")
+        file.seek(180)
+        file.write(b"REMARKS independent samples, their time is an index".ljust(80))
 
 
 def peptide_torsions(trajectory: mdtraj.Trajectory) -> dict[str, np.ndarray]:

@@ -47,6 +47,13 @@ def test_the_topology_keeps_atoms_and_bonds(tmp_path, systems, name):
     assert {(a.index, b.index) for a, b in back.bonds} == {(a.index, b.index) for a, b in frame.topology.bonds}
 
 
+def test_no_clock_in_the_file(tmp_path, trajectory):
+    write_trajectory(trajectory, tmp_path / "a.dcd")
+    header = (tmp_path / "a.dcd").read_bytes()[100:260]
+    assert header[80:] == b"REMARKS independent samples, their time is an index".ljust(80)
+    assert b" at " not in header
+
+
 def test_same_frames_same_file(tmp_path, trajectory):
     for name in ("a.dcd", "b.dcd"):
         write_trajectory(trajectory, tmp_path / name)
