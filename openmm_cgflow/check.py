@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from openmm_cgflow.config import Config, TemperingConfig
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.flow import one_torch_thread
 from openmm_cgflow.meanforce import MolecularMeanForce
 from openmm_cgflow.model import new_flow
 from openmm_cgflow.partition import Partition
@@ -88,11 +89,12 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
     coordinates = probe.assembly.coordinates
     estimator = MolecularMeanForce(probe.chains(engine), sampler.estimator)
     trainer = Trainer(quick, coordinates, new_flow(quick, coordinates), estimator)
-    trainer.step()  # fills the pool and warms up
-    before, start = engine.n_energy_evaluations, time.perf_counter()
-    for _ in range(_N_PROBE_STEPS):
-        trainer.step()
-    seconds = time.perf_counter() - start
+    with one_torch_thread():  # as in a training
+        trainer.step()  # fills the pool and warms up
+        before, start = engine.n_energy_evaluations, time.perf_counter()
+        for _ in range(_N_PROBE_STEPS):
+            trainer.step()
+        seconds = time.perf_counter() - start
     evaluations = engine.n_energy_evaluations - before
     rate = evaluations / seconds
     n_stages = count_stages(config.tempering, config.temperature, coordinates.n_features)

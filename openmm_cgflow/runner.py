@@ -17,6 +17,7 @@ from openmm_cgflow.config import Config, dump_config, load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.export import colvar_columns, peptide_torsions, write_colvar, write_trajectory
 from openmm_cgflow.files import atomic_path, atomic_write
+from openmm_cgflow.flow import one_torch_thread
 from openmm_cgflow.loaders import read_system_xml
 from openmm_cgflow.meanforce import MolecularMeanForce
 from openmm_cgflow.model import CGModel, Samples, new_flow
@@ -75,6 +76,7 @@ def train(
         molecular_system = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecular_system, config.partition.slow)
     with ExitStack() as stack:
+        stack.enter_context(one_torch_thread())
         saved: dict[str, Any] | None = None
         if resume:
             run = RunDirectory.create(output, dump_config(config), resume=True, source=source)

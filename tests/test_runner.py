@@ -32,14 +32,6 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tiny(systems):
     return load_config(systems / "butane" / "butane.yaml", TINY)
@@ -218,3 +210,13 @@ def test_fast_rotamers_are_named(tiny):
     for slow, expected in (("name C1 C2 C3", ["BUT1:C1-BUT1:C2-BUT1:C3-BUT1:C4"]), ("element C", [])):
         partition = Partition.resolve(molecule, slow)
         assert Scaffold.build(tiny, molecule, partition, evaluate).fast_rotamers() == expected
+
+
+def test_torch_threads_are_left_as_they_were(tiny, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(tiny, tmp_path / "run", progress=False, max_time=0.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
