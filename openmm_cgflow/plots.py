@@ -33,7 +33,7 @@ def save(figure: Figure, path: Path) -> None:
         CGFlowError: If the file cannot be written.
     """
     with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(str(temporary), dpi=150)
+        FigureCanvasAgg(figure).print_figure(str(temporary), dpi=150, bbox_inches="tight")
 
 
 def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
