@@ -23,6 +23,8 @@ from openmm_cgflow.zmatrix import ZMatrix, bond_graph, fast_zmatrix, reference_t
 
 __all__ = ["Scaffold", "rotamer_warning"]
 
+_FITTED = ("centre", "hessian", "scan")  # of the harmonic reference
+
 
 @dataclass(frozen=True)
 class Scaffold:
@@ -64,7 +66,7 @@ class Scaffold:
                     f"coordinates.reference_atoms: got {list(triple)}, expected three slow atoms bonded in a row"
                 )
         if saved is not None:
-            arrays = {name: saved[name].numpy() for name in ("centre", "hessian", "scan")}
+            arrays = {name: saved[name].numpy() for name in _FITTED}
             harmonic = HarmonicReference(slow, fast, **arrays)
         else:
             assert evaluate is not None
@@ -98,8 +100,7 @@ class Scaffold:
 
     def saved_arrays(self) -> dict[str, Tensor]:
         """The fitted numbers, as tensors."""
-        names = ("centre", "hessian", "scan")
-        return {name: torch.tensor(getattr(self.harmonic, name)) for name in names}
+        return {name: torch.tensor(getattr(self.harmonic, name)) for name in _FITTED}
 
     def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         """Thermal draw of the fast internal coordinates at z, shape (B, n_fast, 3)."""

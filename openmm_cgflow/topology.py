@@ -9,6 +9,7 @@ import networkx as nx
 from openmm import app
 
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.zmatrix import bond_graph
 
 __all__ = [
     "atom_labels",
@@ -83,10 +84,7 @@ def _residue(atom: app.topology.Atom) -> str:
 
 def connected_components(n_atoms: int, bonds: Iterable[tuple[int, int]]) -> list[list[int]]:
     """Sorted atom indices of each connected part, in order of their first atoms."""
-    graph = nx.Graph()
-    graph.add_nodes_from(range(n_atoms))
-    graph.add_edges_from(bonds)
-    return sorted(sorted(part) for part in nx.connected_components(graph))
+    return sorted(sorted(part) for part in nx.connected_components(bond_graph(n_atoms, bonds)))
 
 
 def refuse_explicit_solvent(topology: app.Topology, source: str) -> None:
