@@ -19,8 +19,14 @@ from openmm import CustomTorsionForce, LangevinMiddleIntegrator, LocalEnergyMini
 from openmm.app import element
 from PeptideBuilder import Geometry
 
-__all__ = ["build_alanine_dipeptide", "build_butane", "dihedral", "place"]
+__all__ = ["build_butane", "build_dipeptide", "dihedral", "place"]
 
+_PEPTIDES = {
+    "alanine_dipeptide": ("A", "ALA", ("amber99sbildn.xml", "amber99_obc.xml")),
+    "alanine_dipeptide_ff96": ("A", "ALA", ("amber96.xml", "implicit/obc1.xml")),
+    "glycine_dipeptide": ("G", "GLY", ("amber99sbildn.xml", "amber99_obc.xml")),
+    "valine_dipeptide": ("V", "VAL", ("amber99sbildn.xml", "amber99_obc.xml")),
+}
 _CAPS = {0: ("ACE", {"CA": "CH3", "C": "C", "O": "O"}), 2: ("NME", {"N": "N", "CA": "C"})}
 
 
@@ -76,11 +82,11 @@ def write(path: Path, topology: app.Topology, xyz: np.ndarray, remark: str) -> N
     print(f"{path}: {len(xyz)} atoms, {bonds} bonds")
 
 
-def build_alanine_dipeptide() -> tuple[app.Topology, np.ndarray]:
-    """ACE-ALA-NME in C7eq: a GLY-ALA-GLY chain cut down to the caps, hydrogens by Modeller, minimised."""
-    geometries = [Geometry.geometry(code) for code in "GAG"]
-    geometries[1].phi, geometries[1].psi_im1 = -80, 180
-    geometries[2].phi, geometries[2].psi_im1 = 180, 80
+def _chain(code: str, phi: float, psi: float) -> tuple[app.Topology, unit.Quantity]:
+    """Heavy atoms of the residue between caps: a GLY-X-GLY chain with the glycines cut down; degrees."""
+    geometries = [Geometry.geometry(letter) for letter in f"G{code}G"]
+    geometries[1].phi, geometries[1].psi_im1 = phi, 180
+    geometries[2].phi, geometries[2].psi_im1 = 180, psi
     chain = PeptideBuilder.make_structure_from_geos(geometries)
     topology, positions = app.Topology(), []
     residues = topology.addChain()
@@ -94,18 +100,38 @@ def build_alanine_dipeptide() -> tuple[app.Topology, np.ndarray]:
             topology.addAtom(label, element.get_by_symbol(label[0]), residue)
             positions.append(Vec3(*(0.1 * float(x) for x in atom.coord)))
     topology.createStandardBonds()
-    forcefield = app.ForceField("amber99sbildn.xml", "amber99_obc.xml")
-    modeller = app.Modeller(topology, positions * unit.nanometer)
+    return topology, positions * unit.nanometer
+
+
+def build_dipeptide(code: str, forcefields: Sequence[str]) -> tuple[app.Topology, np.ndarray]:
+    """ACE-X-NME in C7eq, hydrogens by Modeller, minimised with φ and ψ held.
+
+    Arguments:
+        code: One-letter code of the amino acid X.
+        forcefields: OpenMM force-field files.
+
+    Raises:
+        RuntimeError: If X is not L, or valine's two methyl groups have each other's name.
+    """
+    forcefield = app.ForceField(*forcefields)
+    modeller = app.Modeller(*_chain(code, -80.0, 80.0))
     random.seed(0)  # Modeller scatters the hydrogens before it minimises them
     modeller.addHydrogens(forcefield, platform=Platform.getPlatformByName("Reference"))
-    index = {(atom.residue.name, atom.name): atom.index for atom in modeller.topology.atoms()}
-    phi = [index[key] for key in (("ACE", "C"), ("ALA", "N"), ("ALA", "CA"), ("ALA", "C"))]
-    psi = [index[key] for key in (("ALA", "N"), ("ALA", "CA"), ("ALA", "C"), ("NME", "N"))]
+    index = {(atom.residue.index, atom.name): atom.index for atom in modeller.topology.atoms()}
+    phi = [index[key] for key in ((0, "C"), (1, "N"), (1, "CA"), (1, "C"))]
+    psi = [index[key] for key in ((1, "N"), (1, "CA"), (1, "C"), (2, "N"))]
     xyz = minimise(modeller.topology, modeller.positions, forcefield, [(*phi, -80.0), (*psi, 80.0)])
-    n, ca, c, cb = (xyz[index["ALA", name]] for name in ("N", "CA", "C", "CB"))
-    if np.dot(np.cross(n - ca, c - ca), cb - ca) <= 0:
-        raise RuntimeError("alanine is not L")
-    print(f"phi {dihedral(xyz[phi]):.1f}, psi {dihedral(xyz[psi]):.1f} degrees")
+    side = [f"{dihedral(xyz[atoms]):.1f}" for atoms in (phi, psi)]
+    if (1, "CB") in index:
+        n, ca, c, cb = (xyz[index[1, name]] for name in ("N", "CA", "C", "CB"))
+        if np.dot(np.cross(n - ca, c - ca), cb - ca) <= 0:
+            raise RuntimeError(f"{code} is not L")
+    if (1, "CG1") in index:
+        first, second = (dihedral(xyz[[index[1, a] for a in ("N", "CA", "CB", g)]]) for g in ("CG1", "CG2"))
+        if not 90 < (second - first) % 360 < 150:
+            raise RuntimeError("CG1 and CG2 are exchanged")
+        side.append(f"{first:.1f}")
+    print(f"{code}: torsions φ, ψ{', χ1' if len(side) > 2 else ''} {', '.join(side)} degrees")
     return modeller.topology, xyz
 
 
@@ -137,8 +163,9 @@ def main() -> None:
     source = Path(__file__).resolve().parent.parent / "systems"
     parser.add_argument("folder", nargs="?", type=Path, default=source, help="where to write (default: systems/)")
     folder = parser.parse_args().folder
-    alanine = build_alanine_dipeptide()
-    write(folder / "alanine_dipeptide" / "alanine_dipeptide.pdb", *alanine, remark="ACE-ALA-NME, see SOURCE.md")
+    for name, (code, residue, forcefields) in _PEPTIDES.items():
+        peptide = build_dipeptide(code, forcefields)
+        write(folder / name / f"{name}.pdb", *peptide, remark=f"ACE-{residue}-NME, see SOURCE.md")
     butane = build_butane(source / "butane" / "butane.xml")
     write(folder / "butane" / "butane.pdb", *butane, remark="n-butane, see SOURCE.md")
 

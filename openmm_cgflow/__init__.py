@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openmm_cgflow.config import Config, load_config
     from openmm_cgflow.errors import CGFlowError, ReplicaError
+    from openmm_cgflow.evaluation import Evaluation, evaluate
     from openmm_cgflow.model import CGModel, Samples
     from openmm_cgflow.partition import Partition
     from openmm_cgflow.runner import load, train
@@ -20,10 +21,12 @@ _HOME = {
     "CGFlowError": "errors",
     "CGModel": "model",
     "Config": "config",
+    "Evaluation": "evaluation",
     "MolecularSystem": "system",
     "Partition": "partition",
     "ReplicaError": "errors",
     "Samples": "model",
+    "evaluate": "evaluation",
     "load": "runner",
     "load_config": "config",
     "train": "runner",
@@ -33,11 +36,13 @@ __all__ = [
     "CGFlowError",
     "CGModel",
     "Config",
+    "Evaluation",
     "MolecularSystem",
     "Partition",
     "ReplicaError",
     "Samples",
     "__version__",
+    "evaluate",
     "load",
     "load_config",
     "train",

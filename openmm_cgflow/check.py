@@ -11,13 +11,12 @@ from openmm_cgflow.config import Config, TemperingConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import one_torch_thread
 from openmm_cgflow.meanforce import MolecularMeanForce
-from openmm_cgflow.model import new_flow
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.scaffold import Scaffold, rotamer_warning
+from openmm_cgflow.session import new_trainer
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.tempering import start_temperature
-from openmm_cgflow.training import Trainer
 
 __all__ = ["Cost", "count_stages", "dry_run", "measure_cost"]
 
@@ -70,25 +69,34 @@ def dry_run(config: Config) -> Iterator[str]:
             yield f"warning: {rotamer_warning(rotamers)}"
         yield f"engine: {engine.description}"
         cost = measure_cost(config, scaffold, engine)
+    rate = f"{cost.n_evaluations:.1e} energy evaluations at {cost.evaluations_per_second:.1e} per second"
+    if config.training.method == "pmf":
+        yield (
+            f"training: at most {cost.n_steps} steps of {cost.seconds_per_step:.2g} s, {rate}; it ends once the "
+            "criteria of the stopping section are met"
+        )
+        yield f"estimated wall time: at most {_readable(cost.seconds)} on this machine"
+        return
     about = "about " if config.tempering.schedule == "adaptive" else ""
     yield (
         f"training: {about}{cost.n_stages} stages from {start_temperature(config.tempering, config.temperature):g} K "
-        f"to {config.temperature:g} K, {about}{cost.n_steps} steps of {cost.seconds_per_step:.2g} s, "
-        f"{cost.n_evaluations:.1e} energy evaluations at {cost.evaluations_per_second:.1e} per second"
+        f"to {config.temperature:g} K, {about}{cost.n_steps} steps of {cost.seconds_per_step:.2g} s, {rate}"
     )
     yield f"estimated wall time: {_readable(cost.seconds)} on this machine"
 
 
 def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> Cost:
     """Times a few training steps and scales them to the whole run."""
-    sampler, training = config.sampler, config.training
+    sampler = config.sampler
     quick = config.model_copy(
-        update={"sampler": sampler.model_copy(update={"n_pool_steps": min(sampler.n_pool_steps, _PROBE_POOL_STEPS)})}
+        update={
+            "sampler": sampler.model_copy(update={"n_pool_steps": min(sampler.n_pool_steps, _PROBE_POOL_STEPS)}),
+            # Rounds are timed, also where the limits would end them at once.
+            "stopping": config.stopping.model_copy(update={"max_rounds": 100, "max_evaluations": math.inf}),
+        }
     )
     probe = Scaffold.build(quick, scaffold.molecular_system, scaffold.partition, saved=scaffold.saved_arrays())
-    coordinates = probe.assembly.coordinates
-    estimator = MolecularMeanForce(probe.chains(engine), sampler.estimator)
-    trainer = Trainer(quick, coordinates, new_flow(quick, coordinates), estimator)
+    trainer = new_trainer(quick, probe, MolecularMeanForce(probe.chains(engine), sampler.estimator))
     with one_torch_thread():  # as in a training
         trainer.step()  # fills the pool and warms up
         before, start = engine.n_energy_evaluations, time.perf_counter()
@@ -97,13 +105,21 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
         seconds = time.perf_counter() - start
     evaluations = engine.n_energy_evaluations - before
     rate = evaluations / seconds
-    n_stages = count_stages(config.tempering, config.temperature, coordinates.n_features)
-    n_steps = training.n_steps_last
-    if n_stages > 1:
-        n_steps += training.n_steps_first + (n_stages - 2) * training.n_steps
     per_step, per_step_evaluations = seconds / _N_PROBE_STEPS, evaluations / _N_PROBE_STEPS
+    n_stages = n_steps = 1
+    if config.training.method == "pmf":
+        n_rounds = min(config.stopping.max_rounds, config.stopping.max_evaluations / per_step_evaluations)
+        # Updates of the flow alone follow, at about half a round's time for each of its own.
+        n_polish = config.pmf.polish_updates * config.stopping.max_polish_cycles / config.pmf.flow_updates
+        n_steps = math.ceil(n_rounds + n_polish / 2)
+        per_step_evaluations *= n_rounds / n_steps
+    else:
+        n_stages = count_stages(config.tempering, config.temperature, probe.assembly.coordinates.n_features)
+        n_steps = config.training.n_steps_last
+        if n_stages > 1:
+            n_steps += config.training.n_steps_first + (n_stages - 2) * config.training.n_steps
     # The first pool and the final samples.
-    extra = sampler.n_replicas * sampler.n_pool_steps + config.sampling.n_samples * config.sampling.n_equilibration
+    extra = sampler.n_pool * sampler.n_pool_steps + config.sampling.n_samples * config.sampling.n_equilibration
     return Cost(
         n_stages=n_stages,
         n_steps=n_steps,

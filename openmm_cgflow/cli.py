@@ -173,6 +173,27 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from openmm_cgflow.evaluation import evaluate
+    from openmm_cgflow.report import format_table
+    from openmm_cgflow.rundir import RunDirectory
+
+    output = RunDirectory(options.run_directory).evaluation if options.output is None else options.output
+    evaluation = evaluate(
+        options.run_directory,
+        options.reference,
+        topology=options.topology,
+        weights=options.weights,
+        samples=options.samples,
+        output=output,
+        residue=options.residue,
+        seed=options.seed,
+    )
+    print(format_table(evaluation))
+    print(f"\nwrote {output}: evaluation.json, evaluation.txt, histograms.npz and plots")
+    return 0
+
+
 def _info(options: argparse.Namespace) -> int:
     from openmm_cgflow.rundir import RunDirectory
 
@@ -186,14 +207,16 @@ def _info(options: argparse.Namespace) -> int:
         ("seed", "seed"),
         ("engine", "engine"),
         ("energy_evaluations", "energy evaluations"),
+        ("ended_by", "training ended by"),
     ):
-        if key in record:
+        if record.get(key) not in (None, ""):
             print(f"{label}: {record[key]}")
     if "versions" in record:
         print("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
     rows = run.read_metrics()
     if rows:
-        print("last step: " + ", ".join(f"{name} {value:.6g}" for name, value in rows[-1].items()))
+        known = {name: value for name, value in rows[-1].items() if value == value}  # nan: no such value
+        print("last step: " + ", ".join(f"{name} {value:.6g}" for name, value in known.items()))
     models = sorted(run.models.glob("stage_*.pt"))
     temperatures = record.get("temperatures_K", [])
     for stage, path in enumerate(models):
@@ -203,6 +226,8 @@ def _info(options: argparse.Namespace) -> int:
         print(path)
     if models:
         print(f"sample it with:\n  {_PROGRAM} sample {_quoted(run.path)} -n 10000 -o samples.dcd")
+        if run.samples.exists():
+            print(f"compare it with a reference:\n  {_PROGRAM} evaluate {_quoted(run.path)} --reference FILE")
     return 0
 
 
@@ -249,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
     _add_info(commands)
     return parser
 
@@ -324,6 +350,36 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=_count, metavar="N", help="same seed, same file (default: the configuration's)")
     parser.add_argument("--n-equilibration", type=_count, metavar="N", help="steps of each structure's own chain")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evaluate", help="compare samples with a reference: maps, populations, states")
+    parser.set_defaults(run=_evaluate)
+    parser.add_argument("run_directory", type=Path, metavar="RUN")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="trajectory (.dcd, .xtc, .h5, ...), or .npz with P (n, n), the probability of (phi, psi), and centers "
+        "(n,) in radians; without it the samples are described alone",
+    )
+    parser.add_argument(
+        "--topology", type=Path, metavar="FILE", help="of the reference trajectory (default: that of the run)"
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a number for each frame of the reference, text or .npy"
+    )
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="trajectory written by `sample`, its .colvar beside it (default: RUN/samples.dcd)",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="(default: RUN/evaluation)")
+    parser.add_argument(
+        "--residue", metavar="NAME", help="the only residue whose (phi, psi) to compare, such as ALA2 (default: all)"
+    )
+    parser.add_argument("--seed", type=_count, metavar="N", help="of errors and floors (default: the configuration's)")
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:

@@ -17,9 +17,11 @@ __all__ = [
     "Config",
     "CoordinatesConfig",
     "FlowConfig",
+    "PMFConfig",
     "PartitionConfig",
     "SamplerConfig",
     "SamplingConfig",
+    "StoppingConfig",
     "SystemConfig",
     "TemperingConfig",
     "TrainingConfig",
@@ -75,7 +77,9 @@ class CoordinatesConfig(_Section):
     kind: Literal["internal", "cartesian"] = "internal"
     reference_atoms: tuple[int, int, int] | None = None
     """Cartesian only: the atoms at the origin, on the x axis and in the xy plane (0-based, bonded in a row)."""
-    bound: float = Field(5.0, gt=1.0)
+    peptide_bonds: Literal["keep", "sample"] = "keep"
+    """``keep``: every amide bond stays cis or trans as in the input structure; ``sample``: both, as slow torsions."""
+    bound: float = Field(6.0, gt=1.0)
     """Half-width of the spline interval of bounded coordinates, in units of their scale."""
 
     @model_validator(mode="before")
@@ -88,7 +92,9 @@ class FlowConfig(_Section):
     """Sizes of the spline coupling flow."""
 
     n_layers: int = Field(6, ge=2)
-    """Coupling layers of each block (torsions; bounded coordinates given torsions)."""
+    """Coupling layers of the torsions."""
+    n_bounded_layers: int = Field(2, ge=2)
+    """Coupling layers of the bounded coordinates given the torsions."""
     n_bins: int = Field(8, ge=2)
     hidden_features: list[int] = [64, 64]
 
@@ -97,21 +103,25 @@ class SamplerConfig(_Section):
     """Frozen-slow Langevin dynamics of the fast atoms."""
 
     estimator: Literal["comoving", "cartesian"] = "comoving"
-    n_replicas: int = Field(256, ge=1)
+    n_replicas: int = Field(1024, ge=1)
     """Replicas, that is flow samples, of one training step."""
-    timestep: Time = Field(0.001, gt=0)
+    timestep: Time = Field(0.002, gt=0)
+    """Good for the default hydrogen_mass: the fast atoms have no constraints."""
     friction: Friction = Field(50.0, gt=0)
     hydrogen_mass: Mass = Field(4.0, gt=0)
     """Mass of fast hydrogens; configurational averages do not depend on masses."""
+    n_pool: int = Field(256, ge=1)
+    """Replicas of the first pool of fast atoms."""
     n_pool_steps: int = Field(1000, ge=0)
-    """Steps that equilibrate the first pool of fast atoms."""
-    n_relax: int = Field(10, ge=0)
+    """Steps that equilibrate it."""
+    n_relax: int = Field(5, ge=0)
     """Capped descent steps; they act on forces above force_cap only."""
     force_cap: float = Field(10000.0, gt=0)
     """kJ/mol/nm, far above thermal forces."""
-    n_equilibration: int = Field(20, ge=0)
-    n_frames: int = Field(4, ge=1)
-    stride: int = Field(10, ge=1)
+    n_equilibration: int = Field(40, ge=0)
+    """Steps after the warm start: mean forces are biased for the first 50 to 100 fs."""
+    n_frames: int = Field(16, ge=1)
+    stride: int = Field(6, ge=1)
     """Steps between two frames."""
     max_invalid: float = Field(0.2, ge=0, le=1)
     """Fraction of quarantined replicas above which the run stops."""
@@ -125,8 +135,44 @@ class SamplerConfig(_Section):
     """Worker processes of the contexts engine; 0 = one per core."""
 
 
+class PMFConfig(_Section):
+    """The potential of mean force that is learned on the fly, and the training of the flow on it."""
+
+    hidden_features: list[int] = [96, 96]
+    n_members: int = Field(4, ge=2)
+    """Ensemble members; their spread is the error."""
+    learning_rate: float = Field(2e-3, gt=0)
+    n_updates: int = Field(150, ge=1)
+    """Updates of the PMF in each round."""
+    final_updates: int = Field(2000, ge=1)
+    """Updates of the last fit, which starts anew on all mean forces."""
+    explore_height: float = Field(5.0, gt=0)
+    """How far above the model half of the mean forces are measured, kT of free energy."""
+    flow_learning_rate: float = Field(5e-3, gt=0)
+    flow_batch_size: int = Field(512, ge=2)
+    flow_updates: int = Field(40, ge=1)
+    """Updates of the flow in each round."""
+    polish_updates: int = Field(400, ge=1)
+    """Updates of the flow after the last round; repeated until they no longer help."""
+
+
+class StoppingConfig(_Section):
+    """When rounds of mean forces end: all three criteria, or either limit."""
+
+    held_out: float = Field(1.5, gt=0)
+    """Error of predicted mean forces before they are fitted, over their noise; chains know their noise to about 1.3."""
+    free_energy_error: float = Field(0.08, gt=0)
+    """kT; largest error, and largest change in three rounds, of the free energy of any torsion state above 0.5 %."""
+    ess: float = Field(0.95, gt=0, lt=1)
+    """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""
+    max_evaluations: float = Field(4e6, gt=0)
+    """Energy evaluations of the training; checks and samples come on top."""
+    max_rounds: int = Field(100, ge=1)
+    max_polish_cycles: int = Field(3, ge=1)
+
+
 class TemperingConfig(_Section):
-    """The ladder of temperatures from easy to the target."""
+    """The ladder of temperatures from easy to the target; for ``training.method: reverse_kl``."""
 
     schedule: Literal["adaptive", "linear", "list"] = "adaptive"
     start: Temperature = Field(1200.0, gt=0)
@@ -142,8 +188,10 @@ class TemperingConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """Reverse KL by Adam."""
+    """The method, and the settings of the reverse KL by Adam."""
 
+    method: Literal["pmf", "reverse_kl"] = "pmf"
+    """``pmf``: learn the potential of mean force and train the flow on it; ``reverse_kl``: the paper's."""
     learning_rate: float = Field(1e-3, gt=0)
     n_steps_first: int = Field(200, ge=1)
     n_steps: int = Field(60, ge=1)
@@ -161,8 +209,12 @@ class SamplingConfig(_Section):
     """The samples that end a training."""
 
     n_samples: int = Field(10000, ge=0)
-    n_equilibration: int = Field(300, ge=0)
+    n_equilibration: int = Field(60, ge=0)
     """Steps of every frame's own chain after its warm start."""
+    n_verified: int = Field(8, ge=0)
+    """Conformations whose free energies are checked by switching between them; 0 = no check."""
+    n_switches: int = Field(16, ge=2)
+    """Switches to each of them and back."""
     plots: bool = True
 
 
@@ -177,9 +229,19 @@ class Config(_Section):
     coordinates: CoordinatesConfig = CoordinatesConfig()
     flow: FlowConfig = FlowConfig()
     sampler: SamplerConfig = SamplerConfig()
-    tempering: TemperingConfig = TemperingConfig()
     training: TrainingConfig = TrainingConfig()
+    pmf: PMFConfig = PMFConfig()
+    stopping: StoppingConfig = StoppingConfig()
+    tempering: TemperingConfig = TemperingConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Self:
+        if self.training.method == "pmf" and self.coordinates.kind == "cartesian":
+            raise ValueError(
+                "coordinates: cartesian has no torsions to explore; it goes with training.method reverse_kl"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

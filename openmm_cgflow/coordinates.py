@@ -66,11 +66,15 @@ class Coordinates(nn.Module):
     def n_circular(self) -> int:
         return int(self.circular.sum())
 
+    @property
+    def scale(self) -> Tensor:
+        """Physical units per unit of each bounded feature, shape (n_features,)."""
+        return (self.high - self.low) / (2 * self.bound)
+
     def to_physical(self, z: Tensor) -> Tensor:
         """z -> torsions in radians, lengths in nm, angles in radians, shape (..., n_features)."""
         n = self.n_circular
-        scale = (self.high - self.low) / (2 * self.bound)
-        return torch.cat((z[..., :n], (self.low + (z + self.bound) * scale)[..., n:]), dim=-1)
+        return torch.cat((z[..., :n], (self.low + (z + self.bound) * self.scale)[..., n:]), dim=-1)
 
     def from_physical(self, values: Tensor) -> Tensor:
         """Inverse of :meth:`to_physical`; torsions are wrapped to [-pi, pi)."""
@@ -81,7 +85,7 @@ class Coordinates(nn.Module):
 
     def _log_scale(self) -> Tensor:
         n = self.n_circular
-        return torch.log((self.high - self.low) / (2 * self.bound))[n:].sum()
+        return torch.log(self.scale)[n:].sum()
 
     def to_xyz(self, z: Tensor) -> Tensor:
         """Slow positions in the standard frame, nm, shape (..., n_slow, 3)."""
@@ -92,16 +96,16 @@ class Coordinates(nn.Module):
         raise NotImplementedError
 
     def log_volume(self, z: Tensor) -> Tensor:
-        """log J(z) up to a constant that does not depend on z, shape (...,)."""
+        """log J(z) up to a constant that does not depend on z, shape (...,); -inf where z is no structure."""
         raise NotImplementedError
 
 
 class InternalCoordinates(Coordinates):
     """Torsions, bonds, angles and impropers of a Z-matrix of the slow atoms.
 
-    Torsions of bonds in no ring are circular; impropers are bounded around the input structure, which keeps its
-    handedness. J = prod r^2 sin(theta), over all bonds and angles: the rigid-body factor of the first three atoms has
-    the same form.
+    Torsions that turn a bond are circular; impropers and the torsions of stiff bonds (rings, held peptide bonds) are
+    bounded around the input structure, which keeps its handedness and its cis and trans bonds.
+    J = prod r^2 sin(theta), over all bonds and angles; the rigid-body factor of the first three atoms has that form.
 
     Arguments:
         zmatrix: From :func:`openmm_cgflow.zmatrix.slow_zmatrix`.
@@ -117,6 +121,7 @@ class InternalCoordinates(Coordinates):
     references: Tensor
     slot_atom: Tensor
     slot_kind: Tensor
+    stiff: Tensor
     row: Tensor
 
     def __init__(
@@ -124,20 +129,20 @@ class InternalCoordinates(Coordinates):
     ) -> None:
         n = len(zmatrix.atoms)
         is_torsion = zmatrix.rotatable
-        is_improper = (zmatrix.references[:, 2] >= 0) & ~is_torsion
+        is_stiff = (zmatrix.references[:, 2] >= 0) & ~is_torsion
         slots: list[tuple[int, int]] = [(k, 2) for k in range(n) if is_torsion[k]]
         n_torsions = len(slots)
         slots += [(k, 0) for k in range(1, n)] + [(k, 1) for k in range(2, n)]
-        slots += [(k, 2) for k in range(n) if is_improper[k]]
+        slots += [(k, 2) for k in range(n) if is_stiff[k]]
         names, low, high = [], [], []
         for k, kind in slots:
             chain = [int(zmatrix.atoms[k]), *zmatrix.references[k].tolist()][: kind + 2]
             name = "-".join(labels[i] for i in reversed(chain))
-            names.append(f"{('bond', 'angle', 'dihedral' if is_torsion[k] else 'improper')[kind]} {name}")
+            names.append(f"{('bond', 'angle', 'improper' if zmatrix.improper[k] else 'dihedral')[kind]} {name}")
             middle, half = centre[k, kind], bound * width[k, kind]
             if kind == 1 and middle > math.pi - 0.1:
                 raise CGFlowError(f"{names[-1]} is straight; such a chain has no torsion. Choose other slow atoms")
-            # An improper beyond half a turn would count conformations twice.
+            # A stiff dihedral beyond half a turn would count conformations twice.
             turn = (middle - math.pi, middle + math.pi)
             smallest, largest = ((_SMALLEST_BOND, 1.0), (_SMALLEST_SINE, math.pi - _SMALLEST_SINE), turn)[kind]
             low.append(max(middle - half, smallest))
@@ -153,6 +158,7 @@ class InternalCoordinates(Coordinates):
         self.register_buffer("references", torch.tensor(references))
         self.register_buffer("slot_atom", torch.tensor([k for k, _ in slots]))
         self.register_buffer("slot_kind", torch.tensor([kind for _, kind in slots]))
+        self.register_buffer("stiff", (self.slot_kind == 2) & ~self.circular)
         order = {int(atom): k for k, atom in enumerate(self.placement.order)}
         self.register_buffer("row", torch.tensor([order[int(atom)] for atom in zmatrix.atoms]))
 
@@ -163,7 +169,7 @@ class InternalCoordinates(Coordinates):
         return values.scatter(-1, index, self.to_physical(z)).unflatten(-1, (-1, 3))
 
     def from_table(self, table: Tensor) -> Tensor:
-        """Inverse of :meth:`table`; impropers are unwrapped into their interval."""
+        """Inverse of :meth:`table`; stiff dihedrals are unwrapped into their interval."""
         values = table[..., self.slot_atom, self.slot_kind]
         middle = (self.low + self.high) / 2
         turned = torch.remainder(values - middle + math.pi, 2 * math.pi) - math.pi + middle
@@ -181,7 +187,14 @@ class InternalCoordinates(Coordinates):
     def log_volume(self, z: Tensor) -> Tensor:
         values = self.to_physical(z)
         bonds, angles = values[..., self.slot_kind == 0], values[..., self.slot_kind == 1]
-        return 2 * torch.log(bonds).sum(-1) + torch.log(torch.sin(angles)).sum(-1) + self._log_scale()
+        exists = (bonds > 0).all(-1) & (angles > 0).all(-1) & (angles < math.pi).all(-1)
+        away = (values - (self.low + self.high) / 2)[..., self.stiff]
+        exists &= (away.abs() <= math.pi + 1e-9).all(-1)  # further round is another conformation's second count
+        # Masked before the logarithm: a nan would pass through the gradient of where().
+        bonds = torch.where(exists[..., None], bonds, 1.0)
+        angles = torch.where(exists[..., None], angles, 1.0)
+        volume = 2 * torch.log(bonds).sum(-1) + torch.log(torch.sin(angles)).sum(-1) + self._log_scale()
+        return torch.where(exists, volume, -math.inf)
 
 
 class CartesianCoordinates(Coordinates):

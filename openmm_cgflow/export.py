@@ -39,6 +39,8 @@ class SamplesLike(Protocol):
     @property
     def log_q(self) -> np.ndarray: ...
     @property
+    def log_weight(self) -> np.ndarray | None: ...
+    @property
     def energy(self) -> np.ndarray: ...
 
 
@@ -113,14 +115,16 @@ def peptide_torsions(trajectory: mdtraj.Trajectory) -> dict[str, np.ndarray]:
 def colvar_columns(samples: SamplesLike, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The columns of ``samples.colvar``, each of shape (n,).
 
-    ``log_q``, ``energy`` (kJ/mol), φ and ψ of peptides (radians), then z: torsions in radians, scaled bounded features.
+    ``log_q``, ``log_weight`` (after training on a potential of mean force), ``energy`` (kJ/mol), φ and ψ of peptides
+    (radians), then z: torsions in radians, scaled bounded features.
 
     Arguments:
         samples: From :meth:`openmm_cgflow.model.CGModel.sample`.
         names: Of the features of z, as in ``coordinates.names``.
     """
     z = {"z." + "_".join(name.split()): samples.z[:, k] for k, name in enumerate(names)}
-    return {"log_q": samples.log_q, "energy": samples.energy, **peptide_torsions(samples.trajectory), **z}
+    weight = {} if samples.log_weight is None else {"log_weight": samples.log_weight}
+    return {"log_q": samples.log_q, **weight, "energy": samples.energy, **peptide_torsions(samples.trajectory), **z}
 
 
 def write_colvar(path: Path, columns: Mapping[str, np.ndarray]) -> None:

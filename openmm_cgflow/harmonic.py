@@ -84,6 +84,17 @@ class HarmonicReference:
         widths[tuple(_stiff_slots(self.slow, self.fast).T)] = np.sqrt(np.diag(covariance))
         return widths
 
+    def covariance_of(self, slots: np.ndarray, temperature: float) -> np.ndarray:
+        """Thermal covariance of stiff coordinates, all others integrated out, nm and radians, shape (n, n).
+
+        Arguments:
+            slots: Rows (atom in the order of ``centre``, 0 bond, 1 angle or 2 dihedral), shape (n, 2).
+            temperature: K.
+        """
+        rows = {tuple(slot): row for row, slot in enumerate(_stiff_slots(self.slow, self.fast).tolist())}
+        chosen = [rows[tuple(slot)] for slot in slots.tolist()]
+        return np.linalg.inv(self.hessian)[np.ix_(chosen, chosen)] / thermal_beta(temperature)
+
     def draw_fast(self, slow_xyz: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         """A thermal draw of the fast internal coordinates at given slow positions.
 

@@ -16,8 +16,10 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import CGFlow, one_torch_thread
+from openmm_cgflow.meanforce import FastChains
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
+from openmm_cgflow.pmf import PMF
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.seeds import derive_seed
@@ -25,13 +27,14 @@ from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import topology_to_table
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["CGModel", "Samples", "new_flow"]
+__all__ = ["CGModel", "Samples", "new_flow", "new_pmf"]
 
 logger = logging.getLogger(__name__)
 
 
-def new_flow(config: Config, coordinates: Coordinates) -> CGFlow:
+def new_flow(config: Config, scaffold: Scaffold) -> CGFlow:
     """An untrained flow, its weights from the configuration's seed."""
+    coordinates = scaffold.assembly.coordinates
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 5))
         return CGFlow(
@@ -39,9 +42,22 @@ def new_flow(config: Config, coordinates: Coordinates) -> CGFlow:
             coordinates.n_features - coordinates.n_circular,
             coordinates.bound,
             config.flow.n_layers,
+            config.flow.n_bounded_layers,
             config.flow.n_bins,
             config.flow.hidden_features,
+            scaffold.bounded_covariance(),
         )
+
+
+def new_pmf(config: Config, scaffold: Scaffold) -> PMF:
+    """An unfitted PMF, its networks from the configuration's seed."""
+    covariance = scaffold.bounded_covariance()
+    if covariance is None:
+        raise CGFlowError("a potential of mean force needs coordinates: internal")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, 9))
+        settings, n_circular = config.pmf, scaffold.assembly.coordinates.n_circular
+        return PMF(n_circular, torch.linalg.inv(covariance), settings.hidden_features, settings.n_members)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,7 @@ class Samples:
         trajectory: All atoms; frames are independent, their time is an index.
         z: Slow coordinates, shape (n, n_features).
         log_q: log q(z), shape (n,); the density of what was drawn, before any sample was rejected.
+        log_weight: Logarithm of the importance weight of each sample, unnormalised, shape (n,); None without a PMF.
         energy: Potential energy, kJ/mol, shape (n,).
         n_rejected: Samples drawn again because their chain diverged or changed its handedness.
     """
@@ -59,6 +76,7 @@ class Samples:
     trajectory: mdtraj.Trajectory
     z: np.ndarray
     log_q: np.ndarray
+    log_weight: np.ndarray | None
     energy: np.ndarray
     n_rejected: int
 
@@ -71,6 +89,7 @@ class CGModel:
     Attributes:
         scaffold: Molecule, partition, coordinates.
         flow: q(z).
+        pmf: The fitted potential of mean force; None after ``training.method: reverse_kl``.
         temperature: K.
         stage: Number in the temperature ladder.
         temperatures: The whole ladder up to this stage, K.
@@ -81,11 +100,12 @@ class CGModel:
         self,
         scaffold: Scaffold,
         flow: CGFlow,
+        pmf: PMF | None,
         temperatures: list[float],
         pool: list[tuple[Tensor, Tensor]],
         platform: str,
     ) -> None:
-        self.scaffold, self.flow, self.temperatures = scaffold, flow, temperatures
+        self.scaffold, self.flow, self.pmf, self.temperatures = scaffold, flow, pmf, temperatures
         self.platform, self._pool = platform, pool
 
     @property
@@ -115,16 +135,38 @@ class CGModel:
 
     @torch.no_grad()
     def free_energy(self, z: np.ndarray | Tensor) -> np.ndarray:
-        """Potential of mean force A(z) = -kT (log q(z) - log J(z)) of the slow atoms' positions, kJ/mol, shape (n,).
+        """Potential of mean force A(z) of the slow atoms' positions, kJ/mol, shape (n,), up to a constant.
 
-        Defined up to a constant. -kT log q(z) is the free energy of the coordinates z themselves; J is their volume.
+        The fitted one where there is one, otherwise the flow's, -kT (log q(z) - log J(z)). The free energy of the
+        coordinates z themselves is A(z) - kT log J(z); J is their volume (``coordinates.log_volume``).
         """
         z = torch.as_tensor(z, dtype=torch.float64)
-        return ((self.coordinates.log_volume(z) - self.flow.log_prob(z)) / thermal_beta(self.temperature)).numpy()
+        phi = self.coordinates.log_volume(z) - self.flow.log_prob(z) if self.pmf is None else self.pmf(z)
+        return (phi / thermal_beta(self.temperature)).numpy()
+
+    @torch.no_grad()
+    def log_weights(self, z: np.ndarray | Tensor) -> np.ndarray:
+        """Logarithm of the importance weights exp(-beta A(z)) J(z) / q(z) (paper eq. 18), shape (n,).
+
+        They correct the flow to the fitted potential of mean force, up to a constant factor.
+
+        Raises:
+            CGFlowError: If the model has no potential of mean force.
+        """
+        if self.pmf is None:
+            raise CGFlowError("this model was trained by reverse KL: it has no potential of mean force to weigh with")
+        z = torch.as_tensor(z, dtype=torch.float64)
+        return (self.coordinates.log_volume(z) - self.pmf(z) - self.flow.log_prob(z)).numpy()
 
     def read(self, xyz: np.ndarray) -> np.ndarray:
         """z of all-atom positions, nm, shape (n, n_atoms, 3) -> (n, n_features)."""
         return self.scaffold.assembly.read_slow(torch.as_tensor(xyz, dtype=torch.float64)).numpy()
+
+    def chains(self, engine: ReplicaEngine) -> FastChains:
+        """Chains of the fast atoms on an engine, warm-started from the pool that the training left."""
+        chains = self.scaffold.chains(engine)
+        chains.pool = list(self._pool)
+        return chains
 
     def sample(self, n: int, *, seed: int | None = None, n_equilibration: int | None = None) -> Samples:
         """Independent all-atom samples: z from the flow, then a chain of the fast atoms (paper section 2.3).
@@ -159,8 +201,7 @@ class CGModel:
         """:meth:`sample` on an engine that is there already; ``KeyboardInterrupt`` once ``must_stop()`` is true."""
         if n < 1:
             raise CGFlowError(f"number of samples: got {n}, expected at least 1")
-        chains = self.scaffold.chains(engine)
-        chains.pool = list(self._pool)
+        chains = self.chains(engine)
         generator = torch.Generator().manual_seed(derive_seed(seed, 6))
         kept: list[tuple[Tensor, ...]] = []
         n_kept = batch = n_rejected = 0
@@ -168,24 +209,27 @@ class CGModel:
             if must_stop is not None and must_stop():
                 raise KeyboardInterrupt
             batch += 1
-            z, log_q = self.flow.sample(self.scaffold.config.sampler.n_replicas, generator)
+            z, log_density = self.flow.sample(self.scaffold.config.sampler.n_replicas, generator)
             frames = chains.run(z, self.temperature, n_equilibration, 1, 1, derive_seed(seed, 7, batch))
             good = frames.valid
-            kept.append((frames.xyz[good, 0], z[good], log_q[good], frames.energy[good, 0]))
+            kept.append((frames.xyz[good, 0], z[good], log_density[good], frames.energy[good, 0]))
             n_kept += int(good.sum())
             n_rejected += int((~good).sum())
         arrays = [torch.cat(parts)[:n].numpy() for parts in zip(*kept, strict=True)]
         if n_rejected:
             logger.warning("%d samples were rejected (diverged, or changed handedness) and drawn again", n_rejected)
-        trajectory = mdtraj.Trajectory(arrays[0], self.molecular_system.mdtraj_topology, time=np.arange(n))
+        xyz, slow, log_q, energy = arrays
+        log_weight = None if self.pmf is None else self.log_weights(slow)
+        trajectory = mdtraj.Trajectory(xyz, self.molecular_system.mdtraj_topology, time=np.arange(n))
         trajectory.center_coordinates()
-        return Samples(trajectory, arrays[1], arrays[2], arrays[3], n_rejected)
+        return Samples(trajectory, slow, log_q, log_weight, energy, n_rejected)
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`from_state` reads back."""
         return {
             "scaffold": self.scaffold.saved_arrays(),
             "flow": self.flow.state_dict(),
+            "pmf": self.pmf.state_dict() if self.pmf is not None else None,
             "temperatures": list(self.temperatures),
             "platform": self.platform,
             "pool": list(self._pool),
@@ -200,7 +244,11 @@ class CGModel:
     ) -> CGModel:
         """A model from :meth:`state` and the run directory's system."""
         scaffold = Scaffold.build(config, molecular_system, partition, saved=state["scaffold"])
-        flow = new_flow(config, scaffold.assembly.coordinates)
+        flow = new_flow(config, scaffold)
         flow.load_state_dict(state["flow"])
+        pmf = None
+        if state["pmf"] is not None:
+            pmf = new_pmf(config, scaffold)
+            pmf.load_state_dict(state["pmf"])
         pool = [tuple(entry) for entry in state["pool"]]
-        return cls(scaffold, flow, list(state["temperatures"]), pool, state["platform"])
+        return cls(scaffold, flow, pmf, list(state["temperatures"]), pool, state["platform"])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from openmm_cgflow.files import atomic_path
 
 __all__ = [
+    "compared_histograms",
+    "compared_maps",
     "convergence",
     "free_energy_map",
     "ramachandran",
@@ -23,6 +27,12 @@ __all__ = [
 
 # Okabe and Ito's palette, told apart with any colour vision; markers and line styles differ as well.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
+# The reference is an area that the others' lines lie over.
+_LOOKS: dict[str, dict[str, Any]] = {
+    "reference": {"color": _GREY, "alpha": 0.35, "fill": True},
+    "samples": {"color": _BLUE, "linewidth": 1.4},
+    "weighted": {"color": _ORANGE, "linewidth": 1.4, "linestyle": "--"},
+}
 _TICKS = np.arange(-180, 181, 60)
 
 
@@ -37,16 +47,20 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """How a training went, step by step: residual against its noise, gradient norm, energy, temperature, quarantine.
+    """How a training went, step by step: every column of ``metrics.csv`` that says so, in a panel.
 
-    There is no loss: the objective's value is never computed, only its gradient. The residual is what the mean force
-    and the flow's own slope disagree by; it cannot fall below the noise of the mean forces.
+    With a potential of mean force: effective sample size, errors of free energies, error of predicted mean forces.
+    With the reverse KL there is no loss, for only the gradient of the objective is computed: the residual is what the
+    mean force and the flow's own slope disagree by; it cannot fall below the noise of the mean forces.
 
     Arguments:
-        rows: Rows of ``metrics.csv``; of ``residual, noise, gradient_norm, energy, temperature, invalid`` those
-            that are there are drawn, over ``step``.
+        rows: Rows of ``metrics.csv``, drawn over ``step``.
     """
     panels = [
+        (("ess",), "relative effective\nsample size", False),
+        (("free_energy_error", "moved"), "free energy of states\n(kT)", True),
+        (("held_out",), "held-out error\n(in units of noise)", True),
+        (("gamma",), "exploring gamma", True),
         (("residual", "noise"), "rms slope mismatch\n(kT per unit of z)", True),
         (("gradient_norm",), "gradient norm", True),
         (("energy",), "mean potential energy\n(kJ/mol)", False),
@@ -183,6 +197,86 @@ def torsion_marginals(names: Sequence[str], values: np.ndarray, *, weights: np.n
         axis.set_visible(False)
     figure.supxlabel("torsion (degrees)", fontsize="medium")
     figure.supylabel("density (1/degree)", fontsize="medium")
+    return figure
+
+
+def compared_maps(
+    probabilities: Mapping[str, np.ndarray], axes: Sequence[str], *, temperature: float | None = None, title: str = ""
+) -> Figure:
+    """Free energies in kT of two torsions side by side on one colour scale; differences from the reference below.
+
+    Arguments:
+        probabilities: By name, on equal bins from -180°, first index the first torsion, shape (n_bins, n_bins). The
+            others are compared with ``reference``, if it is there; bins that one of the two never visits stay white.
+        axes: Names of the two torsions.
+        temperature: K.
+        title: Such as the residue.
+    """
+    energies = {name: -np.ma.log(np.ma.masked_equal(values, 0.0)) for name, values in probabilities.items()}
+    names = sorted(energies, key=lambda name: name != "reference")
+    others = names[1:] if "reference" in energies else []
+    n_rows = 2 if others else 1
+    figure = Figure(figsize=(1.2 + 3.5 * len(names), 0.5 + 3.3 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, len(names), sharex=True, sharey=True, squeeze=False)
+    ranges = {name: float(np.ceil(np.ptp(energy))) for name, energy in energies.items()}
+    # A grid can know 50 kT, at which all that samples visit would have one colour.
+    highest = max(
+        [1.0, min(10.0, ranges.get("reference", 0.0)), *(ranges[name] for name in names if name != "reference")]
+    )
+    unit = "kT" if temperature is None else f"kT at {temperature:g} K"
+
+    def draw(axis: Axes, values: np.ndarray, name: str, colours: str, low: float, high: float) -> QuadMesh:
+        edges = np.linspace(-180, 180, len(values) + 1)
+        axis.set(title=name, xticks=_TICKS, yticks=_TICKS, aspect="equal")
+        return axis.pcolormesh(edges, edges, values.T, cmap=colours, vmin=low, vmax=high, rasterized=True)
+
+    for axis, name in zip(panels[0], names, strict=True):
+        mesh = draw(axis, energies[name] - energies[name].min(), name, "viridis", 0.0, highest)
+    above = "max" if max(ranges.values()) > highest else "neither"
+    figure.colorbar(mesh, ax=list(panels[0]), label=f"free energy ({unit})", extend=above)
+    if others:
+        differences = [energies[name] - energies["reference"] for name in others]
+        widest = max([1.0, *(float(np.abs(difference).max()) for difference in differences if difference.count())])
+        for axis, name, difference in zip(panels[1, 1:], others, differences, strict=True):
+            mesh = draw(axis, difference, f"{name} - reference", "RdBu_r", -widest, widest)
+        figure.colorbar(mesh, ax=list(panels[1]), label=f"difference ({unit})")
+        panels[1, 0].set_visible(False)
+        panels[0, 0].tick_params(labelbottom=True)
+        panels[1, 1].tick_params(labelleft=True)
+    figure.supxlabel(f"{axes[0]} (degrees)", fontsize="medium")
+    figure.supylabel(f"{axes[1]} (degrees)", fontsize="medium")
+    figure.suptitle(title)
+    return figure
+
+
+def compared_histograms(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], unit: str) -> Figure:
+    """Densities of several ensembles over each other, one panel for each quantity.
+
+    Arguments:
+        panels: By quantity: edges of the bins, shape (n_bins + 1,), and by ensemble the probability of each bin, shape
+            (n_bins,).
+        unit: Of the edges.
+    """
+    n_columns = min(3, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure = Figure(figsize=(max(4.5, 3.4 * n_columns), 0.8 + 2.4 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axis, (title, (edges, ensembles)) in zip(axes, panels.items(), strict=False):
+        for name, probability in ensembles.items():
+            density = probability / np.diff(edges)
+            axis.stairs(density, edges, label=name, **_LOOKS[name])
+        axis.set_title(title, fontsize="small")
+        axis.set_xlim(edges[0], edges[-1])
+        axis.set_ylim(bottom=0)
+        if unit == "degrees":
+            axis.set_xticks(_TICKS)
+        _open_frame(axis)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize="small")
+    figure.supxlabel(unit, fontsize="medium")
+    figure.supylabel(f"density (1/{unit.removesuffix('s')})", fontsize="medium")
     return figure
 
 

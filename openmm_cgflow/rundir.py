@@ -50,7 +50,9 @@ class RunDirectory:
         models: Folder with one model for each tempering stage.
         samples: The frames that end a training, DCD.
         colvar: One row for each frame of ``samples``.
+        verification: Free energies of conformations by switching beside the PMF's, JSON.
         plots: Folder of PNG files.
+        evaluation: Folder that ``openmm-cgflow evaluate`` writes to.
         provenance: Versions, machine, seed and cost, JSON.
     """
 
@@ -66,7 +68,9 @@ class RunDirectory:
         self.models = self.path / "models"
         self.samples = self.path / "samples.dcd"
         self.colvar = self.path / "samples.colvar"
+        self.verification = self.path / "verification.json"
         self.plots = self.path / "plots"
+        self.evaluation = self.path / "evaluation"
         self.provenance = self.path / "provenance.json"
 
     @classmethod
@@ -267,11 +271,11 @@ class RunDirectory:
     def _clear(self) -> None:
         files = (self.log, self.metrics, self.topology, self.system_xml, self.slow_atoms, self.samples, self.colvar)
         with writing(self.path):
-            for folder in (self.checkpoints, self.models, self.plots):
+            for folder in (self.checkpoints, self.models, self.plots, self.evaluation):
                 if folder.is_dir():
                     shutil.rmtree(folder)
             # The configuration last: until then the directory can still be recognised.
-            for file in (*files, self.provenance, self.config):
+            for file in (*files, self.verification, self.provenance, self.config):
                 file.unlink(missing_ok=True)
 
 

@@ -20,18 +20,18 @@ from openmm_cgflow.files import atomic_path, atomic_write
 from openmm_cgflow.flow import one_torch_thread
 from openmm_cgflow.loaders import read_system_xml
 from openmm_cgflow.meanforce import MolecularMeanForce
-from openmm_cgflow.model import CGModel, Samples, new_flow
+from openmm_cgflow.model import CGModel, Samples
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.runlog import held_back
 from openmm_cgflow.scaffold import Scaffold, rotamer_warning
-from openmm_cgflow.session import Session, stop_requests
+from openmm_cgflow.session import Session, new_trainer, stop_requests
 from openmm_cgflow.statefile import load_model_state, load_state
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import topology_from_table
-from openmm_cgflow.training import Trainer
+from openmm_cgflow.verification import verify
 
 __all__ = ["load", "save_samples", "train"]
 
@@ -96,12 +96,7 @@ def train(
         release_log()
         _describe(scaffold, engine)
         chains = scaffold.chains(engine)
-        trainer = Trainer(
-            config,
-            scaffold.assembly.coordinates,
-            new_flow(config, scaffold.assembly.coordinates),
-            MolecularMeanForce(chains, config.sampler.estimator),
-        )
+        trainer = new_trainer(config, scaffold, MolecularMeanForce(chains, config.sampler.estimator))
         if saved is not None:
             trainer.load_state_dict(saved["trainer"])
         run.truncate_metrics(trainer.n_steps)
@@ -204,6 +199,8 @@ def _finish(
     """Samples and plots of a finished training; False if stopped before their end."""
     if config.sampling.plots:
         plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")
+    if model.pmf is not None and model.coordinates.n_circular and config.sampling.n_verified and not must_stop():
+        _verify(run, model, engine, config)
     if config.sampling.n_samples == 0:
         return True
     logger.info("sampling %d structures at %.1f K", config.sampling.n_samples, model.temperature)
@@ -217,6 +214,25 @@ def _finish(
     if config.sampling.plots:
         _plot_samples(run, model, samples)
     return True
+
+
+def _verify(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config) -> None:
+    """Checks the PMF by switching, and says what came out."""
+    settings = config.sampling
+    try:
+        found = verify(model, engine, settings.n_verified, settings.n_switches, config.seed)
+    except CGFlowError as error:  # the training is done and sampling can go on
+        logger.warning("the fitted free energies could not be checked by switching: %s", error)
+        return
+    atomic_write(run.verification, json.dumps(found.to_dict(), indent=2) + "\n")
+    logger.info(
+        "check: free energies of %d conformations by nonequilibrium switching, which uses no mean forces (%.2g energy "
+        "evaluations), differ from the PMF's by %.2f kT rms; the switching's own errors would give %.2f",
+        settings.n_verified,
+        found.n_evaluations,
+        found.rms_difference,
+        found.rms_error,
+    )
 
 
 def _plot_samples(run: RunDirectory, model: CGModel, samples: Samples) -> None:

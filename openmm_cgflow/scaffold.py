@@ -19,7 +19,15 @@ from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.tempering import start_temperature
-from openmm_cgflow.zmatrix import ZMatrix, bond_graph, fast_zmatrix, reference_triple, slow_zmatrix, stereocentres
+from openmm_cgflow.zmatrix import (
+    ZMatrix,
+    amide_bonds,
+    bond_graph,
+    fast_zmatrix,
+    reference_triple,
+    slow_zmatrix,
+    stereocentres,
+)
 
 __all__ = ["Scaffold", "rotamer_warning"]
 
@@ -58,7 +66,8 @@ class Scaffold:
             CGFlowError: If the slow atoms contain a ring or a straight chain, or the energy is not finite.
         """
         graph = bond_graph(molecular_system.n_atoms, molecular_system.bonds)
-        slow, fast = slow_zmatrix(graph, partition.slow), fast_zmatrix(graph, partition.slow)
+        stiff = amide_bonds(graph, molecular_system.elements) if config.coordinates.peptide_bonds == "keep" else ()
+        slow, fast = slow_zmatrix(graph, partition.slow, stiff), fast_zmatrix(graph, partition.slow)
         if config.coordinates.kind == "cartesian":
             triple = config.coordinates.reference_atoms or reference_triple(graph, partition.slow)
             if not (set(triple) <= set(partition.slow) and graph.has_edge(*triple[:2]) and graph.has_edge(*triple[1:])):
@@ -72,7 +81,7 @@ class Scaffold:
             assert evaluate is not None
             harmonic = HarmonicReference.fit(evaluate, slow, fast, molecular_system.positions)
         labels = [molecular_system.atom_label(i) for i in range(molecular_system.n_atoms)]
-        widths = harmonic.widths(start_temperature(config.tempering, config.temperature))
+        widths = harmonic.widths(_hottest(config))
         bound = config.coordinates.bound
         coordinates: Coordinates
         if config.coordinates.kind == "internal":
@@ -98,6 +107,17 @@ class Scaffold:
             names += ["-".join(map(system.atom_label, (*rest[::-1], parent, atom))) for atom in heavy[:1]]
         return names
 
+    def bounded_covariance(self) -> Tensor | None:
+        """Harmonic covariance of the bounded features at the hottest temperature; None for Cartesian coordinates."""
+        coordinates = self.assembly.coordinates
+        if not isinstance(coordinates, InternalCoordinates):
+            return None
+        n = coordinates.n_circular
+        slots = torch.stack((coordinates.slot_atom[n:], coordinates.slot_kind[n:]), dim=1).numpy()
+        covariance = self.harmonic.covariance_of(slots, _hottest(self.config))
+        scale = coordinates.scale.numpy()[n:]
+        return torch.as_tensor(covariance / scale[:, None] / scale)
+
     def saved_arrays(self) -> dict[str, Tensor]:
         """The fitted numbers, as tensors."""
         return {name: torch.tensor(getattr(self.harmonic, name)) for name in _FITTED}
@@ -111,6 +131,13 @@ class Scaffold:
     def chains(self, engine: ReplicaEngine) -> FastChains:
         """Chains of the fast atoms on an engine, with an empty pool."""
         return FastChains(engine, self.assembly, self.draw_fast, self.config.sampler, self.config.seed)
+
+
+def _hottest(config: Config) -> float:
+    """Highest temperature of the training, K: coordinates have its widths."""
+    if config.training.method == "pmf":
+        return config.temperature
+    return start_temperature(config.tempering, config.temperature)
 
 
 def _cartesian(
@@ -146,6 +173,5 @@ def rotamer_warning(rotamers: list[str]) -> str:
     """What to tell the user of :meth:`Scaffold.fast_rotamers`."""
     return (
         f"{len(rotamers)} torsion(s) of heavy atoms are fast: {', '.join(rotamers)}. Short chains do not cross their "
-        "barriers, so their populations stay what the hot stages left. Make their atoms slow, for example with "
-        "partition.slow: heavy"
+        "barriers, so their populations are not sampled. Make their atoms slow, for example with partition.slow: heavy"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import threading
@@ -13,18 +14,28 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from openmm_cgflow.config import Config
 from openmm_cgflow.files import atomic_path
-from openmm_cgflow.meanforce import FastChains
-from openmm_cgflow.model import CGModel
+from openmm_cgflow.meanforce import FastChains, MeanForceEstimator
+from openmm_cgflow.model import CGModel, new_flow, new_pmf
+from openmm_cgflow.pmf_training import PMFTrainer
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.statefile import save_state
 from openmm_cgflow.training import Trainer
 
-__all__ = ["Session", "stop_requests"]
+__all__ = ["Session", "new_trainer", "stop_requests"]
 
 logger = logging.getLogger(__name__)
+
+
+def new_trainer(config: Config, scaffold: Scaffold, estimator: MeanForceEstimator) -> Trainer | PMFTrainer:
+    """What ``training.method`` names, at its start."""
+    coordinates, flow = scaffold.assembly.coordinates, new_flow(config, scaffold)
+    if config.training.method == "reverse_kl":
+        return Trainer(config, coordinates, flow, estimator)
+    return PMFTrainer(config, coordinates, flow, new_pmf(config, scaffold), estimator)
 
 
 class Session:
@@ -45,7 +56,7 @@ class Session:
         self,
         run: RunDirectory,
         scaffold: Scaffold,
-        trainer: Trainer,
+        trainer: Trainer | PMFTrainer,
         engine: ReplicaEngine,
         chains: FastChains,
         started: float,
@@ -75,9 +86,12 @@ class Session:
         with _bar(progress) as bar:
             while True:
                 while not trainer.stage_done:
+                    ended = trainer.ended_by
                     row = trainer.step()
                     self.run.append_metrics(row)
                     self._show(bar, row)
+                    if trainer.ended_by != ended:
+                        logger.info(trainer.ended_by)
                     if self.must_stop(stop):
                         self.save_checkpoint()
                         return False
@@ -93,7 +107,9 @@ class Session:
     def model(self) -> CGModel:
         """The flow as it is now."""
         trainer = self.trainer
-        return CGModel(self.scaffold, trainer.flow, trainer.temperatures, self.chains.pool, self.engine.platform.name)
+        flow = copy.deepcopy(trainer.flow).double()  # training may run in single precision
+        platform = self.engine.platform.name
+        return CGModel(self.scaffold, flow, trainer.pmf, trainer.temperatures, self.chains.pool, platform)
 
     def save_checkpoint(self) -> None:
         state = {
@@ -127,13 +143,12 @@ class Session:
             )
 
     def _show(self, bar: tqdm, row: dict[str, float]) -> None:
-        text = f"stage {row['stage']} {row['temperature']:.0f} K"
-        text += f", residual {row['residual']:.2f} (noise {row['noise']:.2f})"
-        bar.total = self.trainer.n_steps - self.trainer.n_stage_steps + self.trainer.stage_length
+        text = self.trainer.describe(row)
+        bar.total = self.trainer.expected_steps
         bar.n = self.trainer.n_steps
         bar.set_description(text, refresh=False)
         bar.update(0)
-        if bar.disable and self.trainer.n_steps % 20 == 0:
+        if bar.disable and self.trainer.n_steps % self.trainer.log_interval == 0:
             logger.info("step %d: %s, %.0f s", row["step"], text, self.wall_time)
 
     def write_provenance(self, status: str) -> None:
@@ -147,6 +162,8 @@ class Session:
                 "engine": self.engine.description,
                 "seed": config.seed,
                 "fingerprint": self.scaffold.molecular_system.fingerprint(),
+                "method": config.training.method,
+                "ended_by": self.trainer.ended_by,
                 "n_steps": self.trainer.n_steps,
                 "temperatures_K": self.trainer.temperatures,
                 "energy_evaluations": self.trainer.estimator.n_energy_evaluations,

@@ -10,9 +10,10 @@ import yaml
 from openmm_cgflow.config import (
     CoordinatesConfig,
     FlowConfig,
+    PMFConfig,
     SamplerConfig,
     SamplingConfig,
-    TemperingConfig,
+    StoppingConfig,
     TrainingConfig,
 )
 
@@ -39,7 +40,7 @@ def render(system: Mapping[str, Any], *, slow: str, temperature: float, seed: in
         seed: The seed.
         command: How the file was made, for its first line.
     """
-    sampler, tempering, training = SamplerConfig(), TemperingConfig(), TrainingConfig()
+    sampler, training, pmf, stopping = SamplerConfig(), TrainingConfig(), PMFConfig(), StoppingConfig()
     coordinates, flow, sampling = CoordinatesConfig(), FlowConfig(), SamplingConfig()
     named = [(name, value) for name, value in system.items() if value not in (None, [], ())]
     system_lines = "\n".join(f"  {name}: {_scalar(value)}  # {_SYSTEM_COMMENTS[name]}" for name, value in named)
@@ -61,10 +62,12 @@ partition:
 
 coordinates:
   kind: {coordinates.kind}  # bonds, angles and torsions; or cartesian, the paper's own choice
+  peptide_bonds: {coordinates.peptide_bonds}  # cis or trans as in the structure; or sample, both
   bound: {coordinates.bound:g}  # half-width of the intervals of bonds and angles, in thermal widths
 
 flow:
-  n_layers: {flow.n_layers}
+  n_layers: {flow.n_layers}  # of the torsions
+  n_bounded_layers: {flow.n_bounded_layers}  # of bonds and angles given the torsions
   n_bins: {flow.n_bins}
   hidden_features: {_scalar(flow.hidden_features)}
 
@@ -81,16 +84,20 @@ sampler:  # frozen-slow Langevin dynamics of the fast atoms
   # platform: CUDA            # else OPENMM_DEFAULT_PLATFORM, else the fastest in a short probe
   n_workers: {sampler.n_workers}  # processes of the CPU engine; 0 = one per core
 
-tempering:
-  schedule: {tempering.schedule}  # or linear (start, n_stages) or list (temperatures)
-  start: {tempering.start:g} K  # where the molecule crosses its barriers easily
-  min_ess: {tempering.min_ess:g}  # adaptive: relative effective sample size between stages
-
 training:
-  learning_rate: {training.learning_rate:g}
-  n_steps_first: {training.n_steps_first}  # of the first stage
-  n_steps: {training.n_steps}  # of every later stage
-  n_steps_last: {training.n_steps_last}  # of the stage at the target temperature
+  method: {training.method}  # or reverse_kl, the paper's own, with the settings of tempering and training
+
+pmf:  # the potential of mean force that is learned, and what the flow learns from it
+  n_members: {pmf.n_members}  # of the ensemble, whose spread is the error
+  explore_height: {pmf.explore_height:g}  # how far up most mean forces are measured, kT of free energy
+  flow_updates: {pmf.flow_updates}  # of the flow in each round
+
+stopping:  # rounds of mean forces end when all of these hold, or at a limit
+  free_energy_error: {stopping.free_energy_error:g}  # kT, of the states of every torsion
+  held_out: {stopping.held_out:g}  # error of predicted mean forces over their noise
+  ess: {stopping.ess:g}  # relative effective sample size
+  max_evaluations: {stopping.max_evaluations:.0f}
+  max_rounds: {stopping.max_rounds}
 
 sampling:  # what ends the training
   n_samples: {sampling.n_samples}

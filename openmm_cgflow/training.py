@@ -102,6 +102,9 @@ class Trainer:
         n_steps: Updates made so far.
     """
 
+    log_interval = 20
+    pmf = None
+
     def __init__(self, config: Config, coordinates: Coordinates, flow: CGFlow, estimator: MeanForceEstimator) -> None:
         self.config, self.coordinates, self.flow, self.estimator = config, coordinates, flow, estimator
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -131,6 +134,16 @@ class Trainer:
         if self.at_target:
             return training.n_steps_last
         return training.n_steps_first if self.stage == 0 else training.n_steps
+
+    @property
+    def expected_steps(self) -> int:
+        """Updates until the end of the current stage."""
+        return self.n_steps - self.n_stage_steps + self.stage_length
+
+    @property
+    def ended_by(self) -> str:
+        """Why the training ended; empty before."""
+        return "the last stage's steps are done" if self.done else ""
 
     @property
     def stage_done(self) -> bool:
@@ -176,6 +189,11 @@ class Trainer:
             "invalid": int((~valid).sum()),
             "evaluations": self.estimator.n_energy_evaluations,
         }
+
+    def describe(self, row: dict[str, float]) -> str:
+        """A line on a row of metrics, for the progress bar."""
+        text = f"stage {row['stage']} {row['temperature']:.0f} K"
+        return text + f", residual {row['residual']:.2f} (noise {row['noise']:.2f})"
 
     def next_stage(self) -> None:
         """Lowers the temperature: never past the target."""

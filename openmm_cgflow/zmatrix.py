@@ -7,7 +7,7 @@ stiff, and carries the handedness of a. Otherwise it is the torsion of the bond 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -15,7 +15,7 @@ import numpy as np
 
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["ZMatrix", "bond_graph", "fast_zmatrix", "reference_triple", "slow_zmatrix", "stereocentres"]
+__all__ = ["ZMatrix", "amide_bonds", "bond_graph", "fast_zmatrix", "reference_triple", "slow_zmatrix", "stereocentres"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ZMatrix:
         atoms: Atom indices in the topology, in the order of placement, shape (n,).
         references: Atom indices a, b, c of each atom, shape (n, 3); -1 where the first three atoms have none.
         improper: Whether the dihedral is measured against a sibling, shape (n,) bool.
-        rotatable: Whether the dihedral turns a bond that is in no ring, shape (n,) bool.
+        rotatable: Whether the dihedral turns a bond that is neither in a ring nor held stiff, shape (n,) bool.
     """
 
     atoms: np.ndarray
@@ -47,8 +47,28 @@ def bond_graph(n_atoms: int, bonds: Iterable[Sequence[int]]) -> nx.Graph:
     return graph
 
 
-def slow_zmatrix(graph: nx.Graph, slow: Sequence[int]) -> ZMatrix:
+def amide_bonds(graph: nx.Graph, elements: Sequence[str]) -> set[frozenset[int]]:
+    """C-N bonds of amides, peptide bonds among them: a carbonyl carbon and a nitrogen of three neighbours each."""
+
+    def is_carbonyl(atom: int) -> bool:
+        oxygens = [i for i in graph[atom] if elements[i] == "O" and graph.degree(i) == 1]
+        return elements[atom] == "C" and graph.degree(atom) == 3 and len(oxygens) == 1
+
+    return {
+        frozenset((c, n))
+        for edge in graph.edges
+        for c, n in (edge, edge[::-1])
+        if is_carbonyl(c) and elements[n] == "N" and graph.degree(n) == 3
+    }
+
+
+def slow_zmatrix(graph: nx.Graph, slow: Sequence[int], stiff: Collection[frozenset[int]] = ()) -> ZMatrix:
     """Z-matrix of the slow atoms along their longest chain, branches as impropers.
+
+    Arguments:
+        graph: The molecule.
+        slow: Slow atoms.
+        stiff: Bonds that are not turned: their torsions vibrate around the input structure's.
 
     Raises:
         CGFlowError: If the slow atoms contain a ring, whose closing bond has no coordinate of its own.
@@ -79,7 +99,7 @@ def slow_zmatrix(graph: nx.Graph, slow: Sequence[int]) -> ZMatrix:
                 third = children[0] if child != children[0] else parent[above]
                 references[child] = (atom, above, third)
         queue.extend(children)
-    return _finish(graph, atoms, references)
+    return _finish(graph, atoms, references, stiff)
 
 
 def fast_zmatrix(graph: nx.Graph, slow: Sequence[int]) -> ZMatrix:
@@ -134,12 +154,17 @@ def stereocentres(graph: nx.Graph, elements: Sequence[str]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 
-def _finish(graph: nx.Graph, atoms: list[int], references: dict[int, tuple[int, int, int]]) -> ZMatrix:
-    bridges = {frozenset(edge) for edge in nx.bridges(graph)}
+def _finish(
+    graph: nx.Graph,
+    atoms: list[int],
+    references: dict[int, tuple[int, int, int]],
+    stiff: Collection[frozenset[int]] = (),
+) -> ZMatrix:
+    turning = {frozenset(edge) for edge in nx.bridges(graph)} - set(stiff)
     rows = [references[atom] for atom in atoms]
     improper = [c >= 0 and graph.has_edge(a, c) for a, _, c in rows]
     rotatable = [
-        c >= 0 and not sibling and frozenset((a, b)) in bridges
+        c >= 0 and not sibling and frozenset((a, b)) in turning
         for (a, b, c), sibling in zip(rows, improper, strict=True)
     ]
     return ZMatrix(

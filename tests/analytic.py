@@ -61,11 +61,16 @@ def random_structure(bonds: Sequence[tuple[int, int]], seed: int = 0) -> Tensor:
 
 
 def internal_coordinates(
-    bonds: Sequence[tuple[int, int]], xyz: Tensor, slow: Sequence[int] | None = None, bound: float = 5.0
+    bonds: Sequence[tuple[int, int]],
+    xyz: Tensor,
+    slow: Sequence[int] | None = None,
+    bound: float = 5.0,
+    stiff: Sequence[tuple[int, int]] = (),
 ) -> InternalCoordinates:
-    """Internal coordinates centred on a structure, with common widths."""
+    """Internal coordinates centred on a structure, with common widths; ``stiff`` bonds are not turned."""
     n = n_atoms_of(bonds)
-    zmatrix = slow_zmatrix(bond_graph(n, bonds), range(n) if slow is None else slow)
+    held = [frozenset(bond) for bond in stiff]
+    zmatrix = slow_zmatrix(bond_graph(n, bonds), range(n) if slow is None else slow, held)
     references = torch.as_tensor(zmatrix.references).clamp(min=0)
     centre = bond_angle_dihedral(xyz, torch.as_tensor(zmatrix.atoms), references).numpy()
     width = np.tile([0.004, 0.05, 0.08], (len(zmatrix.atoms), 1))
@@ -156,6 +161,24 @@ class AnalyticMeanForce:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
         self.n_energy_evaluations = state["n_energy_evaluations"]
+
+
+def flattened(state: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries, lists and tuples, by their paths."""
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in flattened(value, f"{name}/{key}").items()}
+    if isinstance(state, list | tuple):
+        return {k: v for key, value in enumerate(state) for k, v in flattened(value, f"{name}/{key}").items()}
+    return {name: state}
+
+
+def assert_identical(first: Any, second: Any) -> None:
+    """Two states are equal bit for bit."""
+    first, second = flattened(first), flattened(second)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        same = torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
+        assert same, name
 
 
 class QuadraticBath:

@@ -3,11 +3,22 @@ import argparse
 import pytest
 import torch
 
-from openmm_cgflow.check import count_stages
+from openmm_cgflow import MolecularSystem, Partition, load_config
+from openmm_cgflow.check import count_stages, measure_cost
 from openmm_cgflow.cli import _duration
 from openmm_cgflow.config import TemperingConfig
+from openmm_cgflow.replicas import create_engine
+from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.tempering import next_temperature
 from openmm_cgflow.units import thermal_beta
+
+TINY = (
+    "sampler.n_replicas=16", "sampler.n_pool_steps=30", "sampler.n_workers=1", "sampler.platform=Reference",
+    "sampler.n_equilibration=20", "sampler.n_frames=16", "sampler.stride=3", "sampler.n_relax=5",
+    "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=4", "pmf.polish_updates=20", "pmf.hidden_features=[16]",
+    "stopping.max_polish_cycles=2", "stopping.max_rounds=100", "flow.hidden_features=[16]",
+    "sampling.n_samples=24", "sampling.n_equilibration=10",
+)  # fmt: skip
 
 
 def _ladder(settings, target, n_features):
@@ -36,6 +47,45 @@ def _ladder(settings, target, n_features):
 def test_the_number_of_stages_is_foreseen(settings, tolerance):
     actual = len(_ladder(settings, 300.0, 15))
     assert abs(count_stages(settings, 300.0, 15) - actual) <= tolerance
+
+
+@pytest.fixture(scope="module")
+def butane(systems):
+    """A scaffold and an engine."""
+    config = load_config(systems / "butane" / "butane.yaml", TINY)
+    molecule = MolecularSystem.from_files(config.system)
+    partition = Partition.resolve(molecule, config.partition.slow)
+    with create_engine(molecule, partition.slow, config.sampler) as engine:
+        yield config, Scaffold.build(config, molecule, partition, engine.evaluate), engine
+
+
+def with_settings(config, **sections):
+    changes = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=changes)
+
+
+def test_cost_of_a_learned_pmf_is_bounded_by_its_limits(butane):
+    """The rounds by the smaller of the two limits; a first pool and the final samples on top."""
+    config, scaffold, engine = butane
+    one = 16 * (5 + 20 + 16 * 3 + 16)  # n_replicas x (n_relax + n_equilibration + n_frames x (stride + its own))
+    extra = 256 * 30 + 24 * 10
+    few = measure_cost(with_settings(config, stopping={"max_rounds": 7}), scaffold, engine)
+    assert few.n_evaluations == pytest.approx(7 * one + extra, rel=0.02)
+    # Two cycles of 20 updates of the flow at half the time of the four in a round.
+    assert (few.n_stages, few.n_steps) == (1, 7 + 5)
+    assert few.seconds_per_step > 0 and few.evaluations_per_second > 0
+    limited = measure_cost(with_settings(config, stopping={"max_evaluations": 3 * one}), scaffold, engine)
+    assert limited.n_evaluations == pytest.approx(3 * one + extra, rel=0.02)
+    assert limited.n_steps == 3 + 5
+
+
+def test_cost_of_a_ladder_is_its_stages(butane):
+    config, scaffold, engine = butane
+    ladder = with_settings(
+        config, training={"method": "reverse_kl", "n_steps_first": 3, "n_steps": 2, "n_steps_last": 4}
+    )
+    cost = measure_cost(with_settings(ladder, tempering={"schedule": "linear", "n_stages": 3}), scaffold, engine)
+    assert (cost.n_stages, cost.n_steps) == (3, 9)
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,23 @@ import torch
 import yaml
 from openmm import app, unit
 
-from openmm_cgflow import __version__, platforms, runner, session
+from openmm_cgflow import __version__, platforms, pmf_training, runner, session
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import load_config
 from openmm_cgflow.export import read_colvar
 
 TINY = (
     "sampler.n_replicas=16", "sampler.n_pool_steps=20", "sampler.n_workers=1", "sampler.platform=Reference",
-    "tempering.start=600", "tempering.schedule=linear", "tempering.n_stages=2", "training.n_steps_first=3",
-    "training.n_steps=2", "training.n_steps_last=3", "flow.n_layers=2", "flow.hidden_features=[16]",
-    "sampling.n_samples=24", "sampling.n_equilibration=10", "training.checkpoint_interval=1000",
+    "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=2", "pmf.flow_batch_size=64",
+    "pmf.hidden_features=[16]",
+    "pmf.polish_updates=10", "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "flow.n_layers=2",
+    "flow.hidden_features=[16]", "sampling.n_samples=24", "sampling.n_equilibration=10", "sampling.n_verified=0",
+    "training.checkpoint_interval=1000",
+)  # fmt: skip
+# Two stages of the paper's own method.
+LADDER = (
+    "training.method=reverse_kl", "tempering.start=600", "tempering.schedule=linear", "tempering.n_stages=2",
+    "training.n_steps_first=3", "training.n_steps=2", "training.n_steps_last=3",
 )  # fmt: skip
 HYDROGENS = ("H", "HA", "H1", "H2", "H3", "HB1", "HB2", "HB3")
 
@@ -44,6 +51,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tests():
+    """Small batches of test samples and short blocks of updates: most of the time would go there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pmf_training, "_N_TEST", 512)
+        patch.setattr(pmf_training, "_POLISH", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +77,7 @@ def butane(systems, folder):
     for item in TINY:
         name, value = item.split("=")
         section, key = name.split(".")
-        tree[section][key] = yaml.safe_load(value)
+        tree.setdefault(section, {})[key] = yaml.safe_load(value)
     file.write_text(yaml.safe_dump(tree))
     return file
 
@@ -72,6 +88,22 @@ def finished(butane, folder):
     output = folder / "finished"
     assert main(["train", str(butane), "-o", str(output)]) == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def ladder(butane, folder):
+    """A run down a ladder of temperatures that must not be changed."""
+    output = folder / "ladder"
+    assert main(["train", str(butane), "-o", str(output), "--set", *LADDER]) == 0
+    return output
+
+
+@pytest.fixture(params=["pmf", "reverse_kl"])
+def either(request, finished):
+    """Options and finished run of both methods."""
+    if request.param == "pmf":
+        return (), finished
+    return ("--set", *LADDER), request.getfixturevalue("ladder")
 
 
 @pytest.fixture
@@ -190,18 +222,33 @@ def test_check_reports_and_leaves_nothing_behind(butane, folder, capsys):
     assert "4 slow and 10 fast atoms" in text
     assert "dihedral" in text
     assert "platform Reference" in text
-    assert re.search(r"estimated wall time: \d", text)
+    assert re.search(r"estimated wall time: at most \d", text)
     assert f"openmm-cgflow train {butane}" in text
     assert sorted(folder.iterdir()) == before
+
+
+def test_check_names_what_ends_the_training(butane, capsys):
+    text = output_of(capsys, "check", butane)
+    assert re.search(r"training: at most \d+ steps .* energy evaluations at .* per second", text)
+    assert "it ends once the criteria of the stopping section are met" in text
+    text = output_of(capsys, "check", butane, "--set", *LADDER)
+    assert "training: 2 stages from 600 K to 300 K, 6 steps" in text
+    assert re.search(r"estimated wall time: \d", text)
 
 
 def test_info(finished, capsys):
     text = output_of(capsys, "info", finished)
     assert "finished" in text.splitlines()[0]
-    for words in ("seed: 2025", "energy evaluations: ", "openmm ", "stage 0: 600.0 K", "stage 1: 300.0 K", "step 6"):
+    for words in ("seed: 2025", "energy evaluations: ", "openmm ", "stage 0: 300.0 K", "step 6"):
         assert words in text, text
     assert str(finished / "samples.dcd") in text
     assert f"openmm-cgflow sample {finished}" in text
+
+
+def test_info_of_a_ladder(ladder, capsys):
+    text = output_of(capsys, "info", ladder)
+    for words in ("stage 0: 600.0 K", "stage 1: 300.0 K", "step 6"):
+        assert words in text, text
 
 
 def test_a_run_directory_holds_what_is_promised(finished):
@@ -227,11 +274,11 @@ def test_same_seed_same_files(finished, tmp_path, capsys):
     assert first != other
 
 
-def test_another_stage_has_another_temperature(finished, tmp_path, capsys):
+def test_another_stage_has_another_temperature(ladder, tmp_path, capsys):
     energies = []
     for stage, temperature in ((0, "600 K"), (1, "300 K")):
         output = tmp_path / f"{stage}.dcd"
-        text = output_of(capsys, "sample", finished, "-n", 64, "-o", output, "--stage", stage, "--n-equilibration", 60)
+        text = output_of(capsys, "sample", ladder, "-n", 64, "-o", output, "--stage", stage, "--n-equilibration", 60)
         assert temperature in text
         energies.append(np.median(read_colvar(output.with_suffix(".colvar"))["energy"]))
     # 36 vibrations gain kT/2 each from the higher temperature, 45 kJ/mol; half of it is far above the noise.
@@ -247,16 +294,27 @@ def test_xtc_is_written_too(finished, tmp_path, capsys):
     np.testing.assert_allclose(first.xyz, second.xyz, atol=1e-3)  # xtc rounds
 
 
-def test_max_time_stops_and_the_printed_command_finishes(butane, finished, tmp_path, monkeypatch, capsys):
+def test_max_time_stops_and_the_printed_command_finishes(butane, either, tmp_path, monkeypatch, capsys):
+    options, finished = either
     output = tmp_path / "my run"
     with half_a_minute_each(monkeypatch):
-        text = output_of(capsys, "train", butane, "-o", output, "--max-time", "3m")
+        text = output_of(capsys, "train", butane, "-o", output, "--max-time", "3m", *options)
     assert "finished" not in text
     n_rows = len((output / "metrics.csv").read_text().splitlines())
     assert 3 <= n_rows < 7
     assert (output / "checkpoints" / "last.pt").exists()
     command = shlex.split(text.splitlines()[-1])
-    assert command == ["openmm-cgflow", "train", str(butane), "-o", str(output), "--max-time", "3m", "--resume"]
+    assert command == [
+        "openmm-cgflow",
+        "train",
+        str(butane),
+        "-o",
+        str(output),
+        "--max-time",
+        "3m",
+        *options,
+        "--resume",
+    ]
     assert "stopped" in output_of(capsys, "info", output)
     assert "finished" in output_of(capsys, *command[1:])
     for name in ("metrics.csv", "samples.colvar"):
@@ -660,7 +718,7 @@ def small_files(n_bytes):
 
 
 # Between the sizes of the files: every limit stops another writer.
-@pytest.mark.parametrize(("limit", "name"), [(5_000, "system.xml"), (20_000, "stage_00.pt"), (60_000, "last.pt")])
+@pytest.mark.parametrize(("limit", "name"), [(5_000, "system.xml"), (20_000, "stage_00.pt"), (100_000, "last.pt")])
 def test_a_full_disk_while_training(limit, name, butane, tmp_path, refused):
     with small_files(limit):
         refused("train", butane, "-o", tmp_path / "run", says=[name, "cannot write"])
@@ -690,8 +748,9 @@ def test_a_run_without_models(run, refused, capsys):
     assert "sample it" not in output_of(capsys, "info", run)
 
 
-def test_wrong_sampling_options(finished, tmp_path, refused):
-    refused("sample", finished, "--stage", 9, "-o", tmp_path / "a.dcd", says=["no stage 9", "there are 0, 1"])
+def test_wrong_sampling_options(finished, ladder, tmp_path, refused):
+    refused("sample", finished, "--stage", 9, "-o", tmp_path / "a.dcd", says=["no stage 9", "there are 0"])
+    refused("sample", ladder, "--stage", 9, "-o", tmp_path / "a.dcd", says=["no stage 9", "there are 0, 1"])
     refused("sample", finished, "-n", 0, "-o", tmp_path / "a.dcd", says=["got 0", "at least 1"])
     refused("sample", finished, "-o", tmp_path / "a.pdb", says=["a.pdb", "'.pdb'", ".dcd or .xtc"])
     refused("sample", finished, "-o", tmp_path, says=[str(tmp_path)])
@@ -702,7 +761,7 @@ def test_wrong_sampling_options(finished, tmp_path, refused):
 
 
 @pytest.mark.parametrize(
-    "name", ["models/stage_01.pt", "config.yaml", "system.xml", "slow_atoms.json", "provenance.json"]
+    "name", ["models/stage_00.pt", "config.yaml", "system.xml", "slow_atoms.json", "provenance.json"]
 )
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_damaged_run(name, damage, run, refused):
@@ -714,9 +773,16 @@ def test_a_damaged_run(name, damage, run, refused):
     if name == "provenance.json":
         if damage == "cut":
             refused("info", run, says=["provenance.json", "not valid JSON"])
-    elif (name, damage) != ("models/stage_01.pt", "gone"):  # the stage before it is sampled then
-        refused("sample", run, "-n", 1, "-o", run / "new.dcd", says=[path.name])
+    else:
+        gone = (name, damage) == ("models/stage_00.pt", "gone")
+        refused("sample", run, "-n", 1, "-o", run / "new.dcd", says=["no tempering stage" if gone else path.name])
         assert not (run / "new.dcd").exists()
+
+
+def test_the_stage_before_a_lost_one_is_sampled(ladder, tmp_path, capsys):
+    run = Path(shutil.copytree(ladder, tmp_path / "run"))
+    (run / "models" / "stage_01.pt").unlink()
+    assert "600 K" in output_of(capsys, "sample", run, "-n", 1, "-o", run / "new.dcd")
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
@@ -776,15 +842,11 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path):
     assert "ZeroDivisionError" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("number", "n_workers", "to_group"),
-    [(signal.SIGTERM, 1, False), (signal.SIGINT, 2, True)],
-    ids=["SIGTERM", "SIGINT"],
-)
-def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, to_group, butane, tmp_path, capsys):
+@pytest.mark.parametrize(("number", "n_workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, butane, tmp_path, capsys):
     """SIGINT reaches the worker processes too, as Ctrl-C on a terminal does."""
     output = tmp_path / "run"
-    words = ["train", str(butane), "-o", str(output), "--set", "training.n_steps_first=120", "sampling.n_samples=5"]
+    words = ["train", str(butane), "-o", str(output), "--set", "stopping.max_rounds=20", "sampling.n_samples=5"]
     process = subprocess.Popen(
         [sys.executable, "-m", "openmm_cgflow", *words, f"sampler.n_workers={n_workers}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -795,7 +857,7 @@ def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, to_g
         while process.poll() is None and time.monotonic() < end and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.005)
         assert process.poll() is None, process.communicate()
-        if to_group:
+        if number == signal.SIGINT:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
@@ -810,9 +872,9 @@ def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, to_g
     assert printed == ["openmm-cgflow", *words, f"sampler.n_workers={n_workers}", "--resume"]
     assert json.loads((output / "provenance.json").read_text())["status"] == "stopped"
     n_rows = len(metrics.read_text().splitlines()) - 1
-    assert 1 <= n_rows < 120
+    assert 1 <= n_rows < 20
     assert (output / "checkpoints" / "last.pt").exists()
     # One process from here on: the number of workers does not change the run.
     assert "finished" in output_of(capsys, *printed[1:-2], "sampler.n_workers=1", "--resume")
     assert f"continuing from {output / 'checkpoints' / 'last.pt'}" in (output / "run.log").read_text()
-    assert len(metrics.read_text().splitlines()) == 1 + 120 + 3
+    assert len(metrics.read_text().splitlines()) == 1 + 20 + 2

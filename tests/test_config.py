@@ -74,6 +74,13 @@ def test_units_reach_the_settings():
         (_with(sampler={"timestep": -1}), ["sampler.timestep", "greater than 0"]),
         (_with(temperature="nan"), ["temperature"]),
         (_with(tempering={"schedule": "fast"}), ["tempering.schedule", "adaptive"]),
+        (_with(training={"method": "forward_kl"}), ["training.method", "'pmf' or 'reverse_kl'"]),
+        (_with(coordinates={"peptide_bonds": "cis"}), ["coordinates.peptide_bonds", "'keep' or 'sample'"]),
+        (_with(coordinates="cartesian"), ["coordinates: cartesian", "training.method", "reverse_kl"]),
+        (_with(pmf={"n_members": 1}), ["pmf.n_members", "greater than or equal to 2"]),
+        (_with(pmf={"n_updtaes": 1}), ["pmf.n_updtaes", "did you mean 'n_updates'?"]),
+        (_with(stopping={"ess": 1.0}), ["stopping.ess", "less than 1"]),
+        (_with(stopping={"max_round": 3}), ["stopping.max_round", "did you mean 'max_rounds'?"]),
         ({"system": {"forcefield": ["a.xml"]}}, ["system.structure", "required"]),
         ({"system": {"structure": "m.pdb"}}, ["system", "exactly one of forcefield"]),
         ({"system": {"structure": "m.pdb", "forcefield": ["a"], "system_xml": "b"}}, ["exactly one of forcefield"]),
@@ -100,7 +107,8 @@ def test_all_problems_in_one_message():
 
 
 def test_overrides():
-    tree = apply_overrides(_with(coordinates="cartesian"), ["sampler.n_replicas=8", "coordinates.bound=4", "seed=7"])
+    changes = ["sampler.n_replicas=8", "coordinates.bound=4", "seed=7", "training.method=reverse_kl"]
+    tree = apply_overrides(_with(coordinates="cartesian"), changes)
     config = validate(apply_overrides(tree, ["flow.hidden_features=[8, 8]", "sampler.timestep=2 fs"]))
     assert (config.sampler.n_replicas, config.seed, config.flow.hidden_features) == (8, 7, [8, 8])
     assert (config.coordinates.kind, config.coordinates.bound) == ("cartesian", 4)
@@ -115,7 +123,17 @@ def test_wrong_overrides(item):
 
 
 def test_coordinates_shorthand():
-    assert validate(_with(coordinates="cartesian")).coordinates.kind == "cartesian"
+    config = validate(_with(coordinates="cartesian", training={"method": "reverse_kl"}))
+    assert config.coordinates.kind == "cartesian"
+
+
+def test_what_a_new_user_gets():
+    """Learned potential of mean force, held peptide bonds, internal coordinates."""
+    config = validate(_MINIMAL)
+    assert (config.training.method, config.coordinates.kind, config.coordinates.peptide_bonds) == (
+        "pmf", "internal", "keep",
+    )  # fmt: skip
+    assert validate(_with(coordinates={"peptide_bonds": "sample"})).coordinates.peptide_bonds == "sample"
 
 
 def test_resolved_configuration_round_trips(tmp_path):

@@ -242,6 +242,60 @@ def test_random_branched_molecules(seed, generator):
     assert float(volume_residuals(coordinates, generator).std()) < 1e-9
 
 
+@pytest.mark.parametrize("stiff", [[(1, 2)], [(2, 3), (3, 4)]], ids=str)
+def test_stiff_bonds_change_the_description_and_not_the_density(stiff, generator):
+    """Torsions of stiff bonds are bounded features; the volume element is that of the same structures."""
+    bonds = BONDS["chain"]
+    xyz = random_structure(bonds, 3)
+    free, held = internal_coordinates(bonds, xyz), internal_coordinates(bonds, xyz, stiff=stiff)
+    assert (held.n_circular, free.n_circular) == (3 - len(stiff), 3)
+    assert sorted(held.names) == sorted(free.names)
+    bounded = [name for name, circular in zip(held.names, held.circular.tolist(), strict=True) if not circular]
+    assert sum(name.startswith("dihedral") for name in bounded) == len(stiff)
+    z = random_z(held, 20, generator, spread=0.99)
+    torch.testing.assert_close(held.from_xyz(held.to_xyz(z)), z, rtol=0, atol=1e-9)
+    there = free.from_xyz(held.to_xyz(z))
+    torch.testing.assert_close(held.to_xyz(z), free.to_xyz(there), rtol=0, atol=1e-12)
+    # The scale of each stiff dihedral is all that differs.
+    torch.testing.assert_close(
+        held.log_volume(z) - free.log_volume(there), torch.full((20,), len(stiff) * math.log(0.08)).double()
+    )
+    residuals = volume_residuals(held, generator)
+    assert float(residuals.std()) < 1e-9 and float(residuals.mean().abs()) < 1e-8
+
+
+# ---------------------------------------------------------------- what is no structure
+
+
+@pytest.mark.parametrize("name", ["chain", "valine"])
+def test_what_is_no_structure_has_no_volume(name, generator):
+    """Bonds and angles that a flow with a linear map may reach; the others' volumes and gradients are untouched."""
+    coordinates, _ = make(name, "internal")
+    z = random_z(coordinates, 7, generator)
+    expected = coordinates.log_volume(z)
+    assert torch.isfinite(expected).all()
+
+    def reaching(feature, value):
+        physical = coordinates.to_physical(z[0]).clone()
+        physical[feature] = value
+        return coordinates.from_physical(physical)
+
+    n = coordinates.n_circular
+    first_angle = next(k for k, text in enumerate(coordinates.names) if text.startswith("angle"))
+    broken = [reaching(n, -0.01), reaching(n, -1e-6), reaching(first_angle, -0.1), reaching(first_angle, math.pi + 0.1)]
+    both = torch.stack((*z, *broken)).requires_grad_()
+    volume = coordinates.log_volume(both)
+    assert (volume[7:] == -math.inf).all()
+    torch.testing.assert_close(volume[:7].detach(), expected)
+    (gradient,) = torch.autograd.grad(volume[:7].sum() + volume[7:].sum(), both)
+    alone = z.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(coordinates.log_volume(alone).sum(), alone)
+    torch.testing.assert_close(gradient[:7], wanted)
+    assert (gradient[7:] == 0).all()
+    inside = reaching(first_angle, 0.01)
+    assert torch.isfinite(coordinates.log_volume(inside))
+
+
 # ---------------------------------------------------------------- features
 
 
@@ -300,6 +354,21 @@ def test_a_wide_improper_covers_the_circle_once(generator):
     torch.testing.assert_close(coordinates.from_xyz(coordinates.to_xyz(z)), z, rtol=0, atol=1e-8)
 
 
+def test_a_stiff_dihedral_has_half_a_turn_on_either_side():
+    """A flow may leave the intervals; what it reaches further round is another z's structure and must not count."""
+    bonds = BONDS["isobutane"]
+    zmatrix = slow_zmatrix(bond_graph(4, bonds), range(4))
+    centre = np.array([[0, 0, 0], [0.15, 0, 0], [0.15, 1.9, 0], [0.15, 1.9, 2.1]])
+    coordinates = InternalCoordinates(zmatrix, list("abcd"), centre, np.full((4, 3), 0.05), 5.0)
+    turns = torch.tensor([0.0, math.pi - 0.01, math.pi + 0.01, -math.pi + 0.01, -math.pi - 0.01]).double()
+    z = torch.zeros((5, 6), dtype=torch.float64)
+    z[:, 5] = turns / 0.05
+    counted = torch.isfinite(coordinates.log_volume(z))
+    assert counted.tolist() == [True, True, False, True, False]
+    again = coordinates.from_xyz(coordinates.to_xyz(z))
+    assert ((again - z).abs().amax(1) < 1e-9).tolist() == counted.tolist()
+
+
 def test_no_feature_reaches_where_the_geometry_breaks(generator):
     xyz = random_structure(BONDS["chain"])
     zmatrix = slow_zmatrix(bond_graph(6, BONDS["chain"]), range(6))
@@ -309,6 +378,23 @@ def test_no_feature_reaches_where_the_geometry_breaks(generator):
     edges = torch.cat((inside.sign() * 5, inside))
     assert torch.isfinite(coordinates.log_volume(edges)).all()
     assert torch.isfinite(coordinates.to_xyz(edges)).all()
+
+
+@pytest.mark.parametrize(("omega", "name"), [(0.1, "cis"), (3.1, "trans"), (-3.1, "trans")])
+def test_a_stiff_torsion_stays_where_the_input_has_it(omega, name, generator):
+    """Near 180 degrees it must not jump either; and no z leads from cis to trans."""
+    bonds = list(pairwise(range(4)))
+    zmatrix = slow_zmatrix(bond_graph(4, bonds), range(4), [frozenset((1, 2))])
+    centre = np.array([[0, 0, 0], [0.14, 0, 0], [0.14, 2.0, 0], [0.14, 2.0, omega]])
+    coordinates = InternalCoordinates(zmatrix, list("abcd"), centre, np.full((4, 3), 0.1), 6.0)
+    assert coordinates.n_circular == 0
+    assert coordinates.names[-1] == "dihedral a-b-c-d"
+    z = random_z(coordinates, 200, generator, spread=0.999)
+    torch.testing.assert_close(coordinates.from_xyz(coordinates.to_xyz(z)), z, rtol=0, atol=1e-9)
+    found = bond_angle_dihedral(coordinates.to_xyz(z), torch.tensor([3]), torch.tensor([[2, 1, 0]]))[:, 0, 2]
+    assert {"cis" if abs(angle) < math.pi / 2 else "trans" for angle in found.tolist()} == {name}
+    middle = coordinates.to_physical(torch.zeros(6).double())[-1]
+    assert math.isclose(float(middle), omega, abs_tol=1e-12)
 
 
 def test_straight_chains_are_refused():

@@ -114,16 +114,26 @@ def test_peptide_torsions(peptide, systems):
     assert peptide_torsions(mdtraj.load(str(systems / "butane" / "butane.pdb"))) == {}
 
 
-def test_colvar_columns(trajectory):
-    class Samples:
-        def __init__(self):
-            self.trajectory = trajectory
-            self.z = np.arange(40.0).reshape(20, 2)
-            self.log_q, self.energy = np.zeros(20), np.ones(20)
+class Samples:
+    """What a model returns, with or without importance weights."""
 
-    columns = colvar_columns(Samples(), ["dihedral A-B", "bond C"])
+    def __init__(self, trajectory, log_weight=None):
+        self.trajectory, self.log_weight = trajectory, log_weight
+        self.z = np.arange(40.0).reshape(20, 2)
+        self.log_q, self.energy = np.zeros(20), np.ones(20)
+
+
+def test_colvar_columns(trajectory):
+    columns = colvar_columns(Samples(trajectory), ["dihedral A-B", "bond C"])
     assert list(columns) == ["log_q", "energy", "phi_ALA2", "psi_ALA2", "z.dihedral_A-B", "z.bond_C"]
     assert np.array_equal(columns["z.bond_C"], np.arange(1.0, 40.0, 2))
+
+
+def test_importance_weights_are_a_column_where_there_are_any(trajectory):
+    weights = np.linspace(-2, 1, 20)
+    columns = colvar_columns(Samples(trajectory, weights), ["dihedral A-B", "bond C"])
+    assert list(columns)[:3] == ["log_q", "log_weight", "energy"]
+    assert np.array_equal(columns["log_weight"], weights)
 
 
 def test_torsion_density_normalises_and_wraps():
@@ -152,16 +162,30 @@ def _rows(n):
     return [{"step": k + 1, "stage": k // 5, "residual": 1.0 / (k + 1), **constant} for k in range(n)]
 
 
+def _pmf_rows(n):
+    """Rounds, then the flow alone, where nothing is measured."""
+    nan = float("nan")
+    rows = []
+    for k in range(n):
+        last = k >= n - 2
+        row = {"step": k + 1, "stage": 0, "temperature": 300.0, "gamma": 0.08, "ess": 1 - 1 / (k + 2), "energy": -70.0}
+        row |= {"held_out": nan if last else 1 + 1 / (k + 1), "misfit": nan if last else 1.0, "invalid": 0}
+        rows.append(row | {"free_energy_error": 1 / (k + 1), "moved": nan if last or k < 3 else 0.2})
+    return rows
+
+
 @pytest.mark.parametrize(
     "figure",
     [
         lambda: plots.convergence(_rows(12)),
+        lambda: plots.convergence(_pmf_rows(9)),
+        lambda: plots.convergence(_pmf_rows(2)),
         lambda: plots.convergence(_rows(1)),
         lambda: plots.convergence([]),
         lambda: plots.ramachandran(np.linspace(-3, 3, 50), np.linspace(-3, 3, 50), temperature=300, title="ALA2"),
         lambda: plots.torsion_marginals(["a", "b", "c", "d"], np.random.default_rng(0).normal(size=(50, 4))),
     ],
-    ids=["convergence", "one step", "no step", "ramachandran", "marginals"],
+    ids=["convergence", "rounds", "two rounds", "one step", "no step", "ramachandran", "marginals"],
 )
 def test_figures_are_pictures(tmp_path, figure):
     path = tmp_path / "figure.png"

@@ -98,6 +98,24 @@ def test_hessian_and_widths_are_exact(reference, energy):
     assert (expected > 1.02 / np.sqrt(np.diag(energy.hessian) * thermal_beta(TEMPERATURE))).any()
 
 
+def test_covariance_of_some_coordinates_has_the_others_integrated_out(reference, energy):
+    """A block of the inverse, in the order asked for; not the inverse of a block."""
+    rng = np.random.default_rng(4)
+    chosen = rng.permutation(len(STIFF))[:5]
+    exact = np.linalg.inv(energy.hessian) / thermal_beta(TEMPERATURE)
+    scale = np.sqrt(np.diag(exact)[chosen])
+    found = reference.covariance_of(STIFF[chosen], TEMPERATURE)
+    np.testing.assert_allclose(
+        found / scale[:, None] / scale, exact[np.ix_(chosen, chosen)] / scale[:, None] / scale, atol=1e-4
+    )
+    frozen = np.linalg.inv(energy.hessian[np.ix_(chosen, chosen)]) / thermal_beta(TEMPERATURE)
+    assert (np.diag(frozen) < 0.99 * np.diag(found)).any()
+    widths = reference.widths(TEMPERATURE)
+    np.testing.assert_allclose(np.sqrt(np.diag(found)), widths[tuple(STIFF[chosen].T)])
+    np.testing.assert_allclose(reference.covariance_of(STIFF[chosen], 2 * TEMPERATURE), 2 * found)
+    assert reference.covariance_of(STIFF[:0], TEMPERATURE).shape == (0, 0)
+
+
 def test_scan_is_the_torsion_energy(reference, energy):
     assert reference.scan.shape == (1, 36)
     angles = torch.arange(36).double() * (2 * math.pi / 36)

@@ -9,13 +9,15 @@ import openmm_cgflow
 
 _NEURAL, _MOLECULAR = {"torch", "zuko"}, {"openmm", "parmed"}
 _FLOW_SIDE = ["coordinates", "internal", "flow", "tempering", "harmonic", "assembly", "meanforce", "training"]
+_FLOW_SIDE += ["averaging", "pmf", "distillation", "pmf_training"]
+_EVALUATION = ["states", "distances", "reference", "observables", "comparison", "basins", "report", "evaluation"]
 _WORKER_SIDE = ["system", "loaders", "sanitize", "topology", "partition", "zmatrix"]
 _WORKER_SIDE += ["platforms", "chain", "replicas", "contexts", "lattice", "replicate", "errors", "units", "config"]
 
 # What a module must not import itself.
 _DIRECT = {
     **{name: _MOLECULAR | {"mdtraj"} for name in (*_FLOW_SIDE, "zmatrix")},
-    **{name: _NEURAL | _MOLECULAR for name in ("export", "plots")},
+    **{name: _NEURAL | _MOLECULAR for name in ("export", "plots", *_EVALUATION)},
     **{name: _NEURAL | _MOLECULAR | {"mdtraj"} for name in ("config", "template")},
     "cli": _NEURAL | _MOLECULAR | {"mdtraj", "matplotlib", "numpy"},
 }
@@ -23,6 +25,8 @@ _DIRECT = {
 _REACHED = {
     **{name: _MOLECULAR for name in _FLOW_SIDE},
     **{name: _NEURAL for name in _WORKER_SIDE},
+    **{name: _NEURAL for name in _EVALUATION},
+    **{name: _NEURAL | _MOLECULAR for name in ("states", "distances", "reference", "observables", "comparison")},
     **{name: _NEURAL | _MOLECULAR | {"mdtraj"} for name in ("rundir", "runlog", "files")},
 }
 _DOORS = {"units"}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from analytic import AnalyticMeanForce, EchoEngine, QuadraticBath, assembly_of, random_structure, random_z
 
+from openmm_cgflow import meanforce
 from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.meanforce import (
@@ -178,7 +179,7 @@ def test_comoving_is_less_noisy_where_fast_atoms_are_stiff():
     ratio = variance["cartesian"] / variance["comoving"]
     # The torsion, the bond A-B and the angle A-B-C carry the atoms that E and F are bound to as one body.
     assert assembly.coordinates.names[4] == f"angle A{A}-A{B}-A{C}"
-    assert (ratio[[0, 1, 4]] > 1000).all() and (ratio > 0.9).all()
+    assert (ratio[[0, 1, 4]] > 1000).all() and (ratio > 0.8).all()
 
 
 def test_same_mean_force_from_correlated_frames():
@@ -243,6 +244,19 @@ def test_features_have_their_own_correlation():
     mean, variance = mean_and_variance(values, torch.ones(3000, dtype=torch.bool))
     ratio = variance.mean(0).sqrt() / mean.square().mean(0).sqrt()
     assert float((ratio - 1).abs().max()) < 0.15
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_chains_that_leave_a_contact_say_nothing_of_the_others_correlation(share):
+    """Drifts a thousand times the noise in some chains: their own errors are large, those of the rest as without."""
+    values, valid = autoregression(4000, 16, 0.3), torch.ones(4000, dtype=torch.bool)
+    _, clean = mean_and_variance(values, valid)
+    n = int(4000 * share)
+    drift = torch.exp(-torch.arange(16, dtype=torch.float64) / 4)[:, None]
+    values[:n] += 1000 * drift * torch.randn((n, 1, 6), generator=torch.Generator().manual_seed(1)).double()
+    _, variance = mean_and_variance(values, valid)
+    assert float((variance[n:].mean(0) / clean[n:].mean(0) - 1).abs().max()) < 0.1
+    assert float((variance[:n].mean(0) / clean[:n].mean(0)).min()) > 1e4
 
 
 def test_two_frames_count_as_independent_and_one_has_no_error():
@@ -359,19 +373,33 @@ def test_fast_atoms_start_from_the_nearest_neighbour_in_the_pool():
     torsion = torch.stack((z[:, 0].cos(), z[:, 0].sin()), 1)
     pool_torsion = torch.stack((pool_z[:, 0].cos(), pool_z[:, 0].sin()), 1)
     distance = (torsion[:, None] - pool_torsion).square().sum(-1)
-    distance = distance + 0.04 * (z[:, None, 1:] - pool_z[:, 1:]).square().sum(-1)
+    distance = distance + 0.05**2 * (z[:, None, 1:] - pool_z[:, 1:]).square().sum(-1)
     chosen = distance.gather(1, away.argmin(1)[:, None])[:, 0]
     torch.testing.assert_close(chosen, distance.amin(1), rtol=0, atol=1e-9)
 
 
 def test_the_pool_holds_where_chains_ended_and_forgets():
     sampler = chains()
-    for seed in range(8):
+    for seed in range(meanforce._N_POOLS + 2):
         z = some_z(sampler, 5, seed)
         frames = go(sampler, z)
         assert torch.equal(sampler.pool[-1][0], z)
         assert torch.equal(sampler.pool[-1][1], sampler.assembly.read_fast(frames.xyz[:, -1]))
-    assert len(sampler.pool) == 4
+    assert len(sampler.pool) == meanforce._N_POOLS
+
+
+@pytest.mark.parametrize(("n", "n_pool", "expected"), [(30, 10, 10), (25, 10, 13), (6, 10, 6), (30, 1, 1)])
+def test_the_first_pool_is_a_part_of_the_batch_evenly(n, n_pool, expected):
+    """At least n_pool of the batch's z where there are so many, from its beginning to its end."""
+    engine = EchoEngine()
+    sampler = chains(engine, n_pool=n_pool)
+    z = some_z(sampler, n)
+    go(sampler, z)
+    pool = engine.calls[0]["xyz"]
+    assert len(pool) == expected
+    found = sampler.assembly.read_slow(torch.as_tensor(pool))
+    torch.testing.assert_close(found, z[:: max(1, n // n_pool)], rtol=0, atol=1e-9)
+    assert len(engine.calls[1]["xyz"]) == n
 
 
 def test_quarantine_counts_and_keeps_bad_replicas_out_of_the_pool():
@@ -526,4 +554,5 @@ def test_the_whole_estimator_on_the_quadratic_bath(estimator):
     assert abs(float(away)) < 4
     spread = ((found.energy - energy).square().mean() / found.energy_variance.mean()).sqrt()
     assert float(spread) == pytest.approx(1, abs=0.1)
-    assert force.n_energy_evaluations == 1500 * (200 + 500 + 1) + 1500 * (11 + 7 + 3 * 2)
+    # The first pool takes every fifth z: at least sampler.n_pool = 256 of them.
+    assert force.n_energy_evaluations == 300 * (100 + 500 + 1) + 1500 * (11 + 7 + 3 * 2)

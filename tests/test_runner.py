@@ -8,28 +8,65 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_cgflow import CGFlowError, MolecularSystem, Partition, ReplicaError, load, load_config, train
+from openmm_cgflow import (
+    CGFlowError,
+    MolecularSystem,
+    Partition,
+    ReplicaError,
+    load,
+    load_config,
+    pmf_training,
+    train,
+)
 from openmm_cgflow.export import read_colvar
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.scaffold import Scaffold
 
-TINY = (
+OMEGAS = ("ACE:CH3 ACE:C ALA:N ALA:CA", "ALA:CA ALA:C NME:N NME:C")
+COMMON = (
     "sampler.n_replicas=16",
     "sampler.n_pool_steps=50",
     "sampler.n_workers=1",
     "sampler.platform=Reference",
-    "tempering.schedule=adaptive",
-    "tempering.start=600",
-    "training.n_steps_first=4",
-    "training.n_steps=3",
-    "training.n_steps_last=4",
     "flow.n_layers=2",
     "flow.hidden_features=[16]",
     "sampling.n_samples=24",
     "sampling.n_equilibration=10",
     "training.checkpoint_interval=1000",
 )
+# Three rounds, then two blocks of updates of the flow alone.
+TINY = (
+    *COMMON,
+    "pmf.n_updates=5",
+    "pmf.final_updates=5",
+    "pmf.flow_updates=2",
+    "pmf.flow_batch_size=64",
+    "pmf.polish_updates=10",
+    "pmf.hidden_features=[16]",
+    "stopping.max_rounds=3",
+    "stopping.max_polish_cycles=1",
+    "sampling.n_verified=2",
+    "sampling.n_switches=2",
+)
+TINY_LADDER = (
+    *COMMON,
+    "training.method=reverse_kl",
+    "tempering.schedule=adaptive",
+    "tempering.start=600",
+    "training.n_steps_first=4",
+    "training.n_steps=3",
+    "training.n_steps_last=4",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tests():
+    """Small batches of test samples and short blocks of updates: most of the time would go there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pmf_training, "_N_TEST", 512)
+        patch.setattr(pmf_training, "_POLISH", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +81,27 @@ def finished(tiny, tmp_path_factory):
     return output
 
 
-def test_run_directory_holds_everything(finished):
+@pytest.fixture(scope="module")
+def tiny_ladder(systems):
+    return load_config(systems / "butane" / "butane.yaml", TINY_LADDER)
+
+
+@pytest.fixture(scope="module")
+def finished_ladder(tiny_ladder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("ladders") / "whole"
+    train(tiny_ladder, output, progress=False)
+    return output
+
+
+@pytest.fixture(params=["pmf", "reverse_kl"])
+def either(request):
+    """Configuration and finished run of both methods."""
+    suffix = "" if request.param == "pmf" else "_ladder"
+    return request.getfixturevalue("tiny" + suffix), request.getfixturevalue("finished" + suffix)
+
+
+def test_run_directory_holds_everything(either):
+    config, finished = either
     names = {path.name for path in finished.iterdir()}
     assert names >= {
         "config.yaml",
@@ -62,27 +119,68 @@ def test_run_directory_holds_everything(finished):
     }
     record = json.loads((finished / "provenance.json").read_text())
     assert record["status"] == "finished"
+    assert record["method"] == config.training.method
     rows = RunDirectory(finished).read_metrics()
+    assert record["n_steps"] == len(rows)
     assert record["energy_evaluations"] > rows[-1]["evaluations"] > 0
     assert len(list((finished / "models").iterdir())) == len(record["temperatures_K"])
-    assert record["temperatures_K"][0] == 600.0
     assert record["temperatures_K"][-1] == 300.0
 
 
-def test_resumed_equals_uninterrupted(tiny, finished, tmp_path):
+def test_the_pmf_is_learned_at_the_target_temperature_and_the_end_is_named(finished):
+    record = json.loads((finished / "provenance.json").read_text())
+    assert record["temperatures_K"] == [300.0]
+    assert record["ended_by"].startswith("not converged: stopping.max_rounds is reached")
+    log = (finished / "run.log").read_text()
+    assert record["ended_by"] in log
+    rows = RunDirectory(finished).read_metrics()
+    assert len(rows) == 3 + 2
+    assert [np.isfinite(row["held_out"]) for row in rows] == [True] * 3 + [False] * 2
+
+
+def test_the_check_by_switching_is_on_disk(finished, finished_ladder):
+    found = json.loads((finished / "verification.json").read_text())
+    assert len(found["pmf"]) == len(found["switching"]) == len(found["error"]) == 2
+    assert found["n_evaluations"] > 0 and found["unit"] == "kT"
+    assert "nonequilibrium switching" in (finished / "run.log").read_text()
+    assert not (finished_ladder / "verification.json").exists()  # there is no PMF to check
+
+
+def test_the_ladder_starts_hot(finished_ladder):
+    record = json.loads((finished_ladder / "provenance.json").read_text())
+    assert record["temperatures_K"][0] == 600.0
+    assert len(record["temperatures_K"]) > 1
+    assert record["ended_by"] == "the last stage's steps are done"
+
+
+def test_resumed_equals_uninterrupted(either, tmp_path):
+    """Stopped after every step: in the rounds, after the last one, in the training of the flow alone; every stage."""
+    config, finished = either
     output = tmp_path / "stopped"
     n_sessions = 0
     # Every session makes at least one step; the last one reaches the end.
     while RunDirectory(output).read_provenance().get("status") != "finished":
-        train(tiny, output, resume=True, progress=False, max_time=0.0 if n_sessions < 6 else None)
+        train(config, output, resume=True, progress=False, max_time=0.0 if n_sessions < 6 else None)
         n_sessions += 1
     assert n_sessions == 7
     assert (output / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
     for path in sorted((finished / "models").iterdir()):
         a, b = (torch.load(folder / "models" / path.name, weights_only=True) for folder in (finished, output))
-        assert all(torch.equal(a["flow"][name], b["flow"][name]) for name in a["flow"])
+        for part in ("flow", "pmf"):
+            assert (a[part] is None) == (b[part] is None) == (part == "pmf" and config.training.method != "pmf")
+            assert all(torch.equal(a[part][name], b[part][name]) for name in a[part] or {})
     assert (output / "samples.dcd").read_bytes() == (finished / "samples.dcd").read_bytes()
     assert (output / "samples.colvar").read_text() == (finished / "samples.colvar").read_text()
+
+
+def test_same_seed_same_files(either, tmp_path):
+    config, finished = either
+    train(config, tmp_path / "again", progress=False)
+    for name in ("metrics.csv", "samples.colvar", "samples.dcd", "config.yaml", "slow_atoms.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes(), name
+    verification = finished / "verification.json"
+    if verification.exists():
+        assert (tmp_path / "again" / "verification.json").read_text() == verification.read_text()
 
 
 def test_the_time_is_up_while_sampling_too(tiny, finished, tmp_path):
@@ -123,18 +221,20 @@ def test_resume_refuses_another_configuration(tiny, finished):
         train(other, finished, resume=True, progress=False)
 
 
-def test_damaged_checkpoint_falls_back(tiny, finished, tmp_path):
+def test_damaged_checkpoint_falls_back(either, tmp_path):
+    config, finished = either
     output = tmp_path / "run"
     for _ in range(2):
-        train(tiny, output, resume=True, progress=False, max_time=0.0)
+        train(config, output, resume=True, progress=False, max_time=0.0)
     last = output / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    train(tiny, output, resume=True, progress=False)
+    train(config, output, resume=True, progress=False)
     assert "damaged" in (output / "run.log").read_text()
     assert (output / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
 
 
-def test_model_from_disk(finished):
+def test_model_from_disk(either):
+    _, finished = either
     model = load(finished)
     assert model.temperature == 300.0
     first, again, other = model.sample(20, seed=3), model.sample(20, seed=3), model.sample(20, seed=4)
@@ -142,14 +242,53 @@ def test_model_from_disk(finished):
     assert not np.array_equal(first.z, other.z)
     np.testing.assert_allclose(model.log_prob(first.z), first.log_q, atol=1e-9)
     np.testing.assert_allclose(model.read(first.trajectory.xyz), first.z, atol=2e-3)  # float32 positions
-    # free_energy = -kT (log q - log J)
-    kt = 8.31446261815324e-3 * model.temperature
-    log_volume = model.coordinates.log_volume(torch.as_tensor(first.z)).numpy()
-    np.testing.assert_allclose(model.free_energy(first.z), -kt * (first.log_q - log_volume), atol=1e-9)
-    # The energies in the table are those of the frames.
-    assert load(finished, stage=0).temperature == 600.0
     with pytest.raises(CGFlowError, match="no stage 99"):
         load(finished, stage=99)
+
+
+def test_importance_weights_of_a_learned_pmf(finished):
+    """exp(-beta A) J / q, with the A that free_energy gives; what samples carry is what the model says of them."""
+    model = load(finished)
+    samples = model.sample(20, seed=3)
+    np.testing.assert_allclose(samples.log_weight, model.log_weights(samples.z), atol=1e-9)
+    kt = 8.31446261815324e-3 * model.temperature
+    log_volume = model.coordinates.log_volume(torch.as_tensor(samples.z)).numpy()
+    expected = -model.free_energy(samples.z) / kt + log_volume - model.log_prob(samples.z)
+    np.testing.assert_allclose(model.log_weights(samples.z), expected, atol=1e-9)
+    assert samples.log_weight.std() > 1e-3
+    assert np.array_equal(model.log_weights(torch.as_tensor(samples.z)), model.log_weights(samples.z))
+    table = read_colvar(finished / "samples.colvar")
+    z = np.column_stack([table[name] for name in table if name.startswith("z.")])
+    np.testing.assert_allclose(table["log_weight"], model.log_weights(z), atol=1e-6)  # ten digits of z
+
+
+def test_without_a_pmf_the_flow_is_the_free_energy_and_there_are_no_weights(finished_ladder):
+    model = load(finished_ladder)
+    samples = model.sample(20, seed=3)
+    # free_energy = -kT (log q - log J)
+    kt = 8.31446261815324e-3 * model.temperature
+    log_volume = model.coordinates.log_volume(torch.as_tensor(samples.z)).numpy()
+    np.testing.assert_allclose(model.free_energy(samples.z), -kt * (samples.log_q - log_volume), atol=1e-9)
+    assert samples.log_weight is None
+    with pytest.raises(CGFlowError, match="trained by reverse KL"):
+        model.log_weights(samples.z)
+    assert "log_weight" not in read_colvar(finished_ladder / "samples.colvar")
+    assert load(finished_ladder, stage=0).temperature == 600.0
+
+
+def test_amide_bonds_can_be_sampled_or_kept(systems, tmp_path):
+    """Through a whole run: the names of what is sampled, and the peptide bonds of what comes out."""
+    settings = (*TINY, "stopping.max_rounds=1", "sampling.n_verified=0", "sampling.plots=false")
+    path = systems / "alanine_dipeptide" / "alanine_dipeptide.yaml"
+    atoms = mdtraj.load_topology(str(path.with_suffix(".pdb"))).atoms
+    at = {f"{atom.residue.name}:{atom.name}": atom.index for atom in atoms}
+    for kind, n_torsions in (("keep", 2), ("sample", 4)):
+        config = load_config(path, (*settings, f"coordinates.peptide_bonds={kind}"))
+        model = train(config, tmp_path / kind, progress=False)
+        assert model.coordinates.n_circular == n_torsions
+        trajectory = mdtraj.load(str(tmp_path / kind / "samples.dcd"), top=str(tmp_path / kind / "topology.pdb"))
+        omega = mdtraj.compute_dihedrals(trajectory, [[at[name] for name in row.split()] for row in OMEGAS])
+        assert (np.abs(omega) > np.pi / 2).all() == (kind == "keep")  # almost untrained, the others are everywhere
 
 
 def test_trajectory_and_table_agree(finished):
@@ -168,7 +307,7 @@ def test_python_objects_need_no_files(tiny, tmp_path):
     config = tiny.model_copy(update={"system": None})
     model = train(config, tmp_path / "run", molecular_system=molecule, progress=False)
     assert load(tmp_path / "run").sample(5).trajectory.n_frames == 5
-    assert model.stage > 0
+    assert model.stage == 0 and model.pmf is not None
     with pytest.raises(CGFlowError, match="system"):
         train(config, tmp_path / "another", progress=False)
     assert not (tmp_path / "another").exists()

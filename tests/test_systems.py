@@ -1,4 +1,4 @@
-"""The example systems: right atoms, bonds, handedness, and parameters from where they are said to be from."""
+"""The example systems: right atoms, bonds and handedness, parameters from where they are said to be from."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -7,12 +7,30 @@ import numpy as np
 import pytest
 from openmm import app, unit
 
+from openmm_cgflow.config import load_config
+from openmm_cgflow.partition import Partition
+from openmm_cgflow.sanitize import energy_and_forces
+from openmm_cgflow.system import MolecularSystem
+
 
 def _positions(pdb):
     return pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
 
 
-@pytest.mark.parametrize(("name", "n_atoms", "n_bonds"), [("alanine_dipeptide", 22, 21), ("butane", 14, 13)])
+SIZES = [
+    ("alanine_dipeptide", 22, 21),
+    ("alanine_dipeptide_ff96", 22, 21),
+    ("butane", 14, 13),
+    ("glycine_dipeptide", 19, 18),
+    ("valine_dipeptide", 28, 27),
+]
+
+
+def test_every_system_is_here(systems):
+    assert sorted(path.name for path in systems.iterdir() if path.is_dir()) == [name for name, *_ in SIZES]
+
+
+@pytest.mark.parametrize(("name", "n_atoms", "n_bonds"), SIZES)
 def test_openmm_reads_every_bond(systems, name, n_atoms, n_bonds):
     pdb = app.PDBFile(str(systems / name / f"{name}.pdb"))
     assert (pdb.topology.getNumAtoms(), pdb.topology.getNumBonds()) == (n_atoms, n_bonds)
@@ -21,20 +39,76 @@ def test_openmm_reads_every_bond(systems, name, n_atoms, n_bonds):
     assert 0.09 < min(lengths) < max(lengths) < 0.16
 
 
-@pytest.mark.parametrize("name", ["alanine_dipeptide", "butane"])
+@pytest.mark.parametrize("name", [name for name, *_ in SIZES])
 def test_data_without_code(systems, name):
     assert {path.suffix for path in (systems / name).iterdir()} <= {".pdb", ".yaml", ".md", ".xml"}
     assert (systems / name / "SOURCE.md").is_file()
 
 
-def test_alanine_is_left_handed(systems):
-    pdb = app.PDBFile(str(systems / "alanine_dipeptide" / "alanine_dipeptide.pdb"))
+@pytest.mark.parametrize("name", [name for name, *_ in SIZES])
+def test_configuration_loads_and_names_its_own_run(systems, name):
+    path = systems / name / f"{name}.yaml"
+    config = load_config(path)
+    assert config.temperature == 300.0
+    molecule = MolecularSystem.from_files(config.system)
+    energy, forces = energy_and_forces(molecule.system, molecule.positions)
+    # Minimised where it is, but for held torsions and the rounding of a PDB file.
+    assert np.isfinite(energy)
+    assert np.abs(forces).max() < 200.0
+    command = next(line for line in path.read_text().splitlines() if "openmm-cgflow train" in line)
+    assert f"systems/{name}/{name}.yaml" in command
+
+
+@pytest.mark.parametrize(
+    ("name", "slow"),
+    [
+        ("glycine_dipeptide", "ACE1:CH3 ACE1:C GLY2:N GLY2:CA GLY2:C NME3:N NME3:C"),
+        ("alanine_dipeptide_ff96", "ACE1:CH3 ACE1:C ALA2:N ALA2:CA ALA2:C NME3:N NME3:C"),
+        (
+            "valine_dipeptide",
+            "ACE1:CH3 ACE1:C VAL2:N VAL2:CA VAL2:C VAL2:CB VAL2:CG1 VAL2:CG2 NME3:N NME3:C",
+        ),
+    ],
+)
+def test_slow_atoms(systems, name, slow):
+    config = load_config(systems / name / f"{name}.yaml")
+    molecule = MolecularSystem.from_files(config.system)
+    partition = Partition.resolve(molecule, config.partition.slow)
+    assert {molecule.atom_label(i) for i in partition.slow} == set(slow.split())
+
+
+def _residue(systems, name, residue):
+    pdb = app.PDBFile(str(systems / name / f"{name}.pdb"))
     xyz = _positions(pdb)
-    at = {atom.name: xyz[atom.index] for atom in pdb.topology.atoms() if atom.residue.name == "ALA"}
+    return {atom.name: xyz[atom.index] for atom in pdb.topology.atoms() if atom.residue.name == residue}
+
+
+@pytest.mark.parametrize(
+    ("name", "residue"),
+    [("alanine_dipeptide", "ALA"), ("alanine_dipeptide_ff96", "ALA"), ("valine_dipeptide", "VAL")],
+)
+def test_amino_acids_are_left_handed(systems, name, residue):
+    at = _residue(systems, name, residue)
     # Seen from HA, CO, R and N follow each other clockwise.
     away = at["CA"] - at["HA"]
     assert np.dot(away, np.cross(at["C"] - at["CA"], at["CB"] - at["CA"])) > 0
     assert np.dot(away, np.cross(at["CB"] - at["CA"], at["N"] - at["CA"])) > 0
+
+
+def test_valine_has_its_methyl_groups_in_the_order_of_iupac(systems):
+    at = _residue(systems, "valine_dipeptide", "VAL")
+    # Seen along the bond from CA, CG1, CG2 and HB follow each other clockwise.
+    away = at["CB"] - at["CA"]
+    for first, second in (("CG1", "CG2"), ("CG2", "HB"), ("HB", "CG1")):
+        assert np.dot(away, np.cross(at[first] - at["CB"], at[second] - at["CB"])) > 0
+
+
+def test_ff96_keeps_its_obc1(systems):
+    """OBC1 has no built-in force: turned into OBC2 it would be another energy function."""
+    config = load_config(systems / "alanine_dipeptide_ff96" / "alanine_dipeptide_ff96.yaml")
+    forces = {force.getName(): force for force in MolecularSystem.from_files(config.system).system.getForces()}
+    assert "GBSAOBCForce" not in forces
+    assert "tanh(0.8*psi+2.909125*psi^3)" in forces["CustomGBForce"].getComputedValueParameters(1)[1]
 
 
 def _parameters(tree):

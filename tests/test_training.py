@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from analytic import AnalyticMeanForce
+from analytic import AnalyticMeanForce, assert_identical
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
@@ -41,7 +41,7 @@ def free_energy(z):
 def new_flow(seed=0, roughness=0.0, n_layers=4, hidden=(16,), n_bins=6):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        flow = CGFlow(1, 1, BOUND, n_layers, n_bins, hidden)
+        flow = CGFlow(1, 1, BOUND, n_layers, n_layers, n_bins, hidden)
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(roughness * torch.randn_like(parameter))
@@ -52,7 +52,7 @@ def config(training=None, tempering=None, **values):
     return Config(
         **{
             "temperature": 300.0,
-            "training": training or {},
+            "training": {"method": "reverse_kl", **(training or {})},
             "tempering": tempering or {},
             "sampler": {"n_replicas": 64},
             **values,
@@ -364,22 +364,6 @@ def advance(trainer, n=None):
             trainer.next_stage()
         rows.append(trainer.step())
     return rows
-
-
-def flattened(state, name=""):
-    if isinstance(state, dict):
-        return {k: v for key, value in state.items() for k, v in flattened(value, f"{name}/{key}").items()}
-    if isinstance(state, list | tuple):
-        return {k: v for key, value in enumerate(state) for k, v in flattened(value, f"{name}/{key}").items()}
-    return {name: state}
-
-
-def assert_identical(first, second):
-    first, second = flattened(first), flattened(second)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
-        assert same, name
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6, 7, 9, 13])

@@ -7,7 +7,14 @@ import pytest
 from analytic import BONDS, n_atoms_of, random_tree
 
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.zmatrix import bond_graph, fast_zmatrix, reference_triple, slow_zmatrix, stereocentres
+from openmm_cgflow.zmatrix import (
+    amide_bonds,
+    bond_graph,
+    fast_zmatrix,
+    reference_triple,
+    slow_zmatrix,
+    stereocentres,
+)
 
 PDB = "systems/alanine_dipeptide/alanine_dipeptide.pdb"
 
@@ -137,6 +144,61 @@ def test_a_difference_far_away_makes_a_stereocentre():
     assert len(stereocentres(bond_graph(9, arms), elements)) == 0
     longer = [*arms, (8, 9)]
     assert stereocentres(bond_graph(10, longer), [*elements, "C"]).tolist() == [[1, 2, 3, 6]]
+
+
+# ---------------------------------------------------------------- amide bonds
+
+
+def molecule(text, bonds):
+    """Elements of atoms 0, 1, 2... as letters, and their graph."""
+    return bond_graph(len(text), bonds), list(text)
+
+
+def test_amide_bonds_of_alanine_dipeptide(alanine):
+    names, graph, elements = alanine
+    found = {frozenset(names[i] for i in bond) for bond in amide_bonds(graph, elements)}
+    assert found == {frozenset(("ACE:C", "ALA:N")), frozenset(("ALA:C", "NME:N"))}
+
+
+def test_a_tertiary_amide_is_an_amide():
+    """As before proline: the nitrogen's third neighbour is a carbon, not a hydrogen."""
+    graph, elements = molecule("CCONCC", [(0, 1), (1, 2), (1, 3), (3, 4), (3, 5)])
+    assert amide_bonds(graph, elements) == {frozenset((1, 3))}
+
+
+def test_both_bonds_of_urea_are_amides():
+    graph, elements = molecule("NCON" + "HHHH", [(0, 1), (1, 2), (1, 3), (0, 4), (0, 5), (3, 6), (3, 7)])
+    assert amide_bonds(graph, elements) == {frozenset((0, 1)), frozenset((1, 3))}
+
+
+@pytest.mark.parametrize(
+    ("text", "bonds"),
+    [
+        ("CCOOC", [(0, 1), (1, 2), (1, 3), (3, 4)]),  # ester
+        ("CCNHH", [(0, 1), (1, 2), (2, 3), (2, 4)]),  # amine, the carbon without its hydrogens
+        ("CCONHHC", [(0, 1), (1, 2), (1, 3), (3, 4), (3, 5), (3, 6)]),  # four neighbours: no lone pair to conjugate
+        ("CCNCH", [(0, 1), (1, 2), (2, 3), (1, 4)]),  # imine
+        ("CCOHNHH", [(0, 1), (1, 2), (2, 3), (1, 4), (4, 5), (4, 6)]),  # a hydroxyl where the carbonyl would be
+        ("CSONHH", [(0, 1), (1, 2), (1, 3), (3, 4), (3, 5)]),  # sulfur instead of carbon
+    ],
+    ids=["ester", "amine", "ammonium", "imine", "hemiaminal", "sulfinamide"],
+)
+def test_what_is_no_amide(text, bonds):
+    graph, elements = molecule(text, bonds)
+    assert amide_bonds(graph, elements) == set()
+
+
+def test_stiff_bonds_are_not_turned(alanine):
+    """The torsions of held peptide bonds stay, but as vibrations; all else is as without."""
+    names, graph, elements = alanine
+    slow = [names.index(name) for name in BACKBONE]
+    free, held = slow_zmatrix(graph, slow), slow_zmatrix(graph, slow, amide_bonds(graph, elements))
+    assert held.atoms.tolist() == free.atoms.tolist()
+    assert held.references.tolist() == free.references.tolist()
+    assert held.improper.tolist() == free.improper.tolist()
+    turning = {names[i] for i in held.atoms[held.rotatable]}
+    assert turning == {"ALA:C", "NME:N"}  # phi and psi
+    assert {names[i] for i in free.atoms[free.rotatable]} - turning == {"ALA:CA", "NME:C"}  # the two omegas
 
 
 def connected_subset(graph, size, rng):

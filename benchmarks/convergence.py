@@ -1,0 +1,72 @@
+"""Error of basin free energies against energy evaluations: the curve of one run.
+
+    python benchmarks/convergence.py runs/ala2-seed1 --reference reference.npz
+
+Fits the potential of mean force of a finished run anew, round by round from the mean forces that its checkpoint holds,
+as the training did, and weighs the final flow's samples with each. A row for every round: energy evaluations so far,
+populations, and free energies minus the reference's in kT, relative to the reference's main basin.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import mdtraj
+import numpy as np
+import torch
+
+import openmm_cgflow as cgf
+from openmm_cgflow.flow import one_torch_thread
+from openmm_cgflow.model import new_pmf
+from openmm_cgflow.pmf import MeanForceBuffer, PMFFitter
+from openmm_cgflow.reference import GridReference, load_reference
+from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.statefile import load_state
+from openmm_cgflow.states import RAMACHANDRAN, ramachandran_basin
+
+_N_SAMPLES = 100_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--reference", required=True)
+    arguments = parser.parse_args()
+    run, model = RunDirectory.open(arguments.run), cgf.load(arguments.run)
+    fingerprint = model.molecular_system.fingerprint()
+    saved = run.load_checkpoint(lambda path: load_state(path, fingerprint))
+    if saved is None:
+        raise SystemExit(f"{run.path}: no checkpoint")
+    config = model.scaffold.config
+    kept = MeanForceBuffer(config.pmf.n_members)
+    kept.load_state_dict(saved["trainer"]["buffer"])
+    evaluations = [int(row["evaluations"]) for row in run.read_metrics()]
+    generator = torch.Generator().manual_seed(config.seed)
+    z, log_q = model.flow.sample(_N_SAMPLES, generator)
+    volume = model.coordinates.log_volume(z)
+    inside = np.equal.outer(np.arange(len(RAMACHANDRAN)), ramachandran_basin(*z[:, :2].numpy().T)).astype(float)
+    structure = mdtraj.Trajectory(model.molecular_system.positions, model.molecular_system.mdtraj_topology)
+    reference = load_reference(Path(arguments.reference), structure)
+    if not isinstance(reference, GridReference):
+        raise SystemExit(f"{arguments.reference}: expected a gridded reference")
+    truth = reference.populations()
+    base = truth.argmax()
+    pmf, growing = new_pmf(config, model.scaffold), MeanForceBuffer(config.pmf.n_members)
+    fitter = PMFFitter(pmf, config.pmf.learning_rate)
+    names = "".join(f"{name:>10s}{'error (kT)':>11s}" for name in RAMACHANDRAN)
+    print(f"evaluations   ESS {names}")
+    with one_torch_thread(), torch.no_grad():
+        for part, count in zip(kept.rounds, evaluations, strict=False):
+            growing.rounds.append(part)
+            with torch.enable_grad():
+                fitter.fit(growing, config.pmf.n_updates, generator)
+            weights = torch.softmax(volume - pmf(z) - log_q, dim=0).numpy()
+            populations = inside @ weights
+            error = -np.log(populations / populations[base]) + np.log(truth / truth[base])
+            cells = "".join(f"{p:10.4f}{e:+11.3f}" for p, e in zip(populations, error, strict=True))
+            print(f"{count:11.2e} {1 / np.square(weights).sum() / len(z):5.2f} {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

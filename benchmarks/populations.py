@@ -1,0 +1,85 @@
+"""Does training find the right populations? Several seeds from configuration to samples on disk, against a reference.
+
+    python benchmarks/populations.py systems/alanine_dipeptide/alanine_dipeptide.yaml --reference reference.npz \\
+        --seeds 1 2 3 -o runs/ala2 [--set SETTING=VALUE ...] [--keep]
+
+A row for each seed and ensemble: `samples` are the frames on disk, as the flow draws them; `weighted` the same frames
+with their importance weights. Free energies of basins are those of the samples minus the reference's, kT, relative to
+the reference's main basin, with the bootstrap error of a run's frames; KL(reference || samples) is in nats on 36 x 36
+bins, and `floor` is what as many perfect samples would score. `energy evaluations` are all of a run, those of the final
+samples and checks included; `training` are those until training ended. With --keep, runs that are there are not made
+again. Without a reference the populations alone are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import openmm_cgflow as cgf
+from openmm_cgflow.rundir import RunDirectory
+
+
+def run(arguments: argparse.Namespace, seed: int) -> RunDirectory:
+    """Trains with one seed, unless that run is to be kept."""
+    folder = RunDirectory(Path(f"{arguments.output}-seed{seed}"))
+    if not (arguments.keep and folder.samples.exists()):
+        config = cgf.load_config(arguments.config, [*(arguments.set or []), f"seed={seed}"])
+        cgf.train(config, folder.path, overwrite=folder.path.exists(), progress=False)
+    return folder
+
+
+def describe(folder: RunDirectory) -> str:
+    """What a run cost and what it says of itself."""
+    record, rows = folder.read_provenance(), folder.read_metrics()
+    text = f"{folder.path}: {record['energy_evaluations']:.2e} energy evaluations, {rows[-1]['evaluations']:.2e} of "
+    text += f"them training, {record['wall_time_s']:.0f} s; {record['ended_by']}"
+    if folder.verification.exists():
+        check = json.loads(folder.verification.read_text())
+        text += (
+            f"\n  switching differs by {check['rms_difference']:.2f} kT rms, by its own errors {check['rms_error']:.2f}"
+        )
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--reference")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE")
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("-o", "--output", required=True)
+    arguments = parser.parse_args()
+    folders = [(seed, run(arguments, seed)) for seed in arguments.seeds]
+    for _, folder in folders:
+        print(describe(folder))
+    header = ""
+    for seed, folder in folders:
+        found = cgf.evaluate(folder.path, arguments.reference)
+        for residue, basins in found.basins.items():
+            density = found.maps.get(residue)
+            if header != str(list(basins)):
+                header = str(list(basins))
+                names = "".join(f"{name:>10s}{'F - ref (kT)':>16s}" for name in basins)
+                print(f"\n{residue:6s} seed ensemble   {names}   KL     floor    ESS")
+            for ensemble in (
+                name for name in ("samples", "weighted", "reference") if name in next(iter(basins.values()))
+            ):
+                text = f"{residue:6s} {seed:4d} {ensemble:10s}"
+                for basin in basins.values():
+                    state = basin[ensemble]
+                    text += f"{state.population:10.4f}"
+                    known = state.difference_kT is not None and ensemble != "reference"
+                    text += f"{state.difference_kT:+9.3f} ±{state.difference_error_kT:5.3f}" if known else " " * 16
+                distance = density.distances.get(ensemble) if density is not None else None
+                if distance is not None:
+                    text += f"   {distance.kl:.4f} {density.noise_floor[ensemble].kl:.4f}"
+                if ensemble == "samples" and found.samples.get("relative_ess") is not None:
+                    text += f"   {found.samples['relative_ess']:.3f}"
+                print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What practitioners use without this package: molecular dynamics, replica exchange, metadynamics.
+
+Each runs for a given number of energy evaluations, equilibration and all replicas included, and hands back weighted
+frames.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import openmm
+from estimators import bias_at, mbar
+from md import STRIDE, Molecule, finite, langevin, steps
+from openmm import app, unit
+
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.platforms import platform_choice
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.units import thermal_beta
+
+__all__ = ["METHODS", "Sampled", "final_bias", "metadynamics", "plain_md", "replica_exchange"]
+
+EQUILIBRATION = 10.0
+"""ps, before the first frame; of each replica in replica exchange."""
+BIAS_FACTOR = 8.0
+HILL_HEIGHT = 1.2
+"""kJ/mol"""
+HILL_WIDTH = 0.35
+"""rad"""
+HILL_PERIOD = 500
+"""Steps."""
+_BIAS_GRID = 101
+"""Points from -π to π, both included."""
+_FILLING = 0.2
+"""The first part of a metadynamics run, in which the bias still grows fast; its frames are left out."""
+
+_DYNAMICS, _VELOCITIES, _EXCHANGES = range(3)  # what a seed is derived for
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Frames of one run.
+
+    Attributes:
+        xyz: ``(n_frames, n_atoms, 3)`` in nm, float32, in order of time.
+        weights: ``(n_frames,)``, of sum 1.
+        at_target: ``(n_frames,)``, which of them were drawn from the target itself: equal weights, on their own.
+        n_evaluations: Energy evaluations in all.
+    """
+
+    xyz: np.ndarray
+    weights: np.ndarray
+    at_target: np.ndarray
+    n_evaluations: int
+
+
+def plain_md(molecule: Molecule, n_evaluations: int, seed: int) -> Sampled:
+    """Langevin dynamics from the input structure.
+
+    Raises:
+        CGFlowError: If ``n_evaluations`` ends before the first frame, or the dynamics diverges.
+    """
+    n_settle = steps(EQUILIBRATION)
+    n_frames = _frames(n_evaluations - n_settle, STRIDE, "molecular dynamics")
+    context = platform_choice(molecule.platform).context(
+        molecule.system(), langevin(molecule.temperature, derive_seed(seed, _DYNAMICS))
+    )
+    context.setPositions(molecule.positions)
+    context.setVelocitiesToTemperature(molecule.temperature, derive_seed(seed, _VELOCITIES))
+    context.getIntegrator().step(n_settle)
+    xyz = np.empty((n_frames, *molecule.positions.shape), dtype=np.float32)
+    for frame in xyz:
+        context.getIntegrator().step(STRIDE)
+        frame[:] = finite(context)
+    return _equal(xyz, n_settle + n_frames * STRIDE)
+
+
+def replica_exchange(
+    molecule: Molecule,
+    n_evaluations: int,
+    seed: int,
+    n_replicas: int = 6,
+    hottest: float = 900.0,
+    steps_per_exchange: int = 100,
+) -> Sampled:
+    """OpenMM's replica exchange between geometrically spaced temperatures; all replicas' frames count, by MBAR.
+
+    The replicas start from successive pieces of one run at the highest temperature, not from one structure.
+
+    Arguments:
+        molecule: The molecule.
+        n_evaluations: Of all replicas together.
+        seed: Of everything random.
+        n_replicas: Temperatures, at least 2.
+        hottest: The highest of them in K.
+        steps_per_exchange: Steps of every replica between exchanges.
+
+    Raises:
+        CGFlowError: If OpenMM is older than 8.6, the settings make no ladder, or ``n_evaluations`` ends too soon.
+    """
+    if not hasattr(app, "ReplicaExchangeSampler"):
+        raise CGFlowError(f"replica exchange needs OpenMM 8.6 or newer; this is {openmm.version.short_version}")
+    if n_replicas < 2 or hottest <= molecule.temperature:
+        raise CGFlowError(
+            f"replica exchange: got {n_replicas} temperatures from {molecule.temperature:g} to {hottest:g} K, "
+            "expected at least 2, the highest above that of the configuration"
+        )
+    temperatures = np.geomspace(molecule.temperature, hottest, n_replicas)
+    n_settle = steps(EQUILIBRATION) * n_replicas
+    each = n_replicas * (steps_per_exchange + 1)  # the energy of every replica once
+    n_exchanges = _frames(n_evaluations - n_settle, each, "replica exchange")
+    simulation = app.Simulation(
+        molecule.topology.to_openmm(),
+        molecule.system(),
+        langevin(molecule.temperature, derive_seed(seed, _DYNAMICS)),
+        *_platform(molecule),
+    )
+    simulation.context.setPositions(molecule.positions)
+    states = [{"temperature": temperature * unit.kelvin} for temperature in temperatures]
+    random.seed(derive_seed(seed, _EXCHANGES))  # OpenMM draws its exchanges from Python's own generator
+    sampler = app.ReplicaExchangeSampler(states, simulation, steps_per_exchange)
+    simulation.integrator.setTemperature(hottest)
+    simulation.context.setVelocitiesToTemperature(hottest, derive_seed(seed, _VELOCITIES))
+    for i, temperature in enumerate(temperatures):
+        simulation.integrator.step(steps(EQUILIBRATION))
+        finite(simulation.context)
+        hot = simulation.context.getState(positions=True, velocities=True)
+        simulation.context.setVelocitiesToTemperature(temperature, derive_seed(seed, _VELOCITIES, 1 + i))
+        sampler.replicaConformation[i] = simulation.context.getState(
+            positions=True, velocities=True, parameters=True, integratorParameters=True
+        )
+        simulation.context.setState(hot)
+    xyz = np.empty((n_replicas, n_exchanges, *molecule.positions.shape), dtype=np.float32)
+    energy = np.empty((n_replicas, n_exchanges))
+
+    def record(now: app.ReplicaExchangeSampler) -> None:
+        for replica, state in enumerate(now.replicaStateIndex):
+            positions = now.replicaConformation[replica].getPositions(asNumpy=True)
+            xyz[state, now.currentIteration - 1] = positions.value_in_unit(unit.nanometer)
+            potential = now.replicaStateEnergy[replica][state]
+            energy[state, now.currentIteration - 1] = potential.value_in_unit(unit.kilojoule_per_mole)
+
+    sampler.reporters.append(record)
+    sampler.simulate(n_exchanges)
+    if not np.isfinite(energy).all():
+        raise CGFlowError("replica exchange: the dynamics diverged: energies are not finite; lower the temperature")
+    reduced = np.array([thermal_beta(temperature) for temperature in temperatures])[:, None] * energy.ravel()
+    _, weights = mbar(reduced, np.full(n_replicas, n_exchanges))
+    # In order of time, so that a half is the first half.
+    in_time = np.arange(n_replicas * n_exchanges).reshape(n_replicas, n_exchanges).T.ravel()
+    return Sampled(
+        xyz.reshape(-1, *molecule.positions.shape)[in_time],
+        weights[in_time],
+        in_time < n_exchanges,
+        n_settle + n_exchanges * each,
+    )
+
+
+def metadynamics(molecule: Molecule, n_evaluations: int, seed: int) -> Sampled:
+    """Well-tempered metadynamics on the first two torsions; frames are reweighted by the final bias.
+
+    Raises:
+        CGFlowError: If ``n_evaluations`` ends before the first frame, or the dynamics diverges.
+    """
+    period = HILL_PERIOD + 1  # the energy of the bias, for the height of the next hill
+    n_hills = _frames(n_evaluations, period, "metadynamics")
+    variables = []
+    for atoms in list(molecule.torsions.values())[:2]:
+        force = openmm.CustomTorsionForce("theta")
+        force.addTorsion(*atoms, [])
+        variables.append(app.BiasVariable(force, -np.pi, np.pi, HILL_WIDTH, True, _BIAS_GRID))
+    system = molecule.system()
+    meta = app.Metadynamics(system, variables, molecule.temperature, BIAS_FACTOR, HILL_HEIGHT, HILL_PERIOD)
+    simulation = app.Simulation(
+        molecule.topology.to_openmm(),
+        system,
+        langevin(molecule.temperature, derive_seed(seed, _DYNAMICS)),
+        *_platform(molecule),
+    )
+    simulation.context.setPositions(molecule.positions)
+    simulation.context.setVelocitiesToTemperature(molecule.temperature, derive_seed(seed, _VELOCITIES))
+    frames = []
+    for _ in range(n_hills * HILL_PERIOD // STRIDE):
+        meta.step(simulation, STRIDE)
+        frames.append(finite(simulation.context).astype(np.float32))
+    xyz = np.array(frames[int(_FILLING * len(frames)) :])
+    bias = final_bias(meta) * thermal_beta(molecule.temperature)
+    at_frames = bias_at(bias, molecule.angles(xyz)[:, :2])
+    weights = np.exp(at_frames - at_frames.max())
+    return Sampled(xyz, weights / weights.sum(), np.zeros(len(xyz), dtype=bool), n_hills * period)
+
+
+def final_bias(meta: app.Metadynamics) -> np.ndarray:
+    """The bias that a run on two periodic variables has built, the table for ``bias_at``: ``(n, n)`` in kJ/mol."""
+    free_energy = meta.getFreeEnergy().value_in_unit(unit.kilojoule_per_mole)
+    # OpenMM puts the second variable first, repeats the first row and column at the end, and scales to the free energy.
+    return -(1 - 1 / meta.biasFactor) * free_energy.T[:-1, :-1]
+
+
+def _equal(xyz: np.ndarray, n_evaluations: int) -> Sampled:
+    return Sampled(xyz, np.full(len(xyz), 1 / len(xyz)), np.ones(len(xyz), dtype=bool), n_evaluations)
+
+
+def _frames(n_evaluations: int, each: int, name: str) -> int:
+    if n_evaluations < each:
+        raise CGFlowError(f"{name}: the energy evaluations end before its first frame; give it more")
+    return n_evaluations // each
+
+
+def _platform(molecule: Molecule) -> tuple[openmm.Platform, dict[str, str]]:
+    choice = platform_choice(molecule.platform)
+    return openmm.Platform.getPlatformByName(choice.name), dict(choice.properties)
+
+
+METHODS: dict[str, Callable[[Molecule, int, int], Sampled]] = {
+    "md": plain_md,
+    "remd": replica_exchange,
+    "metad": metadynamics,
+}

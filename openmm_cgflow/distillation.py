@@ -1,0 +1,150 @@
+"""Training of the flow on a potential of mean force: no OpenMM in this loop.
+
+Torsions see values, by forward KL with self-normalised importance weights: proposals come from the flow itself at a
+smaller gamma, where it reaches across barriers, so no basin is forgotten and the relative weights of separated basins
+are learned. Bounded coordinates given the torsions have one mode, so there the reverse KL is right, with the path
+gradient, whose noise vanishes at the optimum.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from openmm_cgflow.averaging import RunningAverage
+from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.pmf import PMF
+from openmm_cgflow.tempering import relative_ess
+
+__all__ = ["FlowFitter", "WeightedSamples", "weighted_samples"]
+
+_FROM_SAME = 0.7  # fraction of the updates whose proposals have the gamma that is trained
+_LARGEST_WEIGHT = 30.0  # over the mean weight; a single sample must not be the whole gradient
+_LARGEST_NORM = 10.0  # of the gradient
+_AVERAGING = 0.98  # of the running average of the flow, per update
+_LARGEST_FORCE = 5.0  # over the batch's median
+
+
+class WeightedSamples(NamedTuple):
+    """Samples of the flow with what the PMF says of them.
+
+    Attributes:
+        z: Shape (n, n_features).
+        log_q: log q(z | gamma), shape (n,).
+        energy: Phi(z) - log J(z) of the ensemble's mean, shape (n,); infinite outside the coordinates' range.
+        members: The same of every member, shape (n_members, n).
+    """
+
+    z: Tensor
+    log_q: Tensor
+    energy: Tensor
+    members: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Of the target against the flow, unnormalised, shape (n,) (paper eq. 18, at the coarse-grained level)."""
+        return -self.energy - self.log_q
+
+    @property
+    def ess(self) -> float:
+        """Relative effective sample size."""
+        return relative_ess(self.log_weights)
+
+
+@torch.no_grad()
+def weighted_samples(
+    flow: CGFlow, pmf: PMF, coordinates: Coordinates, n: int, generator: torch.Generator, gamma: float = 1.0
+) -> WeightedSamples:
+    """Draws n samples of the flow and weighs them."""
+    z, log_q = flow.sample(n, generator, gamma)
+    members = pmf.each(z) - coordinates.log_volume(z)
+    return WeightedSamples(z, log_q, members.mean(0), members)
+
+
+class FlowFitter:
+    """Adam on the flow, for a PMF that may change between updates.
+
+    The flow is the running average of what Adam trains, here too: its effective sample size is steadier and higher.
+
+    Arguments:
+        flow: Trained in place.
+        coordinates: For log J.
+        learning_rate: Of Adam.
+        batch_size: Samples of one update.
+    """
+
+    def __init__(self, flow: CGFlow, coordinates: Coordinates, learning_rate: float, batch_size: int) -> None:
+        self.networks, self.coordinates = RunningAverage(flow, _AVERAGING), coordinates
+        self.learning_rate, self.batch_size = learning_rate, batch_size
+        self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
+
+    def update(self, pmf: PMF, generator: torch.Generator, scale: float = 1.0, at_one: float = 0.6) -> None:
+        """One update.
+
+        Arguments:
+            pmf: What to train on.
+            generator: Source of all randomness.
+            scale: Multiplies the learning rate.
+            at_one: Probability that it trains the model itself, gamma = 1.
+        """
+        gamma, gamma_from = self._draw_gammas(generator, at_one)
+        flow = self.networks.trained
+        base = flow.draw_base(self.batch_size, generator).to(flow.dtype)
+        with torch.no_grad():
+            z, _ = flow(base, gamma_from)
+        phi, gradient = pmf.value_and_gradient(z.double())
+        at = z.detach().requires_grad_()
+        log_volume, log_bounded = self.coordinates.log_volume(at), flow.log_prob_bounded(at)
+        (own,) = torch.autograd.grad((log_bounded - log_volume).sum(), at)
+        free_energy = phi - log_volume.detach() + log_bounded.detach()
+        loss = self._reverse_kl_of_bounded(base, z, gradient.to(flow.dtype), own)
+        if flow.n_circular:
+            loss = loss + self._forward_kl_of_torsions(z, free_energy, gamma, gamma_from)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), _LARGEST_NORM)
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = scale * self.learning_rate
+            self.optimizer.step()
+            self.networks.update()
+
+    def _draw_gammas(self, generator: torch.Generator, at_one: float) -> tuple[float, float]:
+        uniform = torch.rand(4, generator=generator).tolist()
+        gamma = 1.0 if uniform[0] < at_one else uniform[1] ** 2  # densities change fastest near gamma = 0
+        return gamma, gamma * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
+
+    def _reverse_kl_of_bounded(self, base: Tensor, z: Tensor, gradient: Tensor, own: Tensor) -> Tensor:
+        """Surrogate whose gradient is that of KL(q(bounded | torsions) || p(bounded | torsions))."""
+        n = self.networks.trained.n_circular
+        gradient = gradient[:, n:]  # the torsions' part may be a hundred times as long, and has no say here
+        length = gradient.norm(dim=-1, keepdim=True)
+        gradient = gradient * (_LARGEST_FORCE * length.median() / length.clamp(min=1e-30)).clamp(max=1.0)
+        residual = gradient + own[:, n:]
+        residual = torch.where(torch.isfinite(residual).all(-1, keepdim=True), residual, 0.0)
+        bounded = self.networks.trained.map_bounded(z[:, :n], base[:, n:])
+        return (bounded * residual).sum() / len(z)
+
+    def _forward_kl_of_torsions(self, z: Tensor, free_energy: Tensor, gamma: float, gamma_from: float) -> Tensor:
+        """- sum of w log q(torsions | gamma), w proportional to exp(-gamma F) / q(torsions | gamma_from).
+
+        F = Phi - log J + log q(bounded | torsions), at one draw of the bounded coordinates for each row, is the free
+        energy of the torsions: exactly where q(bounded | torsions) is exact, otherwise its geometric path ends there.
+        """
+        flow = self.networks.trained
+        log_new = flow.log_prob_torsions(z, gamma)
+        with torch.no_grad():
+            log_old = log_new if gamma == gamma_from else flow.log_prob_torsions(z, gamma_from)
+            weights = torch.softmax(-gamma * free_energy - log_old.double(), dim=0)
+            weights = weights.clamp(max=_LARGEST_WEIGHT / len(z)).to(log_new.dtype)
+        return -(weights / weights.sum() * log_new).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,274 @@
+"""Training on a potential of mean force that is learned on the fly: explore, measure, fit, distil, round by round.
+
+Every round draws z across barriers from the flow at small gamma and near the basins at larger ones, measures mean
+forces there at the target temperature, fits the PMF to all of them, and trains the flow on that PMF. OpenMM never runs
+hotter than the target: with the slow atoms frozen there is no barrier to cross. When the PMF has converged, it is
+fitted once more from the start, because networks keep a memory of the few and cold forces they saw first (in one run of
+alanine dipeptide 0.2 kT of the left-handed state), and the flow alone is trained to the end. Nothing here knows OpenMM.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm_cgflow.config import Config
+from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.distillation import FlowFitter, WeightedSamples, weighted_samples
+from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.meanforce import MeanForceEstimator
+from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error
+
+__all__ = ["PMFTrainer", "state_populations"]
+
+_N_TEST = 16384  # flow samples behind every effective sample size and population
+_N_PROBE = 512  # flow samples at each gamma of the search for the exploring one
+_GAMMAS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+_SMALLEST_POPULATION = 0.005  # states rarer than this do not count for convergence
+_LAG = 3  # rounds over which populations must not have moved
+_POLISH = 50  # flow updates of one step after the last round
+_REFIT = 200  # PMF updates of one step after the last round
+
+
+def state_populations(samples: WeightedSamples, n_circular: int) -> Tensor:
+    """Populations of the thirds of every torsion, (-180, -60), (-60, 60), (60, 180) degrees and so on.
+
+    Thirds need no knowledge of the molecule, and separate the gauche and trans states of single bonds as well as
+    alpha and left-handed conformations of peptides.
+
+    Returns:
+        For every member of the ensemble, shape (n_members, 6 n_circular): thirds cut at -180, -60 and 60 degrees, and
+        thirds cut at -120, 0 and 120 degrees.
+    """
+    weights = torch.softmax(-samples.members - samples.log_q, dim=1)
+    angles = samples.z[:, :n_circular]
+    parts = []
+    for shift in (0.0, math.pi / 3):
+        third = torch.remainder(torch.floor((angles + shift + math.pi) / (2 * math.pi / 3)).long(), 3)
+        parts.append(torch.nn.functional.one_hot(third, 3).flatten(1))
+    return weights @ torch.cat(parts, dim=1).double()
+
+
+class PMFTrainer:
+    """Rounds of exploration and fitting, then the flow alone; its whole state can be saved and continued bit for bit.
+
+    Use: ``step()`` while not ``stage_done``. There is one stage, at the target temperature.
+
+    Arguments:
+        config: Sections ``pmf``, ``stopping``, ``sampler.n_replicas``, ``temperature`` and ``seed`` are used.
+        coordinates: Slow coordinates.
+        flow: Trained in place, in float32.
+        pmf: Fitted in place.
+        estimator: Mean forces.
+
+    Attributes:
+        n_steps: Steps made so far: rounds, and blocks of updates of the flow after the last round.
+        ended_by: Why the rounds ended; empty before.
+    """
+
+    stage = 0
+    log_interval = 1
+
+    def __init__(
+        self, config: Config, coordinates: Coordinates, flow: CGFlow, pmf: PMF, estimator: MeanForceEstimator
+    ) -> None:
+        self.config, self.coordinates, self.flow, self.pmf, self.estimator = config, coordinates, flow, pmf, estimator
+        flow.float()
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.buffer = MeanForceBuffer(config.pmf.n_members)
+        self._start = copy.deepcopy(pmf.state_dict())
+        self.pmf_fitter = PMFFitter(pmf, config.pmf.learning_rate)
+        self.flow_fitter = FlowFitter(flow, coordinates, config.pmf.flow_learning_rate, config.pmf.flow_batch_size)
+        self.temperatures = [config.temperature]
+        self.n_steps = self.n_refit = self.n_polish = 0
+        self.gamma = 1.0
+        self.ended_by = ""
+        self._populations: list[Tensor] = []
+        self._best_ess: list[float] = []
+
+    @property
+    def temperature(self) -> float:
+        return self.temperatures[-1]
+
+    @property
+    def expected_steps(self) -> int:
+        """All steps, if the rounds end at their largest number or have ended."""
+        n_cycle = self._polish_cycle * max(1, math.ceil(self.n_polish / self._polish_cycle))
+        n_rounds = len(self.buffer.rounds) if self.ended_by else self.config.stopping.max_rounds
+        return n_rounds + self._refit_length + n_cycle
+
+    @property
+    def stage_done(self) -> bool:
+        if not self.ended_by or self.n_polish == 0 or self.n_polish % self._polish_cycle:
+            return False
+        stopping, cycles = self.config.stopping, self._best_ess
+        gained = len(cycles) < 2 or cycles[-1] > cycles[-2] + 0.005
+        return cycles[-1] >= stopping.ess or not gained or len(cycles) >= stopping.max_polish_cycles
+
+    @property
+    def done(self) -> bool:
+        return self.stage_done
+
+    @property
+    def _polish_cycle(self) -> int:
+        return max(1, self.config.pmf.polish_updates // _POLISH)
+
+    @property
+    def _refit_length(self) -> int:
+        return math.ceil(self.config.pmf.final_updates / _REFIT)
+
+    def next_stage(self) -> None:
+        raise RuntimeError("there is one stage")
+
+    def step(self) -> dict[str, float]:
+        """A round, or after the last one a block of updates of the PMF, then of the flow. Returns a row of metrics."""
+        if not self.ended_by:
+            row = self._round()
+        else:
+            row = self._refit() if self.n_refit < self._refit_length else self._polish()
+        self.n_steps += 1
+        return {"step": self.n_steps, "stage": 0, "temperature": self.temperature} | row
+
+    def _round(self) -> dict[str, float]:
+        z = self._explore()
+        force = self.estimator(z, self.temperature)
+        held_out = held_out_error(self.pmf, z, force)
+        self.buffer.add(z, force, self.generator)
+        misfit = self.pmf_fitter.fit(self.buffer, self.config.pmf.n_updates, self.generator)
+        for _ in range(self.config.pmf.flow_updates):
+            self.flow_fitter.update(self.pmf, self.generator)
+        self._choose_gamma()
+        row = self._test()
+        row |= {"held_out": held_out, "misfit": misfit, "invalid": int((~force.valid).sum())}
+        row |= {"energy": float(force.energy[force.valid].median())}
+        self.ended_by = self._reason_to_end(row)
+        return self._ordered(row)
+
+    def _refit(self) -> dict[str, float]:
+        if self.n_refit == 0:
+            self.pmf.load_state_dict(self._start)
+            self.pmf_fitter = PMFFitter(self.pmf, self.config.pmf.learning_rate)
+        n_updates = min(_REFIT, self.config.pmf.final_updates - self.n_refit * _REFIT)
+        misfit = self.pmf_fitter.fit(self.buffer, n_updates, self.generator)
+        self.n_refit += 1
+        return self._ordered(self._test() | {"misfit": misfit})
+
+    def _polish(self) -> dict[str, float]:
+        cycle = self._polish_cycle * _POLISH
+        for k in range(_POLISH):
+            progress = (self.n_polish % self._polish_cycle * _POLISH + k) / cycle
+            scale = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+            self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9)
+        self.n_polish += 1
+        row = self._test()
+        if self.n_polish % self._polish_cycle == 0:
+            self._best_ess.append(row["ess"])
+        return self._ordered(row)
+
+    def _ordered(self, row: dict[str, float]) -> dict[str, float]:
+        names = ("gamma", "held_out", "misfit", "ess", "free_energy_error", "moved", "energy", "invalid")
+        counts = {"evaluations": self.estimator.n_energy_evaluations}
+        return {name: row.get(name, math.nan) for name in names} | counts
+
+    @torch.no_grad()
+    def _explore(self) -> Tensor:
+        """z of the next round: three fifths at the exploring gamma, a fifth at its root, a fifth of the model."""
+        n = self.config.sampler.n_replicas
+        gamma = torch.ones(n)
+        gamma[: 3 * n // 5] = self.gamma
+        gamma[3 * n // 5 : 4 * n // 5] = math.sqrt(self.gamma)
+        return self.flow.sample(n, self.generator, gamma)[0]
+
+    def _choose_gamma(self) -> None:
+        """The largest gamma whose samples lie ``explore_height`` kT above the model's in free energy."""
+        if not self.flow.n_circular:
+            return
+
+        def height(gamma: float) -> float:
+            samples = weighted_samples(self.flow, self.pmf, self.coordinates, _N_PROBE, self.generator, gamma)
+            return float((samples.energy + self.flow.log_prob_bounded(samples.z).detach()).median())
+
+        lowest = height(1.0)
+        above = [gamma for gamma in _GAMMAS if height(gamma) - lowest > self.config.pmf.explore_height]
+        self.gamma = max(above, default=_GAMMAS[0])
+
+    def _test(self) -> dict[str, float]:
+        samples = weighted_samples(self.flow, self.pmf, self.coordinates, _N_TEST, self.generator)
+        populations = state_populations(samples, self.flow.n_circular)
+        mean = populations.mean(0)
+        counted = mean > _SMALLEST_POPULATION
+        error, moved = 0.0, math.nan
+        if counted.any():
+            error = float(populations[:, counted].log().std(0).max())
+        if not self.ended_by:
+            self._populations = [*self._populations, mean][-_LAG - 1 :]
+            if len(self._populations) > _LAG:
+                changes = (mean.clamp(min=1e-9) / self._populations[0].clamp(min=1e-9)).log().abs()[counted]
+                moved = float(changes.max()) if counted.any() else 0.0
+        return {"gamma": self.gamma, "ess": samples.ess, "free_energy_error": error, "moved": moved}
+
+    def _reason_to_end(self, row: dict[str, float]) -> str:
+        stopping = self.config.stopping
+        held_out, error, moved = row["held_out"], row["free_energy_error"], row["moved"]
+        if (
+            held_out <= stopping.held_out
+            and error <= stopping.free_energy_error
+            and moved <= stopping.free_energy_error  # never so while it is nan
+            and row["ess"] >= 0.9 * stopping.ess
+        ):
+            return (
+                f"converged: held-out mean forces are predicted to {held_out:.2f} of their noise, free energies of "
+                f"torsion states to {error:.2f} kT, they moved by {moved:.2f} kT in {_LAG} rounds, and the effective "
+                f"sample size is {row['ess']:.2f}"
+            )
+        now = (
+            f"held-out error {held_out:.2f} (wanted {stopping.held_out:g}), free-energy error {error:.2f} kT, moved "
+            f"{moved:.2f} kT (wanted {stopping.free_energy_error:g}), effective sample size {row['ess']:.2f} (wanted "
+            f"{0.9 * stopping.ess:.2f})"
+        )
+        n_round = self.estimator.n_energy_evaluations / len(self.buffer.rounds)
+        if self.estimator.n_energy_evaluations + n_round > stopping.max_evaluations:
+            return f"not converged: the next round would exceed stopping.max_evaluations; {now}"
+        if len(self.buffer.rounds) >= stopping.max_rounds:
+            return f"not converged: stopping.max_rounds is reached; {now}"
+        return ""
+
+    def describe(self, row: dict[str, float]) -> str:
+        """A line on a row of metrics, for the progress bar."""
+        phase = "flow" if self.n_polish else "last fit" if self.n_refit else f"round {len(self.buffer.rounds)}"
+        text = f"{phase}: ESS {row['ess']:.2f}, free-energy error {row['free_energy_error']:.2f} kT"
+        return text if self.n_refit else text + f", held-out {row['held_out']:.2f}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: tensors, numbers and lists only, so that ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "flow": self.flow_fitter.state_dict(),
+            "pmf": self.pmf_fitter.state_dict(),
+            "start": self._start,
+            "buffer": self.buffer.state_dict(),
+            "generator": self.generator.get_state(),
+            "estimator": self.estimator.state_dict(),
+            "n_steps": self.n_steps,
+            "n_refit": self.n_refit,
+            "n_polish": self.n_polish,
+            "gamma": self.gamma,
+            "ended_by": self.ended_by,
+            "populations": list(self._populations),
+            "best_ess": list(self._best_ess),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`."""
+        self.flow_fitter.load_state_dict(state["flow"])
+        self.pmf_fitter.load_state_dict(state["pmf"])
+        self._start = state["start"]
+        self.buffer.load_state_dict(state["buffer"])
+        self.generator.set_state(state["generator"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.n_steps, self.n_refit, self.n_polish = state["n_steps"], state["n_refit"], state["n_polish"]
+        self.gamma, self.ended_by = state["gamma"], state["ended_by"]
+        self._populations, self._best_ess = list(state["populations"]), list(state["best_ess"])
