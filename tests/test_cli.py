@@ -239,7 +239,7 @@ def test_check_names_what_ends_the_training(butane, capsys):
 def test_info(finished, capsys):
     text = output_of(capsys, "info", finished)
     assert "finished" in text.splitlines()[0]
-    for words in ("seed: 2025", "energy evaluations: ", "openmm ", "stage 0: 300.0 K", "step 6"):
+    for words in ("seed: 2025", "energy evaluations: ", "openmm ", "stage 0: 300.0 K", "step 7"):
         assert words in text, text
     assert str(finished / "samples.dcd") in text
     assert f"openmm-cgflow sample {finished}" in text
@@ -877,4 +877,4 @@ def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, buta
     # One process from here on: the number of workers does not change the run.
     assert "finished" in output_of(capsys, *printed[1:-2], "sampler.n_workers=1", "--resume")
     assert f"continuing from {output / 'checkpoints' / 'last.pt'}" in (output / "run.log").read_text()
-    assert len(metrics.read_text().splitlines()) == 1 + 20 + 2
+    assert len(metrics.read_text().splitlines()) == 1 + 20 + 1 + 2
