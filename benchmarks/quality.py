@@ -19,18 +19,12 @@ from scipy.stats import ks_2samp
 from openmm_cgflow import load
 from openmm_cgflow.export import peptide_torsions, read_colvar
 from openmm_cgflow.rundir import RunDirectory
-
-BASINS = ("alphaR", "beta", "PPII", "phi > 0")
+from openmm_cgflow.states import RAMACHANDRAN, ramachandran_basin
 
 
 def populations(phi: np.ndarray, psi: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weights of the four basins; angles in radians."""
-    phi, psi = np.degrees(phi), np.degrees(psi)
-    left = phi > 0
-    alpha = ~left & (psi > -120) & (psi < 50)
-    beta = ~left & ~alpha & (phi < -100)
-    masks = (alpha, beta, ~left & ~alpha & ~beta, left)
-    return np.array([weights[mask].sum() for mask in masks]) / weights.sum()
+    """Weights of the basins ``states.RAMACHANDRAN``, shape (4,); angles in radians."""
+    return np.bincount(ramachandran_basin(phi, psi), weights, len(RAMACHANDRAN)) / weights.sum()
 
 
 def free_md(
@@ -80,7 +74,7 @@ def main() -> None:
             grid = np.load(arguments.reference)
             a, b = np.meshgrid(grid["centers"], grid["centers"], indexing="ij")
             rows.append(("reference", populations(a.ravel(), b.ravel(), grid["P"].ravel())))
-        print(f"{'populations':12s}" + "".join(f"{name:>10s}" for name in BASINS))
+        print(f"{'populations':12s}" + "".join(f"{name:>10s}" for name in RAMACHANDRAN))
         for name, row in rows:
             print(f"{name:12s}" + "".join(f"{value:10.4f}" for value in row))
     system = model.molecular_system

@@ -25,6 +25,7 @@ __all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "held_out_error"]
 # on what was measured, as in a robust loss, bias the fit, because the noise near contacts is skewed.
 _RELATIVE_ERROR, _SMALLEST_ERROR = 0.15, 0.1
 _AVERAGING = 0.995  # of the running average of the networks, per update
+_MEDIAN_OF_NORMAL = 0.6745  # of |x|, x a standard normal
 _SCALE = 3.0  # kT, of what the networks add to the harmonic prior
 
 
@@ -169,6 +170,3 @@ def held_out_error(pmf: PMF, z: Tensor, force: MeanForce) -> float:
     _, predicted = pmf.value_and_gradient(z[force.valid])
     ratio = (predicted - force.gradient[force.valid]).abs() / force.variance[force.valid].sqrt().clamp(min=1e-12)
     return float(ratio.median() / _MEDIAN_OF_NORMAL)
-
-
-_MEDIAN_OF_NORMAL = 0.6745  # of |x|

@@ -183,6 +183,7 @@ class PMFTrainer:
         gamma[3 * n // 5 : 4 * n // 5] = math.sqrt(self.gamma)
         return self.flow.sample(n, self.generator, gamma)[0]
 
+    @torch.no_grad()
     def _choose_gamma(self) -> None:
         """The largest gamma whose samples lie ``explore_height`` kT above the model's in free energy."""
         if not self.flow.n_circular:
@@ -190,7 +191,7 @@ class PMFTrainer:
 
         def height(gamma: float) -> float:
             samples = weighted_samples(self.flow, self.pmf, self.coordinates, _N_PROBE, self.generator, gamma)
-            return float((samples.energy + self.flow.log_prob_bounded(samples.z).detach()).median())
+            return float((samples.energy + self.flow.log_prob_bounded(samples.z)).median())
 
         lowest = height(1.0)
         above = [gamma for gamma in _GAMMAS if height(gamma) - lowest > self.config.pmf.explore_height]
