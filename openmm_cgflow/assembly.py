@@ -72,6 +72,11 @@ class Assembly(nn.Module):
         """y of all-atom positions: bond, angle, dihedral of each fast atom, shape (..., n_fast, 3)."""
         return self.placement.read(xyz)
 
+    @staticmethod
+    def log_volume_fast(y: Tensor) -> Tensor:
+        """Logarithm of the volume element of the fast atoms' positions in y, shape (..., n_fast, 3) -> (...,)."""
+        return (2 * torch.log(y[..., 0]) + torch.log(torch.sin(y[..., 1]))).sum(-1)
+
     def read_slow(self, xyz: Tensor) -> Tensor:
         """z of all-atom positions, shape (..., n_features)."""
         return self.coordinates.from_xyz(xyz[..., list(self.slow), :])

@@ -112,16 +112,16 @@ class SamplerConfig(_Section):
     """Mass of fast hydrogens; configurational averages do not depend on masses."""
     n_pool: int = Field(256, ge=1)
     """Replicas of the first pool of fast atoms."""
-    n_pool_steps: int = Field(1000, ge=0)
+    n_pool_steps: int = Field(200, ge=0)
     """Steps that equilibrate it."""
     n_relax: int = Field(5, ge=0)
     """Capped descent steps; they act on forces above force_cap only."""
     force_cap: float = Field(10000.0, gt=0)
     """kJ/mol/nm, far above thermal forces."""
-    n_equilibration: int = Field(40, ge=0)
-    """Steps after the warm start: mean forces are biased for the first 50 to 100 fs."""
-    n_frames: int = Field(16, ge=1)
-    stride: int = Field(6, ge=1)
+    n_equilibration: int = Field(24, ge=0)
+    """Steps after the warm start."""
+    n_frames: int = Field(8, ge=1)
+    stride: int = Field(4, ge=1)
     """Steps between two frames."""
     max_invalid: float = Field(0.2, ge=0, le=1)
     """Fraction of quarantined replicas above which the run stops."""
@@ -141,31 +141,33 @@ class PMFConfig(_Section):
     hidden_features: list[int] = [96, 96]
     n_members: int = Field(4, ge=2)
     """Ensemble members; their spread is the error."""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(5e-3, gt=0)
     n_updates: int = Field(150, ge=1)
     """Updates of the PMF in each round."""
+    response_updates: int = Field(100, ge=1)
+    """Updates of the fast atoms' response to the slow ones in each round; it takes noise out of the mean forces."""
     final_updates: int = Field(2000, ge=1)
     """Updates of the last fit, which starts anew on all mean forces."""
-    explore_height: float = Field(5.0, gt=0)
+    explore_height: float = Field(3.0, gt=0)
     """How far above the model half of the mean forces are measured, kT of free energy."""
     flow_learning_rate: float = Field(5e-3, gt=0)
     flow_batch_size: int = Field(512, ge=2)
-    flow_updates: int = Field(40, ge=1)
+    flow_updates: int = Field(25, ge=1)
     """Updates of the flow in each round."""
-    polish_updates: int = Field(400, ge=1)
+    polish_updates: int = Field(600, ge=1)
     """Updates of the flow after the last round; repeated until they no longer help."""
 
 
 class StoppingConfig(_Section):
     """When rounds of mean forces end: all three criteria, or either limit."""
 
-    held_out: float = Field(1.5, gt=0)
-    """Error of predicted mean forces before they are fitted, over their noise; chains know their noise to about 1.3."""
-    free_energy_error: float = Field(0.08, gt=0)
+    held_out: float = Field(2.0, gt=0)
+    """Error of predicted mean forces before they are fitted, over their noise; chains know their noise to about 1.5."""
+    free_energy_error: float = Field(0.05, gt=0)
     """kT; largest error, and largest change in three rounds, of the free energy of any torsion state above 0.5 %."""
-    ess: float = Field(0.95, gt=0, lt=1)
+    ess: float = Field(0.98, gt=0, lt=1)
     """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""
-    max_evaluations: float = Field(4e6, gt=0)
+    max_evaluations: float = Field(3e6, gt=0)
     """Energy evaluations of the training; checks and samples come on top."""
     max_rounds: int = Field(100, ge=1)
     max_polish_cycles: int = Field(3, ge=1)
@@ -209,7 +211,7 @@ class SamplingConfig(_Section):
     """The samples that end a training."""
 
     n_samples: int = Field(10000, ge=0)
-    n_equilibration: int = Field(60, ge=0)
+    n_equilibration: int = Field(20, ge=0)
     """Steps of every frame's own chain after its warm start."""
     n_verified: int = Field(8, ge=0)
     """Conformations whose free energies are checked by switching between them; 0 = no check."""

@@ -81,7 +81,14 @@ class FlowFitter:
         self.learning_rate, self.batch_size = learning_rate, batch_size
         self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
 
-    def update(self, pmf: PMF, generator: torch.Generator, scale: float = 1.0, at_one: float = 0.6) -> None:
+    def update(
+        self,
+        pmf: PMF,
+        generator: torch.Generator,
+        scale: float = 1.0,
+        at_one: float = 0.6,
+        pool: WeightedSamples | None = None,
+    ) -> None:
         """One update.
 
         Arguments:
@@ -89,6 +96,8 @@ class FlowFitter:
             generator: Source of all randomness.
             scale: Multiplies the learning rate.
             at_one: Probability that it trains the model itself, gamma = 1.
+            pool: Many samples of the model, of which such an update's torsions are drawn by weight. A batch of its own
+                holds a handful of a rare state, a pool hundreds, and the state's weight is as exact as they are many.
         """
         gamma, gamma_from = self._draw_gammas(generator, at_one)
         flow = self.networks.trained
@@ -102,7 +111,10 @@ class FlowFitter:
         free_energy = phi - log_volume.detach() + log_bounded.detach()
         loss = self._reverse_kl_of_bounded(base, z, gradient.to(flow.dtype), own)
         if flow.n_circular:
-            loss = loss + self._forward_kl_of_torsions(z, free_energy, gamma, gamma_from)
+            if gamma == 1.0 and pool is not None:
+                loss = loss + self._likelihood_of_torsions(pool, generator)
+            else:
+                loss = loss + self._forward_kl_of_torsions(z, free_energy, gamma, gamma_from)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), _LARGEST_NORM)
@@ -141,6 +153,13 @@ class FlowFitter:
             weights = torch.softmax(-gamma * free_energy - log_old.double(), dim=0)
             weights = weights.clamp(max=_LARGEST_WEIGHT / len(z)).to(log_new.dtype)
         return -(weights / weights.sum() * log_new).sum()
+
+    def _likelihood_of_torsions(self, pool: WeightedSamples, generator: torch.Generator) -> Tensor:
+        """- log q(torsions), the mean over a batch of the pool."""
+        weights = torch.softmax(pool.log_weights, dim=0)
+        rows = torch.multinomial(weights, self.batch_size, replacement=True, generator=generator)
+        flow = self.networks.trained
+        return -flow.log_prob_torsions(pool.z[rows].to(flow.dtype), 1.0).mean()
 
     def state_dict(self) -> dict[str, Any]:
         return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}

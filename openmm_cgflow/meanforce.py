@@ -33,7 +33,21 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _N_POOLS = 16  # calls whose end states stay in the pool
+_N_PARTS = 4  # of a chain, kept of every mean force
 _LARGEST_SPREAD = 10.0  # over the median, of chains that tell how frames are correlated
+
+
+class ChainParts(NamedTuple):
+    """Means over successive parts of every chain; zero where the replica is invalid.
+
+    Attributes:
+        slow: d(beta U)/dz at fixed fast internal coordinates y, shape (B, n_parts, n_features).
+        fast: beta dU/dy - d ln J/dy, with J the volume element of y, shape (B, n_parts, 3 n_fast). Its average over
+            the fast atoms is zero, so it tells of noise and of chains that are not in equilibrium yet.
+    """
+
+    slow: Tensor
+    fast: Tensor
 
 
 class MeanForce(NamedTuple):
@@ -45,6 +59,7 @@ class MeanForce(NamedTuple):
         energy: Mean potential energy over the fast atoms, kJ/mol, shape (B,).
         energy_variance: Its squared standard error, shape (B,).
         valid: Whether the replica may be used, shape (B,) bool; where it is False the rest is zero.
+        parts: What it is the mean of, with the forces on the fast atoms; None where these are not known.
     """
 
     gradient: Tensor
@@ -52,6 +67,7 @@ class MeanForce(NamedTuple):
     energy: Tensor
     energy_variance: Tensor
     valid: Tensor
+    parts: ChainParts | None = None
 
 
 class MeanForceEstimator(Protocol):
@@ -131,6 +147,8 @@ class FastChains:
     ) -> None:
         self.engine, self.assembly, self.settings, self.seed = engine, assembly, settings, seed
         self._draw_fast = draw_fast
+        self.follow: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        """Moves y along with z, (y, z before, z after) -> y; without it, fast atoms start as their neighbour's are."""
         self.quarantine = Quarantine()
         self.n_calls = 0
         self.pool: list[tuple[Tensor, Tensor]] = []
@@ -174,7 +192,9 @@ class FastChains:
         # Equal z, as in a test at one z, must not all descend from one ancestor: ties are broken at random.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, 4, self.n_calls))
         ties = 1e-6 * torch.rand(distance.shape, generator=generator, dtype=distance.dtype)
-        return pool_y[(distance + ties).argmin(dim=-1)]
+        nearest = (distance + ties).argmin(dim=-1)
+        y = pool_y[nearest]
+        return y if self.follow is None else self.follow(y, pool_z[nearest], z)
 
     def _embed(self, z: Tensor) -> Tensor:
         n = self.assembly.coordinates.n_circular
@@ -239,17 +259,42 @@ def frame_gradients(assembly: Assembly, z: Tensor, frames: Frames, beta: float, 
     ``comoving`` holds the fast atoms' internal coordinates and contracts the forces on all atoms; ``cartesian``, the
     paper's, holds their positions and contracts the forces on the slow atoms alone. Both average to the mean force.
     """
-    repeated = z.detach()[:, None].expand(-1, frames.energy.shape[1], -1).clone().requires_grad_()
     if estimator == "comoving":
-        built = assembly.build(repeated, assembly.read_fast(frames.xyz))
-        forces = frames.forces
-    else:
-        built = assembly.coordinates.to_xyz(repeated)
-        forces = frames.forces[..., list(assembly.slow), :]
-    # Invalid replicas hold zeros that rebuild to nan: they are masked before anything is multiplied.
-    valid = frames.valid[:, None, None, None]
-    (gradient,) = torch.autograd.grad(built, repeated, torch.where(valid, -beta * forces, 0.0))
+        return comoving_gradients(assembly, z, frames, beta)[0]
+    repeated = _repeated(z, frames)
+    built = assembly.coordinates.to_xyz(repeated)
+    (gradient,) = torch.autograd.grad(built, repeated, _reduced(frames, beta)[..., list(assembly.slow), :])
     return torch.where(frames.valid[:, None, None], gradient, 0.0)
+
+
+def comoving_gradients(assembly: Assembly, z: Tensor, frames: Frames, beta: float) -> tuple[Tensor, Tensor]:
+    """d(beta U)/dz and the force balance of the fast coordinates y, beta dU/dy - d ln J/dy, of every frame.
+
+    J is the volume element of y. At every z, the balance averages to zero over the fast atoms.
+
+    Returns:
+        Shapes (B, n_frames, n_features) and (B, n_frames, 3 n_fast).
+    """
+    repeated, y = _repeated(z, frames), assembly.read_fast(frames.xyz).requires_grad_()
+    slow, fast = torch.autograd.grad(assembly.build(repeated, y), (repeated, y), _reduced(frames, beta))
+    (volume,) = torch.autograd.grad(assembly.log_volume_fast(y).sum(), y)
+    valid = frames.valid[:, None, None]
+    return torch.where(valid, slow, 0.0), torch.where(valid, (fast - volume).flatten(2), 0.0)
+
+
+def _repeated(z: Tensor, frames: Frames) -> Tensor:
+    return z.detach()[:, None].expand(-1, frames.energy.shape[1], -1).clone().requires_grad_()
+
+
+def _reduced(frames: Frames, beta: float) -> Tensor:
+    """d(beta U)/dx. Invalid replicas hold zeros that rebuild to nan: masked before anything is multiplied."""
+    return torch.where(frames.valid[:, None, None, None], -beta * frames.forces, 0.0)
+
+
+def _parts(values: Tensor) -> Tensor:
+    """Means over successive parts of every chain, (B, n_frames, n) -> (B, n_parts, n)."""
+    n_parts = min(_N_PARTS, values.shape[1])
+    return torch.stack([part.mean(1) for part in values.tensor_split(n_parts, dim=1)], dim=1)
 
 
 def mean_and_variance(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,11 +368,16 @@ class MolecularMeanForce:
         settings = self.chains.settings
         frames = self.chains.run(z, temperature, settings.n_equilibration, settings.n_frames, settings.stride)
         beta = thermal_beta(temperature)
-        gradients = frame_gradients(self.chains.assembly, z, frames, beta, self.estimator)
+        parts = None
+        if self.estimator == "comoving":
+            gradients, balance = comoving_gradients(self.chains.assembly, z, frames, beta)
+            parts = ChainParts(_parts(gradients), _parts(balance))
+        else:
+            gradients = frame_gradients(self.chains.assembly, z, frames, beta, self.estimator)
         gradient, variance = mean_and_variance(gradients, frames.valid)
         energies = torch.where(frames.valid[:, None], frames.energy, 0.0)
         energy, energy_variance = mean_and_variance(energies[..., None], frames.valid)
-        return MeanForce(gradient, variance, energy[:, 0], energy_variance[:, 0], frames.valid)
+        return MeanForce(gradient, variance, energy[:, 0], energy_variance[:, 0], frames.valid, parts)
 
     def state_dict(self) -> dict[str, Any]:
         return {"chains": self.chains.state_dict(), "n_energy_evaluations": self.n_energy_evaluations}

@@ -21,13 +21,14 @@ from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.pmf import PMF
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
+from openmm_cgflow.response import FastResponse
 from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import topology_to_table
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["CGModel", "Samples", "new_flow", "new_pmf"]
+__all__ = ["CGModel", "Samples", "new_flow", "new_pmf", "new_response"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,15 @@ def new_pmf(config: Config, scaffold: Scaffold) -> PMF:
         return PMF(n_circular, torch.linalg.inv(covariance), settings.hidden_features, settings.n_members)
 
 
+def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
+    """A response of the fast atoms that is zero, its networks from the configuration's seed."""
+    n_circular, n_features = scaffold.assembly.coordinates.n_circular, scaffold.assembly.coordinates.n_features
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, 10))
+        widths = scaffold.fast_widths()
+        return FastResponse(n_circular, n_features - n_circular, widths, config.pmf.hidden_features)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Independent all-atom samples.
@@ -90,6 +100,7 @@ class CGModel:
         scaffold: Molecule, partition, coordinates.
         flow: q(z).
         pmf: The fitted potential of mean force; None after ``training.method: reverse_kl``.
+        response: How the fast atoms follow the slow ones; None without a PMF.
         temperature: K.
         stage: Number in the temperature ladder.
         temperatures: The whole ladder up to this stage, K.
@@ -101,12 +112,13 @@ class CGModel:
         scaffold: Scaffold,
         flow: CGFlow,
         pmf: PMF | None,
+        response: FastResponse | None,
         temperatures: list[float],
         pool: list[tuple[Tensor, Tensor]],
         platform: str,
     ) -> None:
-        self.scaffold, self.flow, self.pmf, self.temperatures = scaffold, flow, pmf, temperatures
-        self.platform, self._pool = platform, pool
+        self.scaffold, self.flow, self.pmf, self.response = scaffold, flow, pmf, response
+        self.temperatures, self.platform, self._pool = temperatures, platform, pool
 
     @property
     def temperature(self) -> float:
@@ -166,6 +178,7 @@ class CGModel:
         """Chains of the fast atoms on an engine, warm-started from the pool that the training left."""
         chains = self.scaffold.chains(engine)
         chains.pool = list(self._pool)
+        chains.follow = self.response.follow if self.response is not None else None
         return chains
 
     def sample(self, n: int, *, seed: int | None = None, n_equilibration: int | None = None) -> Samples:
@@ -230,6 +243,7 @@ class CGModel:
             "scaffold": self.scaffold.saved_arrays(),
             "flow": self.flow.state_dict(),
             "pmf": self.pmf.state_dict() if self.pmf is not None else None,
+            "response": self.response.state_dict() if self.response is not None else None,
             "temperatures": list(self.temperatures),
             "platform": self.platform,
             "pool": list(self._pool),
@@ -246,9 +260,10 @@ class CGModel:
         scaffold = Scaffold.build(config, molecular_system, partition, saved=state["scaffold"])
         flow = new_flow(config, scaffold)
         flow.load_state_dict(state["flow"])
-        pmf = None
+        pmf = response = None
         if state["pmf"] is not None:
-            pmf = new_pmf(config, scaffold)
+            pmf, response = new_pmf(config, scaffold), new_response(config, scaffold)
             pmf.load_state_dict(state["pmf"])
+            response.load_state_dict(state["response"])
         pool = [tuple(entry) for entry in state["pool"]]
-        return cls(scaffold, flow, pmf, list(state["temperatures"]), pool, state["platform"])
+        return cls(scaffold, flow, pmf, response, list(state["temperatures"]), pool, state["platform"])

@@ -23,7 +23,7 @@ __all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "held_out_error"]
 # A mean force is fitted to within its own noise, but no better than these: close contacts, where forces are a hundred
 # times the thermal ones, would otherwise be all the fit looks at. The size is the *predicted* one: weights that depend
 # on what was measured, as in a robust loss, bias the fit, because the noise near contacts is skewed.
-_RELATIVE_ERROR, _SMALLEST_ERROR = 0.15, 0.1
+_RELATIVE_ERROR, _SMALLEST_ERROR = 0.05, 0.1
 _AVERAGING = 0.995  # of the running average of the networks, per update
 _MEDIAN_OF_NORMAL = 0.6745  # of |x|, x a standard normal
 _SCALE = 3.0  # kT, of what the networks add to the harmonic prior
@@ -96,25 +96,34 @@ class MeanForceBuffer:
 
     def __init__(self, n_members: int, n_first: int = 2, n_needed: int = 3) -> None:
         self.n_members, self.n_first, self.n_needed = n_members, n_first, n_needed
-        self.rounds: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.rounds: list[dict[str, Tensor]] = []
 
     def add(self, z: Tensor, force: MeanForce, generator: torch.Generator) -> None:
         """Adds one round; invalid replicas are left out."""
         valid = force.valid
-        weights = torch.empty((int(valid.sum()), self.n_members)).exponential_(generator=generator)
-        self.rounds.append((z[valid].float(), force.gradient[valid].float(), force.variance[valid].float(), weights))
+        one = {"z": z, "gradient": force.gradient, "variance": force.variance}
+        if force.parts is not None:
+            one |= {"slow": force.parts.slow, "fast": force.parts.fast}
+        one = {name: tensor[valid].float() for name, tensor in one.items()}
+        one["weights"] = torch.empty((len(one["z"]), self.n_members)).exponential_(generator=generator)
+        self.rounds.append(one)
 
-    def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z, d(beta A)/dz, its variance (n, n_features) each, and the weights (n, n_members), float32."""
+    def data(self) -> dict[str, Tensor]:
+        """Everything that counts, float32.
+
+        Returns:
+            ``z``, ``gradient`` = d(beta A)/dz and its ``variance``, shapes (n, n_features), ``weights`` (n, n_members)
+            and, where they are known, the parts ``slow`` and ``fast`` of the chains, as in ``meanforce.ChainParts``.
+        """
         first = self.n_first if len(self.rounds) >= self.n_first + self.n_needed else 0
-        z, gradient, variance, weights = (torch.cat(parts) for parts in zip(*self.rounds[first:], strict=True))
-        return z, gradient, variance, weights
+        rounds = self.rounds[first:]
+        return {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rounds": [tuple(part) for part in self.rounds]}
+        return {"rounds": [dict(one) for one in self.rounds]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rounds = [tuple(part) for part in state["rounds"]]
+        self.rounds = [dict(one) for one in state["rounds"]]
 
 
 class PMFFitter:
@@ -130,14 +139,23 @@ class PMFFitter:
     """
 
     def __init__(self, pmf: PMF, learning_rate: float, batch_size: int = 1024) -> None:
-        self.pmf, self.batch_size = pmf, batch_size
+        self.pmf, self.learning_rate, self.batch_size = pmf, learning_rate, batch_size
         self.networks = RunningAverage(pmf, _AVERAGING)
         self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
 
-    def fit(self, buffer: MeanForceBuffer, n_updates: int, generator: torch.Generator) -> float:
-        """Continues the fit; returns the mean weighted square, about 1 where all is noise."""
-        z, gradient, variance, weights = buffer.data()
-        noise = variance.median(0).values + _SMALLEST_ERROR**2
+    def fit(self, data: dict[str, Tensor], n_updates: int, generator: torch.Generator, scale: float = 1.0) -> float:
+        """Continues the fit; returns the mean weighted square, about 1 where all is noise.
+
+        Arguments:
+            data: ``z``, ``gradient``, ``variance`` and ``weights`` of :meth:`MeanForceBuffer.data`.
+            n_updates: Steps of Adam.
+            generator: Source of all randomness.
+            scale: Multiplies the learning rate.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = scale * self.learning_rate
+        z, gradient, weights = data["z"], data["gradient"], data["weights"]
+        noise = data["variance"].median(0).values + _SMALLEST_ERROR**2
         total = 0.0
         for _ in range(n_updates):
             rows = torch.randint(len(z), (min(self.batch_size, len(z)),), generator=generator)

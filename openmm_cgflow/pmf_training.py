@@ -1,7 +1,8 @@
 """Training on a potential of mean force that is learned on the fly: explore, measure, fit, distil, round by round.
 
 Every round draws z across barriers from the flow at small gamma and near the basins at larger ones, measures mean
-forces there at the target temperature, fits the PMF to all of them, and trains the flow on that PMF. OpenMM never runs
+forces there at the target temperature, learns from their noise how the fast atoms follow the slow ones, which removes
+most of it, fits the PMF to all of them, and trains the flow on that PMF. OpenMM never runs
 hotter than the target: with the slow atoms frozen there is no barrier to cross. When the PMF has converged, it is
 fitted once more from the start, because networks keep a memory of the few and cold forces they saw first (in one run of
 alanine dipeptide 0.2 kT of the left-handed state), and the flow alone is trained to the end. Nothing here knows OpenMM.
@@ -20,14 +21,16 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.distillation import FlowFitter, WeightedSamples, weighted_samples
 from openmm_cgflow.flow import CGFlow
-from openmm_cgflow.meanforce import MeanForceEstimator
+from openmm_cgflow.meanforce import ChainParts, MeanForceEstimator
 from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error
+from openmm_cgflow.response import FastResponse, ResponseFitter
 
 __all__ = ["PMFTrainer", "state_populations"]
 
 _N_TEST = 16384  # flow samples behind every effective sample size and population
+_N_POOL = 32768  # flow samples behind the torsions of one block of updates of the flow alone
 _N_PROBE = 512  # flow samples at each gamma of the search for the exploring one
-_GAMMAS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+_GAMMAS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.23, 0.32, 0.45, 0.64)
 _SMALLEST_POPULATION = 0.005  # states rarer than this do not count for convergence
 _LAG = 3  # rounds over which populations must not have moved
 _POLISH = 50  # flow updates of one step after the last round
@@ -63,6 +66,7 @@ class PMFTrainer:
         coordinates: Slow coordinates.
         flow: Trained in place, in float32.
         pmf: Fitted in place.
+        response: Fitted in place, where the estimator tells of the fast atoms.
         estimator: Mean forces.
 
     Attributes:
@@ -74,20 +78,28 @@ class PMFTrainer:
     log_interval = 1
 
     def __init__(
-        self, config: Config, coordinates: Coordinates, flow: CGFlow, pmf: PMF, estimator: MeanForceEstimator
+        self,
+        config: Config,
+        coordinates: Coordinates,
+        flow: CGFlow,
+        pmf: PMF,
+        response: FastResponse,
+        estimator: MeanForceEstimator,
     ) -> None:
-        self.config, self.coordinates, self.flow, self.pmf, self.estimator = config, coordinates, flow, pmf, estimator
+        self.config, self.coordinates, self.estimator = config, coordinates, estimator
+        self.flow, self.pmf, self.response = flow, pmf, response
         flow.float()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = MeanForceBuffer(config.pmf.n_members)
         self._start = copy.deepcopy(pmf.state_dict())
         self.pmf_fitter = PMFFitter(pmf, config.pmf.learning_rate)
+        self.response_fitter = ResponseFitter(response)
         self.flow_fitter = FlowFitter(flow, coordinates, config.pmf.flow_learning_rate, config.pmf.flow_batch_size)
         self.temperatures = [config.temperature]
         self.n_steps = self.n_refit = self.n_polish = 0
         self.gamma = 1.0
         self.ended_by = ""
-        self._populations: list[Tensor] = []
+        self._earlier: list[dict[str, Tensor]] = []
         self._best_ess: list[float] = []
 
     @property
@@ -136,33 +148,58 @@ class PMFTrainer:
     def _round(self) -> dict[str, float]:
         z = self._explore()
         force = self.estimator(z, self.temperature)
-        held_out = held_out_error(self.pmf, z, force)
         self.buffer.add(z, force, self.generator)
-        misfit = self.pmf_fitter.fit(self.buffer, self.config.pmf.n_updates, self.generator)
+        noise_left = self._fit_response(self.config.pmf.response_updates)
+        if force.parts is not None:
+            gradient, variance = self.response.mean_force(z, force.parts, force.valid)
+            force = force._replace(gradient=gradient, variance=variance)
+        held_out = held_out_error(self.pmf, z, force)
+        misfit = self.pmf_fitter.fit(self._data(), self.config.pmf.n_updates, self.generator)
         for _ in range(self.config.pmf.flow_updates):
             self.flow_fitter.update(self.pmf, self.generator)
         self._choose_gamma()
         row = self._test()
-        row |= {"held_out": held_out, "misfit": misfit, "invalid": int((~force.valid).sum())}
+        row |= {"held_out": held_out, "misfit": misfit, "noise_left": noise_left, "invalid": int((~force.valid).sum())}
         row |= {"energy": float(force.energy[force.valid].median())}
         self.ended_by = self._reason_to_end(row)
         return self._ordered(row)
 
     def _refit(self) -> dict[str, float]:
+        noise_left = math.nan
         if self.n_refit == 0:
+            noise_left = self._fit_response(self.config.pmf.final_updates, final=True)
             self.pmf.load_state_dict(self._start)
             self.pmf_fitter = PMFFitter(self.pmf, self.config.pmf.learning_rate)
         n_updates = min(_REFIT, self.config.pmf.final_updates - self.n_refit * _REFIT)
-        misfit = self.pmf_fitter.fit(self.buffer, n_updates, self.generator)
+        scale = 1 - self.n_refit / self._refit_length
+        misfit = self.pmf_fitter.fit(self._data(), n_updates, self.generator, scale)
         self.n_refit += 1
-        return self._ordered(self._test() | {"misfit": misfit})
+        return self._ordered(self._test() | {"misfit": misfit, "noise_left": noise_left})
+
+    def _fit_response(self, n_updates: int, final: bool = False) -> float:
+        data = self.buffer.data()
+        if "fast" not in data:
+            return math.nan
+        parts = ChainParts(data["slow"], data["fast"])
+        return self.response_fitter.fit(data["z"], parts, n_updates, self.generator, final)
+
+    def _data(self) -> dict[str, Tensor]:
+        """All mean forces, with the noise removed that the response explains by now."""
+        data = self.buffer.data()
+        if "fast" not in data:
+            return data
+        valid = torch.ones(len(data["z"]), dtype=torch.bool)
+        parts = ChainParts(data["slow"], data["fast"])
+        gradient, variance = self.response.mean_force(data["z"], parts, valid)
+        return data | {"gradient": gradient, "variance": variance}
 
     def _polish(self) -> dict[str, float]:
         cycle = self._polish_cycle * _POLISH
+        pool = weighted_samples(self.flow, self.pmf, self.coordinates, _N_POOL, self.generator)
         for k in range(_POLISH):
             progress = (self.n_polish % self._polish_cycle * _POLISH + k) / cycle
             scale = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-            self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9)
+            self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9, pool=pool)
         self.n_polish += 1
         row = self._test()
         if self.n_polish % self._polish_cycle == 0:
@@ -170,7 +207,7 @@ class PMFTrainer:
         return self._ordered(row)
 
     def _ordered(self, row: dict[str, float]) -> dict[str, float]:
-        names = ("gamma", "held_out", "misfit", "ess", "free_energy_error", "moved", "energy", "invalid")
+        names = ("gamma", "noise_left", "held_out", "misfit", "ess", "free_energy_error", "moved", "energy", "invalid")
         counts = {"evaluations": self.estimator.n_energy_evaluations}
         return {name: row.get(name, math.nan) for name in names} | counts
 
@@ -206,11 +243,21 @@ class PMFTrainer:
         if counted.any():
             error = float(populations[:, counted].log().std(0).max())
         if not self.ended_by:
-            self._populations = [*self._populations, mean][-_LAG - 1 :]
-            if len(self._populations) > _LAG:
-                changes = (mean.clamp(min=1e-9) / self._populations[0].clamp(min=1e-9)).log().abs()[counted]
+            now = copy.deepcopy(self.pmf.state_dict())
+            if len(self._earlier) == _LAG:
+                before = state_populations(self._weighed_as(self._earlier[0], samples), self.flow.n_circular).mean(0)
+                changes = (mean.clamp(min=1e-9) / before.clamp(min=1e-9)).log().abs()[counted]
                 moved = float(changes.max()) if counted.any() else 0.0
+            self._earlier = [*self._earlier, now][-_LAG:]
         return {"gamma": self.gamma, "ess": samples.ess, "free_energy_error": error, "moved": moved}
+
+    @torch.no_grad()
+    def _weighed_as(self, earlier: dict[str, Tensor], samples: WeightedSamples) -> WeightedSamples:
+        """The same samples weighed by an earlier PMF: what has changed is free of their sampling error."""
+        pmf = copy.deepcopy(self.pmf)
+        pmf.load_state_dict(earlier)
+        members = pmf.each(samples.z) - self.coordinates.log_volume(samples.z)
+        return samples._replace(energy=members.mean(0), members=members)
 
     def _reason_to_end(self, row: dict[str, float]) -> str:
         stopping = self.config.stopping
@@ -249,6 +296,7 @@ class PMFTrainer:
         return {
             "flow": self.flow_fitter.state_dict(),
             "pmf": self.pmf_fitter.state_dict(),
+            "response": self.response_fitter.state_dict(),
             "start": self._start,
             "buffer": self.buffer.state_dict(),
             "generator": self.generator.get_state(),
@@ -258,7 +306,7 @@ class PMFTrainer:
             "n_polish": self.n_polish,
             "gamma": self.gamma,
             "ended_by": self.ended_by,
-            "populations": list(self._populations),
+            "earlier": list(self._earlier),
             "best_ess": list(self._best_ess),
         }
 
@@ -266,10 +314,11 @@ class PMFTrainer:
         """Continues from :meth:`state_dict`."""
         self.flow_fitter.load_state_dict(state["flow"])
         self.pmf_fitter.load_state_dict(state["pmf"])
+        self.response_fitter.load_state_dict(state["response"])
         self._start = state["start"]
         self.buffer.load_state_dict(state["buffer"])
         self.generator.set_state(state["generator"])
         self.estimator.load_state_dict(state["estimator"])
         self.n_steps, self.n_refit, self.n_polish = state["n_steps"], state["n_refit"], state["n_polish"]
         self.gamma, self.ended_by = state["gamma"], state["ended_by"]
-        self._populations, self._best_ess = list(state["populations"]), list(state["best_ess"])
+        self._earlier, self._best_ess = list(state["earlier"]), list(state["best_ess"])

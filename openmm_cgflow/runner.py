@@ -97,6 +97,8 @@ def train(
         _describe(scaffold, engine)
         chains = scaffold.chains(engine)
         trainer = new_trainer(config, scaffold, MolecularMeanForce(chains, config.sampler.estimator))
+        if trainer.response is not None:
+            chains.follow = trainer.response.follow
         if saved is not None:
             trainer.load_state_dict(saved["trainer"])
         run.truncate_metrics(trainer.n_steps)

@@ -31,6 +31,7 @@ from openmm_cgflow.zmatrix import (
 
 __all__ = ["Scaffold", "rotamer_warning"]
 
+_WIDTH_OF_SOFT_TORSIONS = 0.3  # rad, within one of their wells
 _FITTED = ("centre", "hessian", "scan")  # of the harmonic reference
 
 
@@ -117,6 +118,11 @@ class Scaffold:
         covariance = self.harmonic.covariance_of(slots, _hottest(self.config))
         scale = coordinates.scale.numpy()[n:]
         return torch.as_tensor(covariance / scale[:, None] / scale)
+
+    def fast_widths(self) -> Tensor:
+        """Thermal widths of bond, angle and dihedral of the fast atoms at the target, shape (n_fast, 3)."""
+        widths = torch.as_tensor(self.harmonic.widths(self.config.temperature)[self.harmonic.n_slow :])
+        return torch.where(widths > 0, widths, _WIDTH_OF_SOFT_TORSIONS)
 
     def saved_arrays(self) -> dict[str, Tensor]:
         """The fitted numbers, as tensors."""

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from openmm_cgflow.config import Config
 from openmm_cgflow.files import atomic_path
 from openmm_cgflow.meanforce import FastChains, MeanForceEstimator
-from openmm_cgflow.model import CGModel, new_flow, new_pmf
+from openmm_cgflow.model import CGModel, new_flow, new_pmf, new_response
 from openmm_cgflow.pmf_training import PMFTrainer
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.rundir import RunDirectory
@@ -35,7 +35,7 @@ def new_trainer(config: Config, scaffold: Scaffold, estimator: MeanForceEstimato
     coordinates, flow = scaffold.assembly.coordinates, new_flow(config, scaffold)
     if config.training.method == "reverse_kl":
         return Trainer(config, coordinates, flow, estimator)
-    return PMFTrainer(config, coordinates, flow, new_pmf(config, scaffold), estimator)
+    return PMFTrainer(config, coordinates, flow, new_pmf(config, scaffold), new_response(config, scaffold), estimator)
 
 
 class Session:
@@ -109,7 +109,9 @@ class Session:
         trainer = self.trainer
         flow = copy.deepcopy(trainer.flow).double()  # training may run in single precision
         platform = self.engine.platform.name
-        return CGModel(self.scaffold, flow, trainer.pmf, trainer.temperatures, self.chains.pool, platform)
+        return CGModel(
+            self.scaffold, flow, trainer.pmf, trainer.response, trainer.temperatures, self.chains.pool, platform
+        )
 
     def save_checkpoint(self) -> None:
         state = {

@@ -103,7 +103,7 @@ class Trainer:
     """
 
     log_interval = 20
-    pmf = None
+    pmf = response = None
 
     def __init__(self, config: Config, coordinates: Coordinates, flow: CGFlow, estimator: MeanForceEstimator) -> None:
         self.config, self.coordinates, self.flow, self.estimator = config, coordinates, flow, estimator

@@ -18,8 +18,10 @@ from openmm_cgflow import pmf_training
 from openmm_cgflow.config import Config
 from openmm_cgflow.distillation import WeightedSamples, weighted_samples
 from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.meanforce import ChainParts, mean_and_variance
 from openmm_cgflow.pmf import PMF
 from openmm_cgflow.pmf_training import PMFTrainer, state_populations
+from openmm_cgflow.response import FastResponse
 from openmm_cgflow.units import thermal_beta
 
 BETA = thermal_beta(300.0)
@@ -82,20 +84,39 @@ def settings(pmf=None, stopping=None, n_replicas=32, seed=0):
         temperature=300.0,
         seed=seed,
         pmf={**quick, **(pmf or {})},
-        stopping=stopping or {},
+        stopping={"free_energy_error": 1e-3, **(stopping or {})},  # never
         sampler={"n_replicas": n_replicas},
     )
 
 
-def new_trainer(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_seed=11):
+class Followed(Recorder):
+    """Adds noise that a fast atom makes which follows the torsion: all of it can be known from the atom's forces."""
+
+    def __call__(self, z, temperature):
+        force = super().__call__(z, temperature)
+        balance = torch.randn((len(z), 4, 3), generator=self.generator, dtype=torch.float64)
+        slow = force.gradient[:, None].expand(-1, 4, -1).clone()
+        slow[..., 0] -= 10 * (balance * torch.tensor([0.3, 0.5, 0.0])).sum(-1) * torch.cos(z[:, :1])
+        parts = ChainParts(*(torch.where(force.valid[:, None, None], part, 0.0) for part in (slow, balance)))
+        gradient, variance = mean_and_variance(parts.slow, force.valid)
+        return force._replace(gradient=gradient, variance=variance + force.variance, parts=parts)
+
+
+def no_response(n_circular, n_bounded):
+    """A closed form has no fast atoms."""
+    return FastResponse(n_circular, n_bounded, torch.zeros((0, 3)), (8,))
+
+
+def new_trainer(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_seed=11, followed=False):
     """The flow and the PMF know the widths of bonds and angles, but none of their couplings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         diagonal = torch.diag(precision().diagonal())
         flow = CGFlow(1, N_BOUNDED, COORDINATES.bound, 3, 2, 8, hidden, torch.linalg.inv(diagonal))
         pmf = PMF(1, diagonal, config.pmf.hidden_features, config.pmf.n_members)
-    estimator = Recorder(free_energy, noise=noise, invalid=invalid, seed=estimator_seed)
-    return PMFTrainer(config, COORDINATES, flow, pmf, estimator)
+        response = FastResponse(1, N_BOUNDED, torch.ones((1, 3)), (16,)) if followed else no_response(1, N_BOUNDED)
+    estimator = (Followed if followed else Recorder)(free_energy, noise=noise, invalid=invalid, seed=estimator_seed)
+    return PMFTrainer(config, COORDINATES, flow, pmf, response, estimator)
 
 
 def advance(trainer, n=None):
@@ -287,8 +308,23 @@ def test_invalid_replicas_are_counted_and_left_out(few_tests):
     trainer = new_trainer(settings(), invalid=[3, 9])
     row = trainer.step()
     assert row["invalid"] == 2
-    assert len(trainer.buffer.data()[0]) == 30
+    assert len(trainer.buffer.data()["z"]) == 30
     assert math.isfinite(row["held_out"]) and math.isfinite(row["misfit"]) and math.isfinite(row["energy"])
+
+
+def test_noise_of_the_fast_atoms_is_taken_out(few_tests):
+    """From rounds that were measured before it was known, too; the rows tell how much is left."""
+    config = settings(pmf={"response_updates": 150}, stopping={"max_rounds": 4}, n_replicas=128)
+    trainer = new_trainer(config, noise=0.1, followed=True)
+    rows = advance(trainer, 4)
+    left = [row["noise_left"] for row in rows]
+    assert left[0] > 3 * left[3] and left[3] < 0.1
+    data, raw = trainer._data(), trainer.buffer.data()
+    at = data["z"].double().requires_grad_()
+    (exact,) = torch.autograd.grad(BETA * free_energy(at).sum(), at)
+    before, after = ((one["gradient"] - exact)[:, 0].square().mean().sqrt() for one in (raw, data))
+    assert float(before) > 1.5 and float(after) < 0.5
+    assert float(data["variance"][:, 0].median()) < 0.1 * float(raw["variance"][:, 0].median())
 
 
 def test_molecules_without_torsions_are_trained_too(few_tests):
@@ -298,7 +334,7 @@ def test_molecules_without_torsions_are_trained_too(few_tests):
     config = settings(stopping={"max_rounds": 5, "max_polish_cycles": 1})
     estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
     flow = CGFlow(0, 3, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
-    trainer = PMFTrainer(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), estimator)
+    trainer = PMFTrainer(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
     rows = advance(trainer)
     assert {row["free_energy_error"] for row in rows} == {0.0}
     assert rows[-1]["ess"] > 0.5
@@ -353,7 +389,7 @@ def test_edges_of_the_circle_belong_to_one_state():
 
 def restart_trainer(seed=0):
     config = settings(stopping={"max_rounds": 5, "max_polish_cycles": 2, "ess": 0.999}, seed=3)
-    return new_trainer(config, invalid=[2], seed=seed, estimator_seed=11 + seed)
+    return new_trainer(config, invalid=[2], seed=seed, estimator_seed=11 + seed, followed=True)
 
 
 def same_rows(first, second):
@@ -407,7 +443,7 @@ def test_restart_equals_uninterrupted_bit_for_bit(stop, few_tests, uninterrupted
 FORGOTTEN = {
     4: (
         "flow/networks", "flow/optimizer", "pmf/networks", "pmf/optimizer", "pmf/networks/average", "generator",
-        "estimator", "buffer", "gamma", "populations", "start",
+        "estimator", "buffer", "gamma", "response", "earlier", "start",
     ),
     7: (
         "flow/networks", "flow/optimizer", "flow/networks/average", "pmf", "generator", "n_steps", "n_refit",
