@@ -21,6 +21,7 @@ from openmm_cgflow.tempering import start_temperature
 __all__ = ["Cost", "count_stages", "dry_run", "measure_cost"]
 
 _PROBE_POOL_STEPS = 20
+_EVALUATIONS_OF_A_SWITCH = 600  # about; its paths are not known yet
 _N_PROBE_STEPS = 2
 
 
@@ -109,17 +110,22 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
     n_stages = n_steps = 1
     if config.training.method == "pmf":
         n_rounds = min(config.stopping.max_rounds, config.stopping.max_evaluations / per_step_evaluations)
-        # Updates of the flow alone follow, at about half a round's time for each of its own.
-        n_polish = config.pmf.polish_updates * config.stopping.max_polish_cycles / config.pmf.flow_updates
-        n_steps = math.ceil(n_rounds + n_polish / 2)
+        # The last fit and updates of the flow alone follow, at about a third of a round's time for each of its own.
+        n_last = config.pmf.final_updates / config.pmf.n_updates
+        n_last += config.pmf.polish_updates * config.stopping.max_polish_cycles / config.pmf.flow_updates
+        n_steps = math.ceil(n_rounds + n_last / 3)
         per_step_evaluations *= n_rounds / n_steps
     else:
         n_stages = count_stages(config.tempering, config.temperature, probe.assembly.coordinates.n_features)
         n_steps = config.training.n_steps_last
         if n_stages > 1:
             n_steps += config.training.n_steps_first + (n_stages - 2) * config.training.n_steps
-    # The first pool and the final samples.
-    extra = sampler.n_pool * sampler.n_pool_steps + config.sampling.n_samples * config.sampling.n_equilibration
+    # The first pool, the final samples and the check by switching.
+    sampling = config.sampling
+    extra = min(sampler.n_pool, sampler.n_replicas) * sampler.n_pool_steps
+    extra += sampling.n_samples * (sampler.n_relax + sampling.n_equilibration + 2)
+    if config.training.method == "pmf" and probe.assembly.coordinates.n_circular:
+        extra += 2 * sampling.n_verified * sampling.n_switches * _EVALUATIONS_OF_A_SWITCH
     return Cost(
         n_stages=n_stages,
         n_steps=n_steps,

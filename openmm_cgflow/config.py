@@ -112,7 +112,7 @@ class SamplerConfig(_Section):
     """Mass of fast hydrogens; configurational averages do not depend on masses."""
     n_pool: int = Field(256, ge=1)
     """Replicas of the first pool of fast atoms."""
-    n_pool_steps: int = Field(200, ge=0)
+    n_pool_steps: int = Field(500, ge=0)
     """Steps that equilibrate it."""
     n_relax: int = Field(5, ge=0)
     """Capped descent steps; they act on forces above force_cap only."""
@@ -163,7 +163,7 @@ class StoppingConfig(_Section):
 
     held_out: float = Field(2.0, gt=0)
     """Error of predicted mean forces before they are fitted, over their noise; chains know their noise to about 1.5."""
-    free_energy_error: float = Field(0.05, gt=0)
+    free_energy_error: float = Field(0.07, gt=0)
     """kT; largest error, and largest change in three rounds, of the free energy of any torsion state above 0.5 %."""
     ess: float = Field(0.98, gt=0, lt=1)
     """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""

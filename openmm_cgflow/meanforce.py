@@ -236,7 +236,8 @@ class FastChains:
             raise ReplicaError(
                 f"{n_invalid} of {len(z)} replicas failed at {temperature:.0f} K ({n_flipped} changed their "
                 f"handedness, {n_invalid - n_flipped} diverged), more than sampler.max_invalid = "
-                f"{self.settings.max_invalid}. Try a shorter sampler.timestep or a lower tempering.start"
+                f"{self.settings.max_invalid}. Try a shorter sampler.timestep or, in a reverse_kl training, a lower "
+                "tempering.start"
             )
         self.pool.append((z[valid], self.assembly.read_fast(frames.xyz[valid, -1])))
         del self.pool[:-_N_POOLS]

@@ -88,14 +88,16 @@ class PMF(nn.Module):
 class MeanForceBuffer:
     """All mean forces measured so far, with each ensemble member's random weights of them.
 
+    The first third of all rounds counts no more: their chains started from few others, and slow motions among the fast
+    atoms (methyl groups take 1 ps to forget where they were) come to rest along lineages of chains only. On alanine
+    dipeptide, rounds 3 to 16 put the left-handed state 0.16 kT too low, rounds 8 to 16 half as much.
+
     Arguments:
         n_members: Size of the ensemble.
-        n_first: Rounds that leave once ``n_needed`` others are there: their chains started farthest from equilibrium.
-            A run that kept them had the left-handed state of alanine dipeptide 0.4 kT too low.
     """
 
-    def __init__(self, n_members: int, n_first: int = 2, n_needed: int = 3) -> None:
-        self.n_members, self.n_first, self.n_needed = n_members, n_first, n_needed
+    def __init__(self, n_members: int) -> None:
+        self.n_members = n_members
         self.rounds: list[dict[str, Tensor]] = []
 
     def add(self, z: Tensor, force: MeanForce, generator: torch.Generator) -> None:
@@ -115,8 +117,7 @@ class MeanForceBuffer:
             ``z``, ``gradient`` = d(beta A)/dz and its ``variance``, shapes (n, n_features), ``weights`` (n, n_members)
             and, where they are known, the parts ``slow`` and ``fast`` of the chains, as in ``meanforce.ChainParts``.
         """
-        first = self.n_first if len(self.rounds) >= self.n_first + self.n_needed else 0
-        rounds = self.rounds[first:]
+        rounds = self.rounds[len(self.rounds) // 3 :]
         return {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
 
     def state_dict(self) -> dict[str, Any]:

@@ -65,18 +65,18 @@ def with_settings(config, **sections):
 
 
 def test_cost_of_a_learned_pmf_is_bounded_by_its_limits(butane):
-    """The rounds by the smaller of the two limits; a first pool and the final samples on top."""
+    """The rounds by the smaller of the two limits; a first pool, the final samples and the check on top."""
     config, scaffold, engine = butane
     one = 16 * (5 + 20 + 16 * 3 + 16)  # n_replicas x (n_relax + n_equilibration + n_frames x (stride + its own))
-    extra = 256 * 30 + 24 * 10
+    extra = 16 * 30 + 24 * (5 + 10 + 2) + 2 * 8 * 16 * 600  # pool, samples, switches
     few = measure_cost(with_settings(config, stopping={"max_rounds": 7}), scaffold, engine)
     assert few.n_evaluations == pytest.approx(7 * one + extra, rel=0.02)
-    # Two cycles of 20 updates of the flow at half the time of the four in a round.
-    assert (few.n_stages, few.n_steps) == (1, 7 + 5)
+    # Two cycles of 20 updates of the flow, at a third of the time of the four in a round, and the last fit.
+    assert (few.n_stages, few.n_steps) == (1, 7 + 4)
     assert few.seconds_per_step > 0 and few.evaluations_per_second > 0
     limited = measure_cost(with_settings(config, stopping={"max_evaluations": 3 * one}), scaffold, engine)
     assert limited.n_evaluations == pytest.approx(3 * one + extra, rel=0.02)
-    assert limited.n_steps == 3 + 5
+    assert limited.n_steps == 3 + 4
 
 
 def test_cost_of_a_ladder_is_its_stages(butane):

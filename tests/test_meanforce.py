@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from analytic import AnalyticMeanForce, EchoEngine, QuadraticBath, assembly_of, assert_identical, random_structure, random_z
+from analytic import (
+    AnalyticMeanForce,
+    EchoEngine,
+    QuadraticBath,
+    assembly_of,
+    assert_identical,
+    random_structure,
+    random_z,
+)
 
 from openmm_cgflow import meanforce
 from openmm_cgflow.config import SamplerConfig
@@ -376,6 +384,31 @@ def test_fast_atoms_start_from_the_nearest_neighbour_in_the_pool():
     distance = distance + 0.05**2 * (z[:, None, 1:] - pool_z[:, 1:]).square().sum(-1)
     chosen = distance.gather(1, away.argmin(1)[:, None])[:, 0]
     torch.testing.assert_close(chosen, distance.amin(1), rtol=0, atol=1e-9)
+
+
+def test_fast_atoms_are_taken_along_from_their_neighbour():
+    engine = EchoEngine()
+    sampler = chains(engine)
+    go(sampler, some_z(sampler, 20, 1))
+    asked = []
+
+    def follow(y, start, end):
+        asked.append((y, start, end))
+        return y + torch.tensor([0.001, 0.02, 0.03])
+
+    sampler.follow = follow
+    z = some_z(sampler, 5, 2)
+    go(sampler, z)
+    ((y, start, end),) = asked
+    assert torch.equal(end, z)
+    pool_z = torch.cat([entry[0] for entry in sampler.pool[:-1]])
+    pool_y = torch.cat([entry[1] for entry in sampler.pool[:-1]])
+    for row in range(5):
+        those = pool_y[(pool_z == start[row]).all(1)]
+        assert (those == y[row]).flatten(1).all(1).any()
+    found = sampler.assembly.read_fast(torch.as_tensor(engine.calls[-1]["xyz"]))
+    moved = torch.remainder(found - y + math.pi, 2 * math.pi) - math.pi
+    torch.testing.assert_close(moved, torch.tensor([0.001, 0.02, 0.03]).double().expand_as(moved), rtol=0, atol=1e-9)
 
 
 def test_the_pool_holds_where_chains_ended_and_forgets():

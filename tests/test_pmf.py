@@ -312,26 +312,18 @@ def test_held_out_error_leaves_invalid_replicas_out():
 # ---------------------------------------------------------------- the buffer
 
 
-@pytest.mark.parametrize(("n_first", "n_needed"), [(1, 3), (2, 2)])
-def test_the_first_rounds_leave_when_there_are_enough_others(n_first, n_needed, generator):
-    buffer = MeanForceBuffer(4, n_first, n_needed)
-    rounds = [measured(10, generator) for _ in range(6)]
+def test_the_first_third_of_the_rounds_counts_no_more(generator):
+    buffer = MeanForceBuffer(4)
+    rounds = [measured(10, generator) for _ in range(7)]
     for n, (z, force) in enumerate(rounds, start=1):
         buffer.add(z, force, generator)
-        kept = rounds[n_first:n] if n >= n_first + n_needed else rounds[:n]
+        kept = rounds[{1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}[n] : n]
         found = buffer.data()
         assert torch.equal(found["z"], torch.cat([z for z, _ in kept]).float())
         assert torch.equal(found["gradient"], torch.cat([force.gradient for _, force in kept]).float())
         assert torch.equal(found["variance"], torch.cat([force.variance for _, force in kept]).float())
         assert found["weights"].shape == (len(found["z"]), 4)
-    assert len(buffer.rounds) == 6  # all are remembered
-
-
-def test_by_default_something_of_the_start_is_left_out(generator):
-    buffer = MeanForceBuffer(4)
-    for _ in range(10):
-        buffer.add(*measured(10, generator), generator)
-    assert len(buffer.data()["z"]) == 100 - 10 * buffer.n_first < 100
+    assert len(buffer.rounds) == 7  # all are remembered
 
 
 def test_invalid_replicas_are_not_remembered(generator):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from analytic import QuadraticBath, assert_identical, assembly_of, random_structure, random_z
+from analytic import QuadraticBath, assembly_of, assert_identical, random_structure, random_z
 
 from openmm_cgflow.meanforce import ChainParts, comoving_gradients, mean_and_variance
 from openmm_cgflow.response import FastResponse, ResponseFitter

@@ -94,10 +94,12 @@ def line(n_steps, start=(0.4, 0.4), end=(1.6, -0.4)):
     return first + share * (last - first)
 
 
-def switched(path, n, engine, assembly, seed=1):
+def switched(path, n, engine, assembly, seed=1, follow=None):
     """Works along a path and back, and the exact free-energy difference."""
     both = torch.stack((path, path.flip(0))).repeat_interleave(n, 0)
-    work, valid = verification._switch(chains_of(engine, assembly), both, TEMPERATURE, seed)
+    chains = chains_of(engine, assembly)
+    chains.follow = follow
+    work, valid = verification._switch(chains, both, TEMPERATURE, seed)
     ends = exact(engine, assembly, path[[0, -1]])
     return work.reshape(2, n), valid.reshape(2, n), float(ends[1] - ends[0])
 
@@ -169,6 +171,26 @@ def test_switching_is_exact_however_fast(n_steps):
     error = found.std(ddof=1) / math.sqrt(20)
     assert error < 0.03
     assert abs(found.mean() - difference) < 4 * error
+
+
+def escort(y, start, end):
+    """Bonds, angles and dihedrals of the fast atoms follow the torsion."""
+    turned = (end[:, 0] - start[:, 0])[:, None, None]
+    return y + turned * torch.tensor([[0.01, 0.05, 0.3], [-0.01, 0.1, -0.2]], dtype=torch.float64)
+
+
+def test_switching_is_exact_with_any_escort(monkeypatch):
+    """Whatever takes the fast atoms along; without the change of their volume element it would not be."""
+    assembly = molecule()
+
+    def errors():
+        (forward, backward), valid, difference = switched(line(4), 8000, MovingBath(), assembly, follow=escort)
+        assert float(valid.double().mean()) > 0.99
+        return [in_standard_errors(forward[valid[0]], difference), in_standard_errors(backward[valid[1]], -difference)]
+
+    assert max(map(abs, errors())) < 4
+    monkeypatch.setattr(assembly, "log_volume_fast", lambda y: torch.zeros(len(y), dtype=torch.float64))
+    assert max(map(abs, errors())) > 5
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.95, 1.05])
