@@ -2,9 +2,10 @@
 
     python benchmarks/convergence.py runs/ala2-seed1 --reference reference.npz
 
-Fits the potential of mean force of a finished run anew, round by round from the mean forces that its checkpoint holds,
-as the training did, and weighs the final flow's samples with each. A row for every round: energy evaluations so far,
-populations, and free energies minus the reference's in kT, relative to the reference's main basin.
+Fits the potential of mean force of a finished run anew for every round, from the mean forces that the training had then
+and with what it knew of the fast atoms' response by then, and weighs the final flow's samples with each. A row for each:
+energy evaluations so far, populations, and free energies minus the reference's in kT, relative to the reference's main
+basin.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import torch
 
 import openmm_cgflow as cgf
 from openmm_cgflow.flow import one_torch_thread
-from openmm_cgflow.model import new_pmf
+from openmm_cgflow.meanforce import ChainParts
+from openmm_cgflow.model import new_pmf, new_response
 from openmm_cgflow.pmf import MeanForceBuffer, PMFFitter
 from openmm_cgflow.reference import GridReference, load_reference
+from openmm_cgflow.response import ResponseFitter
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.statefile import load_state
 from openmm_cgflow.states import RAMACHANDRAN, ramachandran_basin
 
 _N_SAMPLES = 100_000
+_N_BLOCKS = 10  # of updates with one learning rate
 
 
 def main() -> None:
@@ -52,15 +56,23 @@ def main() -> None:
         raise SystemExit(f"{arguments.reference}: expected a gridded reference")
     truth = reference.populations()
     base = truth.argmax()
-    pmf, growing = new_pmf(config, model.scaffold), MeanForceBuffer(config.pmf.n_members)
-    fitter = PMFFitter(pmf, config.pmf.learning_rate)
+    growing, response = MeanForceBuffer(config.pmf.n_members), new_response(config, model.scaffold)
+    response_fitter = ResponseFitter(response)
     names = "".join(f"{name:>10s}{'error (kT)':>11s}" for name in RAMACHANDRAN)
     print(f"evaluations   ESS {names}")
     with one_torch_thread(), torch.no_grad():
         for part, count in zip(kept.rounds, evaluations, strict=False):
             growing.rounds.append(part)
+            data = growing.data()
+            parts, valid = ChainParts(data["slow"], data["fast"]), torch.ones(len(data["z"]), dtype=torch.bool)
+            pmf = new_pmf(config, model.scaffold)
             with torch.enable_grad():
-                fitter.fit(growing, config.pmf.n_updates, generator)
+                response_fitter.fit(data["z"], parts, config.pmf.response_updates, generator)
+                gradient, variance = response.mean_force(data["z"], parts, valid)
+                data |= {"gradient": gradient, "variance": variance}
+                fitter, n = PMFFitter(pmf, config.pmf.learning_rate), _N_BLOCKS
+                for k in range(n):
+                    fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)
             weights = torch.softmax(volume - pmf(z) - log_q, dim=0).numpy()
             populations = inside @ weights
             error = -np.log(populations / populations[base]) + np.log(truth / truth[base])

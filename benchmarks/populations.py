@@ -17,8 +17,16 @@ import argparse
 import json
 from pathlib import Path
 
+import mdtraj
+import numpy as np
+import torch
+from mdtraj.geometry.dihedral import indices_phi, indices_psi
+
 import openmm_cgflow as cgf
 from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.states import RAMACHANDRAN, ramachandran_basin
+
+_N_DRAWS = 300_000
 
 
 def run(arguments: argparse.Namespace, seed: int) -> RunDirectory:
@@ -41,6 +49,28 @@ def describe(folder: RunDirectory) -> str:
             f"\n  switching differs by {check['rms_difference']:.2f} kT rms, by its own errors {check['rms_error']:.2f}"
         )
     return text
+
+
+def draws(folder: RunDirectory) -> str | None:
+    """Populations of many draws of z, plain and weighted; None unless phi and psi of one residue are slow."""
+    model = cgf.load(folder.path)
+    if model.pmf is None:
+        return None
+    atoms = np.array(model.coordinates.atoms)
+    topology = model.molecular_system.mdtraj_topology.subset(np.sort(atoms))
+    torsions = np.concatenate((indices_phi(topology), indices_psi(topology)))
+    if len(torsions) != 2:
+        return None
+    with torch.no_grad():
+        z, _ = model.flow.sample(_N_DRAWS, torch.Generator().manual_seed(1))
+        xyz = model.coordinates.to_xyz(z)[:, np.argsort(atoms)]
+    angles = mdtraj.compute_dihedrals(mdtraj.Trajectory(xyz.numpy(), topology), torsions, periodic=False)
+    log_weights = model.log_weights(z)
+    basin = ramachandran_basin(*angles.T)
+    text = []
+    for weights in (np.ones(_N_DRAWS), np.exp(log_weights - log_weights.max())):
+        text.append(" ".join(f"{p:.4f}" for p in np.bincount(basin, weights, len(RAMACHANDRAN)) / weights.sum()))
+    return f"{_N_DRAWS} draws of z, {', '.join(RAMACHANDRAN)}: {text[0]}; weighted {text[1]}"
 
 
 def main() -> None:
@@ -79,6 +109,8 @@ def main() -> None:
                 if ensemble == "samples" and found.samples.get("relative_ess") is not None:
                     text += f"   {found.samples['relative_ess']:.3f}"
                 print(text)
+        if (text := draws(folder)) is not None:
+            print(f"seed {seed}: {text}")
 
 
 if __name__ == "__main__":
