@@ -118,8 +118,8 @@ class SamplerConfig(_Section):
     """Capped descent steps; they act on forces above force_cap only."""
     force_cap: float = Field(10000.0, gt=0)
     """kJ/mol/nm, far above thermal forces."""
-    n_equilibration: int = Field(80, ge=0)
-    """Steps after the warm start; with a third of it the left-handed state of alanine dipeptide came out 0.1 kT lower."""
+    n_equilibration: int = Field(40, ge=0)
+    """Steps after the warm start: mean forces are biased for the first 50 to 100 fs."""
     n_frames: int = Field(8, ge=1)
     stride: int = Field(4, ge=1)
     """Steps between two frames."""
@@ -148,7 +148,7 @@ class PMFConfig(_Section):
     """Updates of the fast atoms' response to the slow ones in each round; it takes noise out of the mean forces."""
     final_updates: int = Field(2000, ge=1)
     """Updates of the last fit, which starts anew on all mean forces."""
-    explore_height: float = Field(3.0, gt=0)
+    explore_height: float = Field(5.0, gt=0)
     """How far above the model half of the mean forces are measured, kT of free energy."""
     flow_learning_rate: float = Field(5e-3, gt=0)
     flow_batch_size: int = Field(512, ge=2)
@@ -163,7 +163,7 @@ class StoppingConfig(_Section):
 
     held_out: float = Field(2.0, gt=0)
     """Error of predicted mean forces before they are fitted, over their noise; chains know their noise to about 1.5."""
-    free_energy_error: float = Field(0.07, gt=0)
+    free_energy_error: float = Field(0.05, gt=0)
     """kT; largest error, and largest change in three rounds, of the free energy of any torsion state above 0.5 %."""
     ess: float = Field(0.98, gt=0, lt=1)
     """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""
