@@ -4,8 +4,8 @@
 
 Fits the potential of mean force of a finished run anew for every round, from the mean forces that the training had then
 and with what it knew of the fast atoms' response by then, and weighs the final flow's samples with each. A row for
-each: energy evaluations so far, populations, and free energies minus the reference's in kT, relative to the reference's main
-basin.
+each: energy evaluations so far, populations, and free energies minus the reference's in kT, relative to the
+reference's main basin.
 """
 
 from __future__ import annotations
