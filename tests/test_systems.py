@@ -106,7 +106,8 @@ def test_valine_has_its_methyl_groups_in_the_order_of_iupac(systems):
 def test_ff96_keeps_its_obc1(systems):
     """OBC1 has no built-in force: turned into OBC2 it would be another energy function."""
     config = load_config(systems / "alanine_dipeptide_ff96" / "alanine_dipeptide_ff96.yaml")
-    forces = {force.getName(): force for force in MolecularSystem.from_files(config.system).system.getForces()}
+    molecule = MolecularSystem.from_files(config.system)  # kept: its forces live no longer than it does
+    forces = {force.getName(): force for force in molecule.system.getForces()}
     assert "GBSAOBCForce" not in forces
     assert "tanh(0.8*psi+2.909125*psi^3)" in forces["CustomGBForce"].getComputedValueParameters(1)[1]
 
