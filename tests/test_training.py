@@ -143,7 +143,7 @@ def test_invalid_replicas_are_as_if_never_drawn():
     good = torch.ones(50, dtype=torch.bool)
     good[[0, 17, 30]] = False
     for largest in (math.inf, 1.0):
-        alone = MeanForce(*(tensor[good] for tensor in force))
+        alone = MeanForce(*(tensor[good] for tensor in force[:5]))
         expected = reverse_kl_gradient(flow, plane, base[good], z[good], alone, largest)
         gradient = gradient_of(flow)
         spoilt = torch.where(good[:, None], force.gradient, math.nan)
