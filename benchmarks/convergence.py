@@ -64,12 +64,11 @@ def main() -> None:
         for part, count in zip(kept.rounds, evaluations, strict=False):
             growing.rounds.append(part)
             data = growing.data()
-            parts, valid = ChainParts(data["slow"], data["fast"]), torch.ones(len(data["z"]), dtype=torch.bool)
+            parts = ChainParts(data["slow"], data["fast"])
             pmf = new_pmf(config, model.scaffold)
             with torch.enable_grad():
                 response_fitter.fit(data["z"], parts, config.pmf.response_updates, generator)
-                gradient, variance = response.mean_force(data["z"], parts, valid)
-                data |= {"gradient": gradient, "variance": variance}
+                data = response.corrected(data)
                 fitter, n = PMFFitter(pmf, config.pmf.learning_rate), _N_BLOCKS
                 for k in range(n):
                     fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)

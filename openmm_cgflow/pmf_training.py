@@ -185,13 +185,7 @@ class PMFTrainer:
 
     def _data(self) -> dict[str, Tensor]:
         """All mean forces, with the noise removed that the response explains by now."""
-        data = self.buffer.data()
-        if "fast" not in data:
-            return data
-        valid = torch.ones(len(data["z"]), dtype=torch.bool)
-        parts = ChainParts(data["slow"], data["fast"])
-        gradient, variance = self.response.mean_force(data["z"], parts, valid)
-        return data | {"gradient": gradient, "variance": variance}
+        return self.response.corrected(self.buffer.data())
 
     def _polish(self) -> dict[str, float]:
         cycle = self._polish_cycle * _POLISH

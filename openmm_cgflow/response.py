@@ -83,6 +83,14 @@ class FastResponse(nn.Module):
         gradient, variance = mean_and_variance(corrected, valid)
         return gradient, variance.float()
 
+    def corrected(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``MeanForceBuffer.data()`` without the noise that the response explains; as it is without parts of chains."""
+        if "fast" not in data:
+            return data
+        valid = torch.ones(len(data["z"]), dtype=torch.bool)  # others are not in the buffer
+        gradient, variance = self.mean_force(data["z"], ChainParts(data["slow"], data["fast"]), valid)
+        return data | {"gradient": gradient, "variance": variance}
+
     @torch.no_grad()
     def follow(self, y: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """Fast coordinates, shape (B, n_fast, 3), moved along with z from ``start`` to ``end``: y + m(end) - m(start).

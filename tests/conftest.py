@@ -24,6 +24,17 @@ def systems():
     return _ROOT / "systems"
 
 
+@pytest.fixture(scope="module")
+def few_tests():
+    """Small batches of test samples and short blocks of updates: most of the time would go there."""
+    from openmm_cgflow import pmf_training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pmf_training, "_N_TEST", 512)
+        patch.setattr(pmf_training, "_POLISH", 5)
+        yield
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not _has_gpu():

@@ -24,10 +24,12 @@ import torch
 import yaml
 from openmm import app, unit
 
-from openmm_cgflow import __version__, platforms, pmf_training, runner, session
+from openmm_cgflow import __version__, platforms, runner, session
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import load_config
 from openmm_cgflow.export import read_colvar
+
+pytestmark = pytest.mark.usefixtures("few_tests")
 
 TINY = (
     "sampler.n_replicas=16", "sampler.n_pool_steps=20", "sampler.n_workers=1", "sampler.platform=Reference",
@@ -51,15 +53,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_tests():
-    """Small batches of test samples and short blocks of updates: most of the time would go there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pmf_training, "_N_TEST", 512)
-        patch.setattr(pmf_training, "_POLISH", 5)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from openmm_cgflow import (
     ReplicaError,
     load,
     load_config,
-    pmf_training,
     train,
 )
 from openmm_cgflow.export import read_colvar
@@ -24,6 +23,8 @@ from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.scaffold import Scaffold
 
 OMEGAS = ("ACE:CH3 ACE:C ALA:N ALA:CA", "ALA:CA ALA:C NME:N NME:C")
+pytestmark = pytest.mark.usefixtures("few_tests")
+
 COMMON = (
     "sampler.n_replicas=16",
     "sampler.n_pool_steps=50",
@@ -58,15 +59,6 @@ TINY_LADDER = (
     "training.n_steps=3",
     "training.n_steps_last=4",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_tests():
-    """Small batches of test samples and short blocks of updates: most of the time would go there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pmf_training, "_N_TEST", 512)
-        patch.setattr(pmf_training, "_POLISH", 5)
-        yield
 
 
 @pytest.fixture(scope="module")
