@@ -91,11 +91,11 @@ class CoordinatesConfig(_Section):
 class FlowConfig(_Section):
     """Sizes of the spline coupling flow."""
 
-    n_layers: int = Field(6, ge=2)
+    n_layers: int = Field(8, ge=2)
     """Coupling layers of the torsions."""
     n_bounded_layers: int = Field(2, ge=2)
     """Coupling layers of the bounded coordinates given the torsions."""
-    n_bins: int = Field(8, ge=2)
+    n_bins: int = Field(12, ge=2)
     hidden_features: list[int] = [64, 64]
 
 

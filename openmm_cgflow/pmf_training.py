@@ -28,7 +28,6 @@ from openmm_cgflow.response import FastResponse, ResponseFitter
 __all__ = ["PMFTrainer", "state_populations"]
 
 _N_TEST = 16384  # flow samples behind every effective sample size and population
-_N_POOL = 32768  # flow samples behind the torsions of one block of updates of the flow alone
 _N_PROBE = 512  # flow samples at each gamma of the search for the exploring one
 _GAMMAS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.23, 0.32, 0.45, 0.64)
 _SMALLEST_POPULATION = 0.005  # states rarer than this do not count for convergence
@@ -189,11 +188,10 @@ class PMFTrainer:
 
     def _polish(self) -> dict[str, float]:
         cycle = self._polish_cycle * _POLISH
-        pool = weighted_samples(self.flow, self.pmf, self.coordinates, _N_POOL, self.generator)
         for k in range(_POLISH):
             progress = (self.n_polish % self._polish_cycle * _POLISH + k) / cycle
             scale = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-            self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9, pool=pool)
+            self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9)
         self.n_polish += 1
         row = self._test()
         if self.n_polish % self._polish_cycle == 0:
