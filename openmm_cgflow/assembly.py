@@ -1,7 +1,8 @@
-"""All-atom structures from slow coordinates z and fast internal coordinates y, and back."""
+"""All-atom structures from slow coordinates z and fast coordinates y, and back."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,14 +14,84 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.internal import Placement, signed_volumes
 from openmm_cgflow.zmatrix import ZMatrix
 
-__all__ = ["Assembly"]
+__all__ = ["Assembly", "MoleculeAssembly", "ParticleAssembly"]
 
 
-class Assembly(nn.Module):
-    """x = f(z, y) (paper eq. 2): slow atoms from z, then every fast atom in a frame of atoms placed before it.
+class Assembly(nn.Module, ABC):
+    """x = f(z, y) (paper eq. 2), invertible.
 
     The volume element of y does not depend on z, so the fast coordinates may be held while z moves: this is what the
     co-moving estimator does.
+
+    Attributes:
+        coordinates: Description of the slow atoms.
+    """
+
+    def __init__(self, coordinates: Coordinates) -> None:
+        super().__init__()
+        self.coordinates = coordinates
+
+    @property
+    def slow(self) -> Sequence[int]:
+        """Slow atom indices in the order of the coordinates' positions."""
+        return self.coordinates.atoms
+
+    def read_slow(self, xyz: Tensor) -> Tensor:
+        """z of all-atom positions, shape (..., n_features)."""
+        return self.coordinates.from_xyz(xyz[..., list(self.slow), :])
+
+    @property
+    def n_stereocentres(self) -> int:
+        """Number of stereocentres whose handedness is known."""
+        return 0
+
+    @abstractmethod
+    def build(self, z: Tensor, y: Tensor) -> Tensor:
+        """All-atom positions in the standard frame of the slow atoms, nm, shape (..., n_atoms, 3)."""
+
+    @abstractmethod
+    def read_fast(self, xyz: Tensor) -> Tensor:
+        """y of all-atom positions: three coordinates of each fast atom, shape (..., n_fast, 3)."""
+
+    @abstractmethod
+    def log_volume_fast(self, y: Tensor) -> Tensor:
+        """Logarithm of the volume element of the fast atoms' positions in y, shape (..., n_fast, 3) -> (...,)."""
+
+    @abstractmethod
+    def same_handedness(self, xyz: Tensor) -> Tensor:
+        """Whether every stereocentre has the input structure's handedness, shape (...,) bool."""
+
+
+class ParticleAssembly(Assembly):
+    """Particles without bonds: y are the positions of the fast ones, nm.
+
+    Arguments:
+        coordinates: Description of the slow particles.
+        fast: Indices of the others, in rising order.
+    """
+
+    to_topology: Tensor
+
+    def __init__(self, coordinates: Coordinates, fast: Sequence[int]) -> None:
+        super().__init__(coordinates)
+        self.fast = list(fast)
+        self.register_buffer("to_topology", torch.as_tensor(np.argsort([*coordinates.atoms, *fast])))
+
+    def build(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.cat((self.coordinates.to_xyz(z), y), dim=-2)[..., self.to_topology, :]
+
+    def read_fast(self, xyz: Tensor) -> Tensor:
+        return xyz[..., self.fast, :].clone()
+
+    def log_volume_fast(self, y: Tensor) -> Tensor:
+        return 0.0 * y.sum((-1, -2))  # its gradient is asked for
+
+    def same_handedness(self, xyz: Tensor) -> Tensor:
+        return torch.ones(xyz.shape[:-2], dtype=torch.bool)
+
+
+class MoleculeAssembly(Assembly):
+    """Slow atoms from z, then every fast atom in a frame of atoms placed before it; y are bonds, angles, dihedrals.
 
     Arguments:
         coordinates: Description of the slow atoms.
@@ -39,8 +110,7 @@ class Assembly(nn.Module):
     def __init__(
         self, coordinates: Coordinates, fast: ZMatrix, stereocentres: np.ndarray, positions: np.ndarray
     ) -> None:
-        super().__init__()
-        self.coordinates = coordinates
+        super().__init__(coordinates)
         self.placement = Placement(fast, np.array(coordinates.atoms))
         self.register_buffer("to_topology", torch.as_tensor(np.argsort(self.placement.order)))
         self.register_buffer("stereocentres", torch.as_tensor(stereocentres))
@@ -60,27 +130,17 @@ class Assembly(nn.Module):
                 )
 
     @property
-    def slow(self) -> Sequence[int]:
-        """Slow atom indices in the order of the coordinates' positions."""
-        return self.coordinates.atoms
+    def n_stereocentres(self) -> int:
+        return len(self.stereocentres)
 
     def build(self, z: Tensor, y: Tensor) -> Tensor:
-        """All-atom positions in the standard frame of the slow atoms, nm, shape (..., n_atoms, 3)."""
         return self.placement(self.coordinates.to_xyz(z), y)[..., self.to_topology, :]
 
     def read_fast(self, xyz: Tensor) -> Tensor:
-        """y of all-atom positions: bond, angle, dihedral of each fast atom, shape (..., n_fast, 3)."""
         return self.placement.read(xyz)
 
-    @staticmethod
-    def log_volume_fast(y: Tensor) -> Tensor:
-        """Logarithm of the volume element of the fast atoms' positions in y, shape (..., n_fast, 3) -> (...,)."""
+    def log_volume_fast(self, y: Tensor) -> Tensor:
         return (2 * torch.log(y[..., 0]) + torch.log(torch.sin(y[..., 1]))).sum(-1)
 
-    def read_slow(self, xyz: Tensor) -> Tensor:
-        """z of all-atom positions, shape (..., n_features)."""
-        return self.coordinates.from_xyz(xyz[..., list(self.slow), :])
-
     def same_handedness(self, xyz: Tensor) -> Tensor:
-        """Whether every stereocentre has the input structure's handedness, shape (...,) bool."""
         return (torch.sign(signed_volumes(xyz, self.stereocentres)) == self.handedness).all(-1)

@@ -65,7 +65,7 @@ def dry_run(config: Config) -> Iterator[str]:
         n_circular = coordinates.n_circular
         yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {n_circular} of them torsions"
         yield from (f"  {name}" for name in coordinates.names)
-        yield f"handedness: {len(scaffold.assembly.stereocentres)} stereocentre(s)"
+        yield f"handedness: {scaffold.assembly.n_stereocentres} stereocentre(s)"
         if rotamers := scaffold.fast_rotamers():
             yield f"warning: {rotamer_warning(rotamers)}"
         yield f"engine: {engine.description}"

@@ -23,6 +23,7 @@ __all__ = [
     "SamplingConfig",
     "StoppingConfig",
     "SystemConfig",
+    "TargetConfig",
     "TemperingConfig",
     "TrainingConfig",
     "apply_overrides",
@@ -36,10 +37,25 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class SystemConfig(_Section):
-    """The all-atom model: one structure and one description of its energy."""
+class TargetConfig(_Section):
+    """A synthetic system of the paper, with exact answers; see ``openmm_cgflow.targets``."""
 
-    structure: Path
+    name: Literal["double_well", "gaussian_mixture"]
+    dimensions: int = Field(2, ge=1)
+    """Of z and of y, of the mixture."""
+    seed: int = Field(1, ge=0)
+    """Of the mixture's means and matrix; the system is the same whatever the seed of the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class SystemConfig(_Section):
+    """The all-atom model: one structure and one description of its energy, or a built-in target."""
+
+    structure: Path | None = None
     """PDB, mmCIF, Amber inpcrd/rst7 or GROMACS gro file with the starting positions."""
     forcefield: list[str] = []
     """OpenMM force-field XML files, as in ``openmm.app.ForceField(...)``."""
@@ -53,9 +69,17 @@ class SystemConfig(_Section):
     """Implicit solvent for Amber, GROMACS and CHARMM topologies (with XML force fields, name its XML file)."""
     include_dir: Path | None = None
     """Where GROMACS include files live."""
+    target: TargetConfig | None = None
+    """A synthetic system with exact answers, instead of files."""
 
     @model_validator(mode="after")
     def _one_energy(self) -> Self:
+        if self.target is not None:
+            if any(value for name, value in self if name != "target"):
+                raise ValueError("a target takes no files: leave out everything else in this section")
+            return self
+        if self.structure is None:
+            raise ValueError("system.structure is required, but missing: the file with the starting positions")
         given = [bool(self.forcefield), self.topology is not None, self.system_xml is not None]
         if sum(given) != 1:
             raise ValueError("give exactly one of forcefield (XML names), topology (prmtop, top or psf) and system_xml")
@@ -74,7 +98,11 @@ class PartitionConfig(_Section):
 class CoordinatesConfig(_Section):
     """How the slow atoms are described."""
 
-    kind: Literal["internal", "cartesian"] = "internal"
+    kind: Literal["internal", "cartesian", "box"] = "internal"
+    """``internal``: torsions, bonds and angles; ``cartesian``: the paper's, six coordinates fixed by three atoms;
+    ``box``: the x of particles that no bonds connect, for synthetic targets."""
+    box: float = Field(10.0, gt=0)
+    """Box only: half of its edge, nm. Its walls are one and the same point, so the density must vanish before them."""
     reference_atoms: tuple[int, int, int] | None = None
     """Cartesian only: the atoms at the origin, on the x axis and in the xy plane (0-based, bonded in a row)."""
     peptide_bonds: Literal["keep", "sample"] = "keep"
@@ -243,6 +271,8 @@ class Config(_Section):
             raise ValueError(
                 "coordinates: cartesian has no torsions to explore; it goes with training.method reverse_kl"
             )
+        if self.system is not None and (self.system.target is not None) != (self.coordinates.kind == "box"):
+            raise ValueError("coordinates.kind box goes with system.target, and the other way round")
         return self
 
 

@@ -21,14 +21,14 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.internal import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.zmatrix import ZMatrix
 
-__all__ = ["CartesianCoordinates", "Coordinates", "InternalCoordinates"]
+__all__ = ["BoxCoordinates", "CartesianCoordinates", "Coordinates", "InternalCoordinates"]
 
 _SMALLEST_BOND = 0.03  # nm
 _SMALLEST_SINE = 0.05  # rad from a straight or a folded angle
 
 
 class Coordinates(nn.Module):
-    """Base of the two descriptions: feature names, the circle, and the scaling of bounded features.
+    """Base of all descriptions: feature names, the circle, and the scaling of bounded features.
 
     Attributes:
         atoms: Slow atom indices in the order of the positions, shape (n_slow,).
@@ -239,3 +239,32 @@ class CartesianCoordinates(Coordinates):
     def log_volume(self, z: Tensor) -> Tensor:
         values = self.to_physical(z)
         return 2 * torch.log(values[..., 0]) + torch.log(values[..., 2]) + self._log_scale()
+
+
+class BoxCoordinates(Coordinates):
+    """The x of particles in a box whose two walls are one point, so that z is a point on a torus.
+
+    What explores and weighs the torsions of molecules then does the same for a target of several modes. The density
+    must have vanished before the walls. y and z of the particles are zero. J is constant.
+
+    Arguments:
+        atoms: Slow particles.
+        labels: A label per particle of the topology.
+        half_edge: The box is [-half_edge, half_edge), nm.
+    """
+
+    def __init__(self, atoms: Sequence[int], labels: Sequence[str], half_edge: float) -> None:
+        n = len(atoms)
+        names = [f"x {labels[i]}" for i in atoms]
+        super().__init__(atoms, names, np.ones(n, dtype=bool), np.full(n, -math.pi), np.full(n, math.pi), math.pi)
+        self.half_edge = half_edge
+
+    def to_xyz(self, z: Tensor) -> Tensor:
+        x = z * (self.half_edge / math.pi)
+        return torch.stack((x, torch.zeros_like(x), torch.zeros_like(x)), dim=-1)
+
+    def from_xyz(self, xyz: Tensor) -> Tensor:
+        return self.from_physical(xyz[..., 0] * (math.pi / self.half_edge))
+
+    def log_volume(self, z: Tensor) -> Tensor:
+        return 0.0 * z.sum(-1)  # its gradient is asked for

@@ -16,6 +16,7 @@ from torch import Tensor
 from openmm_cgflow.averaging import RunningAverage
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.meanforce import shortened
 from openmm_cgflow.pmf import PMF
 from openmm_cgflow.tempering import relative_ess
 
@@ -25,6 +26,9 @@ _FROM_SAME = 0.7  # fraction of the updates whose proposals have the gamma that 
 _LARGEST_WEIGHT = 30.0  # over the mean weight; a single sample must not be the whole gradient
 _LARGEST_NORM = 10.0  # of the gradient
 _AVERAGING = 0.98  # of the running average of the flow, per update
+_FIRST_REACH = 0.02  # gamma that the training starts with
+_RISE = 1.15  # of the reach in an update, or its inverse
+_ENOUGH, _TOO_FEW = 0.3, 0.1  # relative effective sample sizes of a batch at which the reach rises or falls
 _LARGEST_FORCE = 5.0  # over the batch's median
 
 
@@ -74,11 +78,15 @@ class FlowFitter:
         coordinates: For log J.
         learning_rate: Of Adam.
         batch_size: Samples of one update.
+
+    Attributes:
+        reach: The largest gamma that is trained. It rises to 1 while the flow's samples there are like the target's:
+            far from it a handful of a batch would have all the weight, and there would be nothing to learn from.
     """
 
     def __init__(self, flow: CGFlow, coordinates: Coordinates, learning_rate: float, batch_size: int) -> None:
         self.networks, self.coordinates = RunningAverage(flow, _AVERAGING), coordinates
-        self.learning_rate, self.batch_size = learning_rate, batch_size
+        self.learning_rate, self.batch_size, self.reach = learning_rate, batch_size, _FIRST_REACH
         self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
 
     def update(
@@ -94,7 +102,7 @@ class FlowFitter:
             pmf: What to train on.
             generator: Source of all randomness.
             scale: Multiplies the learning rate.
-            at_one: Probability that it trains the model itself, gamma = 1.
+            at_one: Probability that it trains the largest gamma, in the end the model itself.
         """
         gamma, gamma_from = self._draw_gammas(generator, at_one)
         flow = self.networks.trained
@@ -104,10 +112,12 @@ class FlowFitter:
         phi, gradient = pmf.value_and_gradient(z.double())
         at = z.detach().requires_grad_()
         log_volume, log_bounded = self.coordinates.log_volume(at), flow.log_prob_bounded(at)
-        (own,) = torch.autograd.grad((log_bounded - log_volume).sum(), at)
-        free_energy = phi - log_volume.detach() + log_bounded.detach()
-        loss = self._reverse_kl_of_bounded(base, z, gradient.to(flow.dtype), own)
+        loss = torch.zeros(())
+        if flow.n_bounded:
+            (own,) = torch.autograd.grad((log_bounded - log_volume).sum(), at)
+            loss = loss + self._reverse_kl_of_bounded(base, z, gradient.to(flow.dtype), own)
         if flow.n_circular:
+            free_energy = phi - log_volume.detach() + log_bounded.detach()
             loss = loss + self._forward_kl_of_torsions(z, free_energy, gamma, gamma_from)
         self.optimizer.zero_grad()
         loss.backward()
@@ -120,15 +130,15 @@ class FlowFitter:
 
     def _draw_gammas(self, generator: torch.Generator, at_one: float) -> tuple[float, float]:
         uniform = torch.rand(4, generator=generator).tolist()
-        gamma = 1.0 if uniform[0] < at_one else uniform[1] ** 2  # densities change fastest near gamma = 0
+        # Densities change fastest near gamma = 0.
+        gamma = self.reach * (1.0 if uniform[0] < at_one else uniform[1] ** 2)
         return gamma, gamma * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
 
     def _reverse_kl_of_bounded(self, base: Tensor, z: Tensor, gradient: Tensor, own: Tensor) -> Tensor:
         """Surrogate whose gradient is that of KL(q(bounded | torsions) || p(bounded | torsions))."""
         n = self.networks.trained.n_circular
-        gradient = gradient[:, n:]  # the torsions' part may be a hundred times as long, and has no say here
-        length = gradient.norm(dim=-1, keepdim=True)
-        gradient = gradient * (_LARGEST_FORCE * length.median() / length.clamp(min=1e-30)).clamp(max=1.0)
+        # The torsions' part may be a hundred times as long, and has no say here.
+        gradient = shortened(gradient[:, n:], _LARGEST_FORCE)
         residual = gradient + own[:, n:]
         residual = torch.where(torch.isfinite(residual).all(-1, keepdim=True), residual, 0.0)
         bounded = self.networks.trained.map_bounded(z[:, :n], base[:, n:])
@@ -149,16 +159,27 @@ class FlowFitter:
         log_new = flow.log_prob_torsions(z, gamma)
         with torch.no_grad():
             log_old = log_new if gamma == gamma_from else flow.log_prob_torsions(z, gamma_from)
-            target = _clipped_softmax(-gamma * free_energy - log_old.double())
+            log_weights = -gamma * free_energy - log_old.double()
+            if gamma == gamma_from == self.reach:
+                self._move_reach(relative_ess(log_weights))
+            target = _clipped_softmax(log_weights)
             own = _clipped_softmax((log_new - log_old).double())
         return -((target - own).to(log_new.dtype) * log_new).sum()
 
+    def _move_reach(self, ess: float) -> None:
+        if ess > _ENOUGH:
+            self.reach = min(1.0, _RISE * self.reach)
+        elif ess < _TOO_FEW:
+            self.reach = max(_FIRST_REACH, self.reach / _RISE)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
+        networks, optimizer = self.networks.state_dict(), self.optimizer.state_dict()
+        return {"networks": networks, "optimizer": optimizer, "reach": self.reach}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.networks.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.reach = state["reach"]
 
 
 def _clipped_softmax(log_weights: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def check_trajectory_path(path: Path) -> None:
 
 
 def write_trajectory(trajectory: mdtraj.Trajectory, path: Path, *, topology: Path | None = None) -> None:
-    """Writes independent frames, each centred, without unit cell.
+    """Writes independent frames as they are, without unit cell.
 
     Arguments:
         trajectory: All-atom frames, nm.
@@ -71,8 +71,7 @@ def write_trajectory(trajectory: mdtraj.Trajectory, path: Path, *, topology: Pat
         CGFlowError: If the suffix is another one or a file cannot be written.
     """
     check_trajectory_path(path)
-    centred = trajectory.xyz - trajectory.xyz.mean(axis=1, keepdims=True, dtype=np.float64)
-    frames = mdtraj.Trajectory(centred, trajectory.topology, time=np.arange(len(centred)))
+    frames = mdtraj.Trajectory(trajectory.xyz, trajectory.topology, time=np.arange(trajectory.n_frames))
     if topology is not None:
         with atomic_path(topology) as temporary:
             frames[0].save_pdb(str(temporary))

@@ -81,6 +81,11 @@ def load_files(config: SystemConfig) -> Loaded:
     return loaded._replace(notes=(*loaded.notes, *heard))
 
 
+def _structure(config: SystemConfig) -> Path:
+    assert config.structure is not None  # validated: without it there is a target, which is no file
+    return config.structure
+
+
 def load_parmed(structure: parmed.Structure, implicit_solvent: str | None, source: str) -> Loaded:
     """A System from a parametrised ParmEd structure.
 
@@ -155,7 +160,7 @@ def _follow(config: SystemConfig) -> Loaded:
 
 
 def _from_structure(config: SystemConfig) -> Loaded:
-    path = config.structure
+    path = _structure(config)
     if path.suffix.lower() == ".gro" or path.suffix.lower() not in _READERS:
         raise CGFlowError(
             f"{path}: expected a PDB (.pdb) or mmCIF (.cif) file, whose residues and bonds the force field "
@@ -372,10 +377,10 @@ def _read_positions(path: Path, readers: dict[str, Callable[[str], Any]]) -> Any
 
 def _positions_for(topology: app.Topology, config: SystemConfig, readers: dict[str, Callable[[str], Any]]) -> Any:
     """Positions of the structure file once its atoms match the topology's in number and elements."""
-    content = _read_positions(config.structure, readers)
+    content = _read_positions(_structure(config), readers)
     if len(content.positions) != topology.getNumAtoms():
         raise CGFlowError(
-            f"{config.structure} has {len(content.positions)} atoms but {config.topology} has "
+            f"{_structure(config)} has {len(content.positions)} atoms but {config.topology} has "
             f"{topology.getNumAtoms()}; they must list the same atoms in the same order"
         )
     other = getattr(content, "topology", None)

@@ -7,6 +7,7 @@ runs the chains is handed in.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -28,6 +29,7 @@ __all__ = [
     "MeanForce",
     "MeanForceEstimator",
     "MolecularMeanForce",
+    "shortened",
 ]
 
 logger = logging.getLogger(__name__)
@@ -254,6 +256,18 @@ class FastChains:
         self.quarantine = Quarantine(**state["quarantine"])
 
 
+def shortened(vectors: Tensor, multiple: float) -> Tensor:
+    """Vectors no longer than a multiple of their median length, directions kept, shape (n, n_features).
+
+    Slow atoms that overlap have forces many orders above all others, and would be the whole of any sum of squares.
+    """
+    if not len(vectors) or not math.isfinite(multiple):
+        return vectors
+    largest = vectors.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    length = largest * (vectors / largest).norm(dim=-1, keepdim=True)  # squares of 1e20 would not fit in float32
+    return vectors * (multiple * length.median() / length.clamp(min=largest)).clamp(max=1.0)
+
+
 def frame_gradients(assembly: Assembly, z: Tensor, frames: Frames, beta: float, estimator: str) -> Tensor:
     """d(beta U)/dz of every frame, shape (B, n_frames, n_features).
 
@@ -325,7 +339,7 @@ def mean_and_variance(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     pooled = torch.where(usual[:, None], away, 0.0)[valid]
     half = n // 2
     apart = (pooled[:, :half].mean(dim=1) - pooled[:, n - half :].mean(dim=1)).square().sum(dim=0)
-    ratio = apart / pooled.square().sum(dim=(0, 1)).clamp(min=1e-300)
+    ratio = apart / pooled.square().sum(dim=(0, 1)).clamp(min=torch.finfo(pooled.dtype).tiny)  # no noise at all
     ratios, factors = _autoregression(n)
     return mean, spread * torch.as_tensor(np.interp(ratio.numpy(), ratios, factors))
 

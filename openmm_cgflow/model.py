@@ -234,7 +234,8 @@ class CGModel:
         xyz, slow, log_q, energy = arrays
         log_weight = None if self.pmf is None else self.log_weights(slow)
         trajectory = mdtraj.Trajectory(xyz, self.molecular_system.mdtraj_topology, time=np.arange(n))
-        trajectory.center_coordinates()
+        if len(self.molecular_system.bonds):  # a target's particles lie in an external field
+            trajectory.center_coordinates()
         return Samples(trajectory, slow, log_q, log_weight, energy, n_rejected)
 
     def state(self) -> dict[str, Any]:

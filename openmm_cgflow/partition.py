@@ -179,6 +179,8 @@ def _check(molecular_system: MolecularSystem, slow: list[int], name: str) -> Non
         )
     if len(slow) == n_atoms:
         raise CGFlowError(f"{name}: all {n_atoms} atoms are selected; at least one must stay fast")
+    if not len(molecular_system.bonds):  # particles of a target; the atoms of a molecule are connected
+        return
     position = {atom: k for k, atom in enumerate(slow)}
     bonds = [(position[int(i)], position[int(j)]) for i, j in molecular_system.bonds if i in position and j in position]
     parts = connected_components(len(slow), bonds)

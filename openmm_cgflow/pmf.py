@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openmm_cgflow.averaging import RunningAverage
 from openmm_cgflow.flow import periodic_features
-from openmm_cgflow.meanforce import MeanForce
+from openmm_cgflow.meanforce import MeanForce, shortened
 
 __all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "held_out_error"]
 
@@ -24,6 +24,9 @@ __all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "held_out_error"]
 # times the thermal ones, would otherwise be all the fit looks at. The size is the *predicted* one: weights that depend
 # on what was measured, as in a robust loss, bias the fit, because the noise near contacts is skewed.
 _RELATIVE_ERROR, _SMALLEST_ERROR = 0.05, 0.1
+# Longer mean forces, as multiples of the median, come from slow atoms that overlap and say no more than: not here. A
+# nearer limit would be a robust loss on what matters.
+_LONGEST = 30.0
 _AVERAGING = 0.995  # of the running average of the networks, per update
 _MEDIAN_OF_NORMAL = 0.6745  # of |x|, x a standard normal
 _SCALE = 3.0  # kT, of what the networks add to the harmonic prior
@@ -155,7 +158,7 @@ class PMFFitter:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = scale * self.learning_rate
-        z, gradient, weights = data["z"], data["gradient"], data["weights"]
+        z, gradient, weights = data["z"], shortened(data["gradient"], _LONGEST), data["weights"]
         noise = data["variance"].median(0).values + _SMALLEST_ERROR**2
         total = 0.0
         for _ in range(n_updates):
@@ -184,8 +187,9 @@ def held_out_error(pmf: PMF, z: Tensor, force: MeanForce) -> float:
     """How far mean forces that the fit has not seen are from its prediction, in units of their noise.
 
     The median over all features of all valid replicas of |predicted - measured| / standard error, divided by what it
-    is for pure noise: 1 where nothing is left to learn.
+    is for pure noise: 1 where nothing is left to learn. Noise counts as no smaller than what the fit aims at.
     """
     _, predicted = pmf.value_and_gradient(z[force.valid])
-    ratio = (predicted - force.gradient[force.valid]).abs() / force.variance[force.valid].sqrt().clamp(min=1e-12)
+    error = force.variance[force.valid].sqrt().clamp(min=_SMALLEST_ERROR)
+    ratio = (predicted - force.gradient[force.valid]).abs() / error
     return float(ratio.median() / _MEDIAN_OF_NORMAL)

@@ -20,6 +20,7 @@ from torch import Tensor
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.distillation import FlowFitter, WeightedSamples, weighted_samples
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.meanforce import ChainParts, MeanForceEstimator
 from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error
@@ -154,6 +155,11 @@ class PMFTrainer:
             force = force._replace(gradient=gradient, variance=variance)
         held_out = held_out_error(self.pmf, z, force)
         misfit = self.pmf_fitter.fit(self._data(), self.config.pmf.n_updates, self.generator)
+        if not math.isfinite(misfit):
+            raise CGFlowError(
+                f"the fit of the potential of mean force diverged in round {len(self.buffer.rounds)}; the last "
+                "checkpoint was written before. Try a smaller pmf.learning_rate"
+            )
         for _ in range(self.config.pmf.flow_updates):
             self.flow_fitter.update(self.pmf, self.generator)
         self._choose_gamma()

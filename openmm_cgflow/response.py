@@ -27,6 +27,7 @@ __all__ = ["FastResponse", "ResponseFitter"]
 
 _LARGEST = 3.0  # thermal widths, of a displacement that is acted on
 _SMALLEST_NOISE = 0.1  # kT per unit of z; less does not matter
+_LARGEST_BALANCE = 10.0  # kT per thermal width, root mean square over a chain's fast coordinates
 _LEARNING_RATE = 3e-3
 _AVERAGING = 0.99  # of the running average, per update
 _BATCH_SIZE = 256  # chains of one update
@@ -71,6 +72,14 @@ class FastResponse(nn.Module):
             (gradient,) = torch.autograd.grad(work, at, create_graph=create_graph)
         return gradient
 
+    def thermal(self, balance: Tensor) -> Tensor:
+        """Which chains have thermal forces on their fast coordinates, shape (B, n_parts, 3 n_fast) -> (B,) bool.
+
+        In a close contact these are thousands of times the usual ones, do not average to zero within a short chain,
+        and would bring more noise than any response takes away.
+        """
+        return (balance.float() * self.widths).square().mean((1, 2)) < _LARGEST_BALANCE**2
+
     def mean_force(self, z: Tensor, parts: ChainParts, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The mean force and its squared standard error, float32, shape (B, n_features) each.
 
@@ -79,7 +88,9 @@ class FastResponse(nn.Module):
             parts: Of the chains at z.
             valid: Shape (B,) bool.
         """
-        corrected = parts.slow.float() + self.correction(z, parts.fast)
+        correction = self.correction(z, parts.fast)
+        correction = torch.where(self.thermal(parts.fast)[:, None, None], correction, 0.0)
+        corrected = parts.slow.float() + correction
         gradient, variance = mean_and_variance(corrected, valid)
         return gradient, variance.float()
 
@@ -124,7 +135,9 @@ class ResponseFitter:
             generator: Source of all randomness.
             final: Lets the learning rate fall to zero.
         """
-        slow, fast = (part.float() - part.float().mean(1, keepdim=True) for part in parts)
+        thermal = self.networks.trained.thermal(parts.fast)
+        z = z[thermal]
+        slow, fast = (part[thermal].float() - part[thermal].float().mean(1, keepdim=True) for part in parts)
         own = slow.square().mean(1, keepdim=True)
         # Chains in close contact, with a hundred times the usual noise, count as one like any other; features without
         # noise do not count.

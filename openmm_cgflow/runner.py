@@ -180,7 +180,7 @@ def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
         "%d slow coordinates, %d of them torsions; %d stereocentres",
         coordinates.n_features,
         coordinates.n_circular,
-        len(scaffold.assembly.stereocentres),
+        scaffold.assembly.n_stereocentres,
     )
     logger.info(engine.description)
     if rotamers := scaffold.fast_rotamers():

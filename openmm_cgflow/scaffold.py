@@ -1,7 +1,9 @@
-"""What a molecule and a configuration determine before any training: Z-matrices, scales, coordinates, assembly."""
+"""What a system and a configuration determine before any training: coordinates, scales, assembly."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.assembly import Assembly
+from openmm_cgflow.assembly import Assembly, MoleculeAssembly, ParticleAssembly
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates import CartesianCoordinates, Coordinates, InternalCoordinates
+from openmm_cgflow.coordinates import BoxCoordinates, CartesianCoordinates, Coordinates, InternalCoordinates
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.harmonic import Evaluate, HarmonicReference
 from openmm_cgflow.meanforce import FastChains
@@ -19,6 +21,7 @@ from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.tempering import start_temperature
+from openmm_cgflow.units import thermal_beta
 from openmm_cgflow.zmatrix import (
     ZMatrix,
     amide_bonds,
@@ -29,20 +32,21 @@ from openmm_cgflow.zmatrix import (
     stereocentres,
 )
 
-__all__ = ["Scaffold", "rotamer_warning"]
+__all__ = ["MoleculeScaffold", "ParticleScaffold", "Scaffold", "rotamer_warning"]
 
 _WIDTH_OF_SOFT_TORSIONS = 0.3  # rad, within one of their wells
+_STEP = 1e-3  # nm, of finite differences between particles
+_SOFTEST = 1e-3  # kJ/mol/nm^2
 _FITTED = ("centre", "hessian", "scan")  # of the harmonic reference
 
 
 @dataclass(frozen=True)
-class Scaffold:
-    """What a molecule and a configuration determine before any training."""
+class Scaffold(ABC):
+    """What a system and a configuration determine before any training."""
 
     config: Config
     molecular_system: MolecularSystem
     partition: Partition
-    harmonic: HarmonicReference
     assembly: Assembly
 
     @classmethod
@@ -54,18 +58,129 @@ class Scaffold:
         evaluate: Evaluate | None = None,
         saved: dict[str, Any] | None = None,
     ) -> Scaffold:
-        """Z-matrices, harmonic reference, coordinates and assembly.
+        """Coordinates, assembly, and what the energy says of widths.
 
         Arguments:
             config: Sections ``coordinates``, ``tempering`` and ``temperature`` are used.
-            molecular_system: The molecule.
+            molecular_system: The molecule, or the particles of a target.
             partition: Slow and fast atoms.
-            evaluate: Energies and forces, to fit the harmonic reference.
+            evaluate: Energies and forces, to measure widths with.
             saved: :meth:`saved_arrays` of an earlier build, instead of ``evaluate``.
 
         Raises:
             CGFlowError: If the slow atoms contain a ring or a straight chain, or the energy is not finite.
         """
+        kind = ParticleScaffold if config.coordinates.kind == "box" else MoleculeScaffold
+        return kind.build(config, molecular_system, partition, evaluate, saved)
+
+    @abstractmethod
+    def fast_rotamers(self) -> list[str]:
+        """Torsions among the fast atoms that move heavy atoms, as labels of their four atoms.
+
+        Short chains do not cross their barriers, so their populations are not sampled.
+        """
+
+    @abstractmethod
+    def bounded_covariance(self) -> Tensor | None:
+        """Harmonic covariance of the bounded features at the hottest temperature; None for Cartesian coordinates."""
+
+    @abstractmethod
+    def fast_widths(self) -> Tensor:
+        """Thermal widths of the three coordinates of each fast atom at the target, shape (n_fast, 3)."""
+
+    @abstractmethod
+    def saved_arrays(self) -> dict[str, Tensor]:
+        """The fitted numbers, as tensors."""
+
+    @abstractmethod
+    def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        """Thermal draw of the fast coordinates at z, shape (B, n_fast, 3)."""
+
+    def chains(self, engine: ReplicaEngine) -> FastChains:
+        """Chains of the fast atoms on an engine, with an empty pool."""
+        return FastChains(engine, self.assembly, self.draw_fast, self.config.sampler, self.config.seed)
+
+
+@dataclass(frozen=True)
+class ParticleScaffold(Scaffold):
+    """Of particles without bonds: the fast ones are drawn around their starts with the widths of the energy there.
+
+    Attributes:
+        curvature: Second derivatives of the energy in the fast positions, kJ/mol/nm^2, shape (n_fast, 3).
+    """
+
+    curvature: np.ndarray
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        molecular_system: MolecularSystem,
+        partition: Partition,
+        evaluate: Evaluate | None = None,
+        saved: dict[str, Any] | None = None,
+    ) -> ParticleScaffold:
+        labels = [molecular_system.atom_label(i) for i in range(molecular_system.n_atoms)]
+        coordinates = BoxCoordinates(partition.slow, labels, config.coordinates.box)
+        if saved is not None:
+            curvature = saved["curvature"].numpy()
+        else:
+            assert evaluate is not None
+            curvature = _curvature(evaluate, molecular_system.positions, partition.fast)
+        return cls(config, molecular_system, partition, ParticleAssembly(coordinates, partition.fast), curvature)
+
+    def fast_rotamers(self) -> list[str]:
+        return []
+
+    def bounded_covariance(self) -> Tensor:
+        return torch.zeros((0, 0), dtype=torch.float64)
+
+    def _widths(self, temperature: float) -> Tensor:
+        return torch.as_tensor((thermal_beta(temperature) * self.curvature) ** -0.5)
+
+    def fast_widths(self) -> Tensor:
+        return self._widths(self.config.temperature)
+
+    def saved_arrays(self) -> dict[str, Tensor]:
+        return {"curvature": torch.tensor(self.curvature)}
+
+    def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        start = torch.tensor(self.molecular_system.positions[list(self.partition.fast)])
+        normal = torch.randn((len(z), *start.shape), generator=generator, dtype=torch.float64)
+        return start + self._widths(temperature) * normal
+
+
+def _curvature(evaluate: Evaluate, positions: np.ndarray, atoms: Sequence[int]) -> np.ndarray:
+    """Diagonal of the Hessian by central differences of forces, no softer than ``_SOFTEST``, shape (n, 3)."""
+    moved = np.repeat(positions[None], 6 * len(atoms), axis=0)
+    rows = [(atom, axis, sign) for atom in atoms for axis in range(3) for sign in (1, -1)]
+    for k, (atom, axis, sign) in enumerate(rows):
+        moved[k, atom, axis] += sign * _STEP
+    forces = evaluate(moved)[1]
+    along = np.array([forces[k, atom, axis] for k, (atom, axis, _) in enumerate(rows)])
+    found = (along[1::2] - along[::2]) / (2 * _STEP)
+    return np.maximum(found, _SOFTEST).reshape(len(atoms), 3)
+
+
+@dataclass(frozen=True)
+class MoleculeScaffold(Scaffold):
+    """Of a molecule: Z-matrices, and the harmonic reference around the input structure.
+
+    Attributes:
+        harmonic: Minimum, Hessian and torsion scans.
+    """
+
+    harmonic: HarmonicReference
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        molecular_system: MolecularSystem,
+        partition: Partition,
+        evaluate: Evaluate | None = None,
+        saved: dict[str, Any] | None = None,
+    ) -> MoleculeScaffold:
         graph = bond_graph(molecular_system.n_atoms, molecular_system.bonds)
         stiff = amide_bonds(graph, molecular_system.elements) if config.coordinates.peptide_bonds == "keep" else ()
         slow, fast = slow_zmatrix(graph, partition.slow, stiff), fast_zmatrix(graph, partition.slow)
@@ -91,14 +206,10 @@ class Scaffold:
         else:
             coordinates = _cartesian(slow, triple, labels, molecular_system.positions, graph, bound)
         centres = stereocentres(graph, molecular_system.elements)
-        assembly = Assembly(coordinates, fast, centres, molecular_system.positions)
-        return cls(config, molecular_system, partition, harmonic, assembly)
+        assembly = MoleculeAssembly(coordinates, fast, centres, molecular_system.positions)
+        return cls(config, molecular_system, partition, assembly, harmonic)
 
     def fast_rotamers(self) -> list[str]:
-        """Torsions among the fast atoms that move heavy atoms, as labels of their four atoms.
-
-        Short chains do not cross their barriers, so their populations are not sampled.
-        """
         system, fast = self.molecular_system, self.harmonic.fast
         names = []
         for parent, *rest in fast.references[fast.rotatable].tolist():
@@ -109,7 +220,6 @@ class Scaffold:
         return names
 
     def bounded_covariance(self) -> Tensor | None:
-        """Harmonic covariance of the bounded features at the hottest temperature; None for Cartesian coordinates."""
         coordinates = self.assembly.coordinates
         if not isinstance(coordinates, InternalCoordinates):
             return None
@@ -120,23 +230,16 @@ class Scaffold:
         return torch.as_tensor(covariance / scale[:, None] / scale)
 
     def fast_widths(self) -> Tensor:
-        """Thermal widths of bond, angle and dihedral of the fast atoms at the target, shape (n_fast, 3)."""
         widths = torch.as_tensor(self.harmonic.widths(self.config.temperature)[self.harmonic.n_slow :])
         return torch.where(widths > 0, widths, _WIDTH_OF_SOFT_TORSIONS)
 
     def saved_arrays(self) -> dict[str, Tensor]:
-        """The fitted numbers, as tensors."""
         return {name: torch.tensor(getattr(self.harmonic, name)) for name in _FITTED}
 
     def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-        """Thermal draw of the fast internal coordinates at z, shape (B, n_fast, 3)."""
         slow_xyz = self.assembly.coordinates.to_xyz(z)
         order = [self.assembly.slow.index(int(atom)) for atom in self.harmonic.slow.atoms]
         return self.harmonic.draw_fast(slow_xyz[:, order], temperature, generator)
-
-    def chains(self, engine: ReplicaEngine) -> FastChains:
-        """Chains of the fast atoms on an engine, with an empty pool."""
-        return FastChains(engine, self.assembly, self.draw_fast, self.config.sampler, self.config.seed)
 
 
 def _hottest(config: Config) -> float:

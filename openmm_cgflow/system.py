@@ -20,6 +20,7 @@ from openmm_cgflow import loaders
 from openmm_cgflow.config import SystemConfig, validate
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.sanitize import angle_term_ends, bond_term_pairs, energy_and_forces, sanitize
+from openmm_cgflow.targets import Target, new_target
 from openmm_cgflow.topology import atom_labels, connected_components, copy_topology, refuse_explicit_solvent
 
 if TYPE_CHECKING:
@@ -93,8 +94,17 @@ class MolecularSystem:
             config = validate({"system": settings}, source="MolecularSystem.from_files")
             assert config.system is not None
             structure = config.system
+        if structure.target is not None:
+            return cls.from_target(new_target(structure.target))
         loaded = loaders.load_files(structure)
         return cls._checked(loaded.topology, loaded.system, loaded.positions, loaded.notes, str(structure.structure))
+
+    @classmethod
+    def from_target(cls, target: Target) -> Self:
+        """A synthetic system; its particles start at zero, and it is no molecule, so no molecule's checks apply."""
+        positions = np.zeros((target.n_slow + target.n_fast, 3))
+        positions.setflags(write=False)
+        return cls(target.topology(), target.system(), positions)
 
     @classmethod
     def from_openmm(cls, topology: app.Topology, system: openmm.System, positions: Any) -> Self:

@@ -15,7 +15,7 @@ from torch import Tensor
 from openmm_cgflow.config import Config, TrainingConfig
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.flow import CGFlow
-from openmm_cgflow.meanforce import MeanForce, MeanForceEstimator
+from openmm_cgflow.meanforce import MeanForce, MeanForceEstimator, shortened
 from openmm_cgflow.tempering import next_temperature, start_temperature
 from openmm_cgflow.units import thermal_beta
 
@@ -39,9 +39,8 @@ def reverse_kl_gradient(
         base: Base samples, shape (B, n_features).
         z: f(base), without graph, shape (B, n_features).
         force: Mean forces at z.
-        largest: Mean forces longer than this multiple of the batch's median length are shortened to it: slow atoms
-            that overlap have forces many orders above all others, and would be the whole gradient. The flow's own
-            part is never shortened, so its parameter part still averages to zero.
+        largest: Mean forces longer than this multiple of the batch's median length are shortened to it. The flow's
+            own part is never shortened, so its parameter part still averages to zero.
 
     Returns:
         The bracket, d(beta A)/dz - d log J/dz + d log q/dz, zero for invalid replicas, shape (B, n_features).
@@ -50,10 +49,8 @@ def reverse_kl_gradient(
     (log_volume_gradient,) = torch.autograd.grad(coordinates.log_volume(at).sum(), at)
     (score,) = torch.autograd.grad(flow.log_prob(at).sum(), at)
     valid = force.valid[:, None]
-    physical = torch.where(valid, force.gradient - log_volume_gradient, 0.0)
-    length = physical.norm(dim=-1, keepdim=True)
-    if force.valid.any() and math.isfinite(largest):
-        physical = physical * (largest * length[valid].median() / length.clamp(min=1e-300)).clamp(max=1.0)
+    physical = torch.zeros_like(score)
+    physical[force.valid] = shortened((force.gradient - log_volume_gradient)[force.valid], largest)
     residual = torch.where(valid, physical + score, 0.0)
     flow.zero_grad()
     mapped, _ = flow(base)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.assembly import Assembly
+from openmm_cgflow.assembly import MoleculeAssembly
 from openmm_cgflow.coordinates import CartesianCoordinates, InternalCoordinates
 from openmm_cgflow.internal import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.meanforce import Frames, MeanForce
@@ -93,14 +93,14 @@ def assembly_of(
     xyz: Tensor,
     elements: Sequence[str] | None = None,
     kind: str = "internal",
-) -> Assembly:
+) -> MoleculeAssembly:
     """Slow coordinates and fast placements of a molecule."""
     graph = bond_graph(n_atoms_of(bonds), bonds)
     coordinates: Any = internal_coordinates(bonds, xyz, slow)
     if kind == "cartesian":
         coordinates = cartesian_coordinates(coordinates.atoms, xyz)
     centres = stereocentres(graph, elements or ["C"] * len(graph))
-    return Assembly(coordinates, fast_zmatrix(graph, slow), centres, xyz.numpy())
+    return MoleculeAssembly(coordinates, fast_zmatrix(graph, slow), centres, xyz.numpy())
 
 
 def random_z(coordinates: Any, n: int, generator: torch.Generator, spread: float = 0.6) -> Tensor:

@@ -229,6 +229,7 @@ def _ladder(molecule, n_evaluations, seed):
     return replica_exchange(molecule, n_evaluations, seed, 4, 900.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "n_evaluations"), [(plain_md, 500_000), (_ladder, 300_000), (metadynamics, 120_000)]
 )
@@ -258,6 +259,7 @@ def test_replica_exchange_marks_the_frames_at_the_target(chain):
         assert abs(blocks.mean() - weights @ energy / weights.sum()) < SIGMAS * blocks.std(ddof=1) / 4
 
 
+@pytest.mark.slow
 def test_samplers_repeat_themselves(chain):
     for method in (plain_md, _ladder, metadynamics):
         first, again, other = (method(chain, 60_000, seed) for seed in (3, 3, 4))
@@ -309,6 +311,7 @@ def test_windows_feel_the_bias_that_is_taken_away(chain):
         np.testing.assert_allclose(_energies(context, frames, {0}), wanted, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_umbrella_sampling_finds_the_density_of_a_chain(chain):
     settings = Settings(chain, spacing=30.0, force_constant=20.0)
     with parallel_map(1) as run_all:
@@ -317,6 +320,7 @@ def test_umbrella_sampling_finds_the_density_of_a_chain(chain):
     _assert_right([populations(one.angles, one.weights) for one in passes], 0.03)
 
 
+@pytest.mark.slow
 def test_windows_spread_to_where_the_free_energy_is_low_and_no_further(chain):
     settings = Settings(chain, spacing=30.0, force_constant=20.0, cutoff=4.0)
     with parallel_map(1) as run_all:
@@ -334,6 +338,7 @@ def test_windows_spread_to_where_the_free_energy_is_low_and_no_further(chain):
         assert np.abs(away).max() < 1.8
 
 
+@pytest.mark.slow
 def test_umbrella_sampling_is_the_same_with_any_number_of_workers(chain):
     settings = Settings(chain, spacing=60.0, force_constant=10.0)
     results = []
@@ -437,6 +442,7 @@ def test_heavy_hydrogens_only(systems):
     assert 12.0 < masses[12] < masses[-1] < 16.0
 
 
+@pytest.mark.slow
 def test_baselines_print_a_table_and_save_frames(grid, systems, folder, monkeypatch, capsys):
     words = ["--evaluations", "4e4", "--reference", grid, "--save", folder / "frames", "-o", folder / "table.txt"]
     assert _run(monkeypatch, baselines, systems / ALANINE, *words) == 0

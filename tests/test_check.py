@@ -12,6 +12,8 @@ from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.tempering import next_temperature
 from openmm_cgflow.units import thermal_beta
 
+pytestmark = pytest.mark.usefixtures("few_tests")
+
 TINY = (
     "sampler.n_replicas=16", "sampler.n_pool_steps=30", "sampler.n_workers=1", "sampler.platform=Reference",
     "sampler.n_equilibration=20", "sampler.n_frames=16", "sampler.stride=3", "sampler.n_relax=5",

@@ -210,6 +210,56 @@ def test_plain_reverse_kl_gets_the_weights_of_the_modes_wrong():
     assert abs(math.log(max(found, 1e-5) / MINORITY)) > 0.7
 
 
+class Torus(Coordinates):
+    """Four torsions, nothing else."""
+
+    def __init__(self):
+        high = np.full(4, math.pi)
+        super().__init__((0, 1, 2, 3), tuple("abcd"), np.ones(4, dtype=bool), -high, high, BOUND)
+
+    def log_volume(self, z):
+        return 0.0 * z.sum(-1)
+
+
+def sharp(z):
+    """Log density of two narrow modes, up to a constant: a flat proposal hits one of them once in 100,000 times."""
+    middle = torch.tensor([[-1.4, -0.6, 0.5, 1.5], [1.2, 1.0, -0.5, -1.0]], dtype=torch.float64)
+    modes = 80 * (torch.cos(z[..., None, :] - middle) - 1).sum(-1)
+    return torch.logsumexp(modes + torch.tensor([0.8, 0.2]).double().log(), dim=-1)
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
+    """Trained at gamma = 1 from the start, batches have no weight worth the name, and the flow stays where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        flow = CGFlow(4, 0, BOUND, 6, 2, 8, (32, 32), torch.zeros((0, 0))).float()
+    space, generator = Torus(), torch.Generator().manual_seed(1)
+    target = Known(sharp, space)
+    fitter = FlowFitter(flow, space, 5e-3, 256)
+    reached = []
+    for _ in range(250):
+        if not rises:
+            fitter.reach = 1.0
+        fitter.update(target, generator)
+        reached.append(fitter.reach)
+    samples = weighted_samples(flow, target, space, 20000, generator)
+    if rises:
+        assert reached[0] < 0.1 and reached[-1] == 1.0
+        assert samples.ess > 0.5
+        assert float((samples.z[:, 0] > -0.1).double().mean()) == pytest.approx(0.2, abs=0.05)
+    else:
+        assert samples.ess < 0.01
+
+
+def test_a_fitter_continues_from_its_reach():
+    fitter = FlowFitter(new_flow(), SPACE, 1e-3, 64)
+    fitter.reach = 0.37
+    other = FlowFitter(new_flow(1), SPACE, 1e-3, 64)
+    other.load_state_dict(fitter.state_dict())
+    assert other.reach == 0.37
+
+
 # ---------------------------------------------------------------- weights
 
 

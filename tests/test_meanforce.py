@@ -23,6 +23,7 @@ from openmm_cgflow.meanforce import (
     MolecularMeanForce,
     frame_gradients,
     mean_and_variance,
+    shortened,
 )
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
@@ -593,3 +594,11 @@ def test_the_whole_estimator_on_the_quadratic_bath(estimator):
     assert float(spread) == pytest.approx(1, abs=0.1)
     # The first pool takes every fifth z: at least sampler.n_pool = 256 of them.
     assert force.n_energy_evaluations == 300 * (100 + 500 + 1) + 1500 * (11 + 7 + 3 * 2)
+
+
+def test_vectors_are_shortened_to_a_multiple_of_the_median():
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 5.0], [6e30, 8e30], [0.0, 0.0], [1.0, 0.0], [0.0, 7.0]])
+    found = shortened(vectors, 2.0)
+    torch.testing.assert_close(found[[0, 1, 3, 4, 5]], vectors[[0, 1, 3, 4, 5]])
+    torch.testing.assert_close(found[2], torch.tensor([6.0, 8.0]))
+    assert shortened(vectors, math.inf) is vectors and len(shortened(vectors[:0], 2.0)) == 0

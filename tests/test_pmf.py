@@ -228,6 +228,24 @@ def test_contacts_do_not_rule_the_fit():
     assert float(exact.square().mean().sqrt()) > 2
 
 
+@pytest.mark.parametrize("size", [1e3, 1e12])
+def test_overlaps_of_slow_atoms_do_not_rule_the_fit(size, generator):
+    """Their forces say: not here. What they are is of no matter."""
+    z = random_z(400, generator)
+    gradient = torch.randn((400, 3), generator=generator, dtype=torch.float64)
+    overlap = torch.arange(400) % 8 == 0
+    gradient[overlap] *= 1e5
+    fits = []
+    for factor in (1.0, size):
+        pmf = new_pmf()
+        data = {"z": z, "gradient": torch.where(overlap[:, None], factor * gradient, gradient)}
+        data |= {"variance": torch.ones_like(z), "weights": torch.ones((400, 4))}
+        PMFFitter(pmf, 1e-3).fit({name: tensor.float() for name, tensor in data.items()}, 20, generator.manual_seed(1))
+        fits.append(pmf(z).detach())
+    assert torch.isfinite(fits[1]).all()
+    torch.testing.assert_close(fits[0], fits[1], rtol=1e-3, atol=1e-3)
+
+
 def test_a_fit_is_steadier_than_its_last_step():
     """The PMF is the average of what is trained: from update to update its free energies move far less."""
     generator = torch.Generator().manual_seed(1)

@@ -17,6 +17,7 @@ from analytic import (
 from openmm_cgflow import pmf_training
 from openmm_cgflow.config import Config
 from openmm_cgflow.distillation import WeightedSamples, weighted_samples
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.meanforce import ChainParts, mean_and_variance
 from openmm_cgflow.pmf import PMF
@@ -310,6 +311,13 @@ def test_invalid_replicas_are_counted_and_left_out(few_tests):
     assert row["invalid"] == 2
     assert len(trainer.buffer.data()["z"]) == 30
     assert math.isfinite(row["held_out"]) and math.isfinite(row["misfit"]) and math.isfinite(row["energy"])
+
+
+def test_a_fit_that_diverges_ends_the_training(few_tests):
+    trainer = new_trainer(settings())
+    trainer.pmf_fitter.fit = lambda *_: math.nan
+    with pytest.raises(CGFlowError, match=r"diverged in round 1.*learning_rate"):
+        trainer.step()
 
 
 def test_noise_of_the_fast_atoms_is_taken_out(few_tests):

@@ -60,6 +60,26 @@ def parts_of(z, frames):
 # ---------------------------------------------------------------- the force balance
 
 
+def test_chains_in_close_contact_are_left_alone():
+    """Neither their forces nor the fit of the response know of each other."""
+    z, frames, _ = measured(200)
+    parts = parts_of(z, frames)
+    clashing = torch.arange(200) % 10 == 0
+    broken = ChainParts(*(torch.where(clashing[:, None, None], 1e6 * part, part) for part in parts))
+    response, valid = response_of(0.3), torch.ones(200, dtype=torch.bool)
+    assert torch.equal(response.thermal(broken.fast), ~clashing)
+    gradient, _ = response.mean_force(z, broken, valid)
+    torch.testing.assert_close(gradient[clashing], broken.slow[clashing].float().mean(1))
+    torch.testing.assert_close(gradient[~clashing], response.mean_force(z, parts, valid)[0][~clashing])
+    fits = []
+    for data, rows in ((parts, ~clashing), (broken, torch.ones(200, dtype=torch.bool))):
+        fitted = response_of()
+        chosen = ChainParts(*(part[rows] for part in data))
+        ResponseFitter(fitted).fit(z[rows], chosen, 5, torch.Generator().manual_seed(0))
+        fits.append(fitted.output.detach())
+    torch.testing.assert_close(fits[0], fits[1])
+
+
 def test_the_balance_of_the_fast_atoms_averages_to_zero():
     z, frames, _ = measured(3000)
     _, balance = comoving_gradients(ASSEMBLY, z, frames, BETA)

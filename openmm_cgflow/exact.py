@@ -1,0 +1,251 @@
+"""``openmm-cgflow evaluate`` for the synthetic targets: the samples and the model itself against exact answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from openmm_cgflow.distances import compare
+from openmm_cgflow.files import atomic_write, writing
+from openmm_cgflow.model import CGModel
+from openmm_cgflow.reference import load_frames, load_structure
+from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.runner import load
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.targets import Target, new_target
+from openmm_cgflow.tempering import relative_ess
+from openmm_cgflow.units import thermal_beta
+
+__all__ = ["ExactEvaluation", "evaluate_exactly"]
+
+_N_DRAWS = 100_000
+_N_BINS = 36  # on each axis of the map of a slow and a fast coordinate
+_FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at by its gamma
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Population, mean and standard deviation of z in one mode; the largest over its coordinates.
+
+    Attributes:
+        population: Of the samples.
+        exact: Population.
+        mean_error: Largest distance of a coordinate's mean from the exact one, nm.
+        spread_ratio: The standard deviation over the exact one that is farthest from 1; nan for fewer than two samples.
+    """
+
+    population: float
+    exact: float
+    mean_error: float
+    spread_ratio: float
+
+
+@dataclass(frozen=True)
+class Level:
+    """The model's z at one inverse temperature.
+
+    Attributes:
+        populations: Of the modes.
+        exact: The same of the target.
+        kl: KL(exact || model) of all of z, from exact samples in the box and the model's density, nats.
+        kl_error: Its standard error.
+        outside: Exact mass outside the box of the coordinates, where the model has none.
+        ess: Relative effective sample size of the model's samples weighed with the exact density.
+    """
+
+    populations: list[float]
+    exact: list[float]
+    kl: float
+    kl_error: float
+    outside: float
+    ess: float
+
+
+@dataclass(frozen=True)
+class ExactEvaluation:
+    """What :func:`evaluate_exactly` found.
+
+    Attributes:
+        run: The run directory.
+        samples: The trajectory, and its number of frames.
+        modes: Of the frames, by name.
+        kl_joint: KL(exact || frames) of the first slow and the first fast coordinate on 36 x 36 bins, nats.
+        kl_joint_floor: What as many exact samples score.
+        levels: The model's z by beta, mol/kJ, the target last.
+        energy_evaluations: Of the training.
+    """
+
+    run: str
+    samples: dict[str, Any]
+    modes: dict[str, Mode]
+    kl_joint: float
+    kl_joint_floor: float
+    levels: dict[str, Level]
+    energy_evaluations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        """The evaluation as text."""
+        lines = [
+            f"{self.samples['file']}: {self.samples['n_frames']} samples; {self.energy_evaluations:.3g} energy "
+            "evaluations of training",
+            f"{'mode':26s}{'population':>12s}{'exact':>10s}{'mean off by, nm':>18s}{'spread / exact':>16s}",
+        ]
+        for name, mode in self.modes.items():
+            lines.append(
+                f"{name:26s}{mode.population:12.5f}{mode.exact:10.5f}{mode.mean_error:18.4f}{mode.spread_ratio:16.3f}"
+            )
+        lines += [
+            f"KL(exact || samples) of a slow and a fast coordinate, {_N_BINS} x {_N_BINS} bins: {self.kl_joint:.5f} "
+            f"nats; as many exact samples score {self.kl_joint_floor:.5f}",
+            "",
+            f"{'model at beta, mol/kJ':24s}{'KL(exact || model)':>24s}{'ESS':>8s}{'outside':>10s}   "
+            "populations (exact)",
+        ]
+        for beta, level in self.levels.items():
+            pairs = zip(level.populations, level.exact, strict=True)
+            shares = ", ".join(f"{share:.5f} ({exact:.5f})" for share, exact in pairs)
+            lines.append(
+                f"{beta:24s}{level.kl:15.5f} ±{level.kl_error:.5f}{level.ess:8.3f}{level.outside:10.5f}   {shares}"
+            )
+        return "\n".join(lines)
+
+
+def evaluate_exactly(
+    run_directory: str | Path, samples: str | Path | None = None, output: str | Path | None = None
+) -> ExactEvaluation:
+    """Compares the samples and the model of a run on a synthetic target with the exact answers.
+
+    Arguments:
+        run_directory: What :func:`openmm_cgflow.train` wrote for a ``system.target``.
+        samples: Trajectory of the samples; the run's by default.
+        output: Folder for ``evaluation.json`` and ``evaluation.txt``; ``evaluation`` in the run directory by default.
+
+    Raises:
+        CGFlowError: If a file is missing or cannot be read.
+    """
+    run = RunDirectory.open(run_directory)
+    model = load(run.path)
+    config = model.scaffold.config
+    assert config.system is not None and config.system.target is not None
+    target = new_target(config.system.target)
+    rng = np.random.default_rng(derive_seed(config.seed, 8))
+    path = run.samples if samples is None else Path(samples)
+    x = load_frames(path, load_structure(run.topology)).xyz[..., 0].astype(float)
+    levels = {f"{beta:.4g}": _level(target, beta, draw, density, rng) for beta, draw, density in _models(run, model)}
+    found = ExactEvaluation(
+        str(run.path),
+        {"file": str(path), "n_frames": len(x)},
+        _modes(target, x[:, : target.n_slow], thermal_beta(model.temperature), rng),
+        *_joint(target, x, thermal_beta(model.temperature), rng),
+        levels,
+        int(run.read_provenance()["energy_evaluations"]),
+    )
+    folder = run.evaluation if output is None else Path(output)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "evaluation.json", json.dumps(found.to_dict(), indent=2) + "\n")
+    atomic_write(folder / "evaluation.txt", found.table() + "\n")
+    return found
+
+
+Draw = Callable[[int, torch.Generator], np.ndarray]
+LogDensity = Callable[[np.ndarray], np.ndarray]
+
+
+def _models(run: RunDirectory, model: CGModel) -> list[tuple[float, Draw, LogDensity]]:
+    """beta, samples of x and log density of x, from hot to the target: stages of a ladder, or gammas of one model.
+
+    With a potential of mean force the model at gamma has exp(-gamma beta A): the target's density at gamma beta, where
+    the entropy of the fast coordinates does not depend on the slow ones, as in these systems.
+    """
+    target_beta = thermal_beta(model.temperature)
+    if model.pmf is not None:
+        gammas = (*_FRACTIONS, 1.0)
+        return [(gamma * target_beta, *_functions(model, gamma)) for gamma in gammas]
+    stages = range(model.stage + 1)
+    models = [load(run.path, stage) for stage in stages]
+    return [(thermal_beta(one.temperature), *_functions(one, 1.0)) for one in models]
+
+
+def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
+    coordinates = model.coordinates
+
+    def draw(n: int, generator: torch.Generator) -> np.ndarray:
+        z, _ = model.flow.sample(n, generator, gamma)
+        return coordinates.to_xyz(z)[..., 0].numpy()
+
+    @torch.no_grad()
+    def log_density(x: np.ndarray) -> np.ndarray:
+        xyz = torch.zeros((*x.shape, 3), dtype=torch.float64)
+        xyz[..., 0] = torch.as_tensor(x)
+        n, box = coordinates.n_features, model.scaffold.config.coordinates.box
+        log_q = model.flow.log_prob(coordinates.from_xyz(xyz), gamma).numpy() + n * math.log(math.pi / box)
+        return np.where((np.abs(x) < box).all(1), log_q, -math.inf)
+
+    return draw, log_density
+
+
+def _level(target: Target, beta: float, draw: Draw, log_density: LogDensity, rng: np.random.Generator) -> Level:
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    normaliser = target.log_normaliser(beta, rng)
+
+    def log_exact(z: np.ndarray) -> np.ndarray:
+        return -beta * target.slow_energy(z) - normaliser
+
+    exact, drawn = target.sample_slow(_N_DRAWS, beta, rng), draw(_N_DRAWS, generator)
+    log_model = log_density(exact)
+    inside = np.isfinite(log_model)
+    difference = (log_exact(exact) - log_model)[inside] - math.log(inside.mean())
+    found = np.bincount(target.modes(drawn), minlength=len(target.mode_names)) / _N_DRAWS
+    return Level(
+        found.tolist(),
+        target.populations(beta, rng).tolist(),
+        float(difference.mean()),
+        float(difference.std() / math.sqrt(_N_DRAWS)),
+        float(1 - inside.mean()),
+        relative_ess(torch.as_tensor(log_exact(drawn) - log_density(drawn))),
+    )
+
+
+def _modes(target: Target, z: np.ndarray, beta: float, rng: np.random.Generator) -> dict[str, Mode]:
+    exact = target.sample_slow(_N_DRAWS, beta, rng)
+    populations = target.populations(beta, rng)
+    of_ours, of_exact = target.modes(z), target.modes(exact)
+    result = {}
+    for k, name in enumerate(target.mode_names):
+        ours, theirs = z[of_ours == k], exact[of_exact == k]
+        mean_error = spread = math.nan
+        if len(ours) > 1:
+            mean_error = float(np.abs(ours.mean(0) - theirs.mean(0)).max())
+            ratios = ours.std(0) / theirs.std(0)
+            spread = float(ratios[np.abs(np.log(ratios)).argmax()])
+        result[name] = Mode(len(ours) / len(z), float(populations[k]), mean_error, spread)
+    return result
+
+
+def _joint(target: Target, x: np.ndarray, beta: float, rng: np.random.Generator) -> tuple[float, float]:
+    columns = [0, target.n_slow]
+    exact = target.sample(_N_DRAWS * 10, beta, rng)[:, columns]
+    low, high = np.quantile(exact, (1e-4, 1 - 1e-4), axis=0)
+    inner = np.linspace(low, high, _N_BINS - 1)  # the outermost bins are open
+
+    def histogram(points: np.ndarray) -> np.ndarray:
+        cells = [np.digitize(points[:, k], inner[:, k]) for k in range(2)]
+        counts = np.bincount(cells[0] * _N_BINS + cells[1], minlength=_N_BINS**2)
+        return counts.reshape(_N_BINS, _N_BINS) / len(points)
+
+    reference = histogram(exact)
+    perfect = histogram(target.sample(len(x), beta, rng)[:, columns])
+    return compare(reference, histogram(x[:, columns])).kl, compare(reference, perfect).kl

@@ -1,0 +1,225 @@
+"""The paper's synthetic systems (section 3.1 and 3.2) as OpenMM Systems, with their exact answers.
+
+Every coordinate x_i of a target is the x of one particle, in nm; energies are in kJ/mol, so that beta = 1 of the paper
+is 120.27 K. The y and z of each particle lie in springs of their own, which nothing else feels.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import numpy as np
+import openmm
+from openmm import app
+from scipy.special import logsumexp
+
+from openmm_cgflow.config import TargetConfig
+
+__all__ = ["DoubleWell", "GaussianMixture", "Target", "new_target"]
+
+_SPRING = 1.0  # kJ/mol/nm^2, of the unused coordinates; as soft as the softest of the used ones
+_MASS = 1.0  # Da
+_N_GRID = 20001  # points of a quadrature
+_N_MODES = 3
+_FARTHEST = 60.0  # kT of the quartic term, where the quadrature ends
+
+
+class Target(ABC):
+    """A system of slow coordinates z and fast ones y with an energy in closed form; x = (z, y).
+
+    Attributes:
+        n_slow: Number of slow coordinates, the first particles.
+        n_fast: Number of fast coordinates.
+        mode_names: Of the parts of z-space that :meth:`modes` tells apart.
+    """
+
+    n_slow: int
+    n_fast: int
+    mode_names: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def expression(self) -> str:
+        """The energy in OpenMM's syntax, a function of x1, x2, ..., the x of particles 1, 2, ..."""
+
+    @abstractmethod
+    def slow_energy(self, z: np.ndarray) -> np.ndarray:
+        """U(z), kJ/mol, shape (n, n_slow) -> (n,); exp(-beta U) is the density of z up to a constant at every beta."""
+
+    @abstractmethod
+    def fast_moments(self, z: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """Mean, shape (n, n_fast), and standard deviation, shape (n_fast,), of y given z, which is Gaussian."""
+
+    @abstractmethod
+    def sample_slow(self, n: int, beta: float, rng: np.random.Generator) -> np.ndarray:
+        """Exact independent samples of z, shape (n, n_slow)."""
+
+    @abstractmethod
+    def log_normaliser(self, beta: float, rng: np.random.Generator) -> float:
+        """log of the integral of exp(-beta U(z)) over z."""
+
+    @abstractmethod
+    def modes(self, z: np.ndarray) -> np.ndarray:
+        """Which mode each z belongs to, shape (n, n_slow) -> (n,) int."""
+
+    def sample(self, n: int, beta: float, rng: np.random.Generator) -> np.ndarray:
+        """Exact independent samples of x = (z, y), shape (n, n_slow + n_fast)."""
+        z = self.sample_slow(n, beta, rng)
+        mean, spread = self.fast_moments(z, beta)
+        return np.concatenate((z, mean + spread * rng.standard_normal(mean.shape)), axis=1)
+
+    def populations(self, beta: float, rng: np.random.Generator, n: int = 200_000) -> np.ndarray:
+        """Of all modes, shape (n_modes,)."""
+        found = self.modes(self.sample_slow(n, beta, rng))
+        return np.bincount(found, minlength=len(self.mode_names)) / n
+
+    def system(self) -> openmm.System:
+        """The OpenMM System: one particle for every coordinate."""
+        n = self.n_slow + self.n_fast
+        system = openmm.System()
+        for _ in range(n):
+            system.addParticle(_MASS)
+        energy = openmm.CustomCompoundBondForce(n, self.expression)
+        energy.addBond(list(range(n)))
+        unused = openmm.CustomExternalForce(f"{0.5 * _SPRING!r}*(y^2 + z^2)")
+        for i in range(n):
+            unused.addParticle(i)
+        system.addForce(energy)
+        system.addForce(unused)
+        return system
+
+    def topology(self) -> app.Topology:
+        """One residue of argon atoms Z1, Z2, ... (slow) and Y1, Y2, ... (fast), without bonds."""
+        topology = app.Topology()
+        residue = topology.addResidue("CGF", topology.addChain())
+        names = [f"Z{i + 1}" for i in range(self.n_slow)] + [f"Y{i + 1}" for i in range(self.n_fast)]
+        for name in names:
+            topology.addAtom(name, app.element.argon, residue)
+        return topology
+
+
+class DoubleWell(Target):
+    """U = x1^4/4 - 3 x1^2 + x1 + x2^2/2 (paper eq. 19); x1 is slow."""
+
+    n_slow = n_fast = 1
+    mode_names = ("x1 < top of the barrier", "x1 > top of the barrier")
+    expression = "0.25*x1^4 - 3*x1^2 + x1 + 0.5*x2^2"
+
+    def slow_energy(self, z: np.ndarray) -> np.ndarray:
+        x = z[:, 0]
+        return 0.25 * x**4 - 3 * x**2 + x
+
+    def fast_moments(self, z: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((len(z), 1)), np.full(1, 1 / math.sqrt(beta))
+
+    @cached_property
+    def _barrier(self) -> float:
+        roots = np.roots([1.0, 0.0, -6.0, 1.0]).real  # of dU/dx1
+        return float(np.sort(roots)[1])
+
+    def _quadrature(self, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """Points and log density at them, up to a constant, as far out as it is not nothing."""
+        reach = (4 * _FARTHEST / beta) ** 0.25 + 4
+        x = np.linspace(-reach, reach, _N_GRID)
+        return x, -beta * self.slow_energy(x[:, None])
+
+    def log_normaliser(self, beta: float, rng: np.random.Generator) -> float:
+        x, log_density = self._quadrature(beta)
+        return float(logsumexp(log_density) + math.log(x[1] - x[0]))
+
+    def sample_slow(self, n: int, beta: float, rng: np.random.Generator) -> np.ndarray:
+        x, log_density = self._quadrature(beta)
+        density = np.exp(log_density - log_density.max())
+        cumulative = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
+        return np.interp(rng.random(n), cumulative / cumulative[-1], x)[:, None]
+
+    def populations(self, beta: float, rng: np.random.Generator, n: int = 0) -> np.ndarray:
+        x, log_density = self._quadrature(beta)
+        density = np.exp(log_density - log_density.max())
+        above = density[x > self._barrier].sum() / density.sum()
+        return np.array([1 - above, above])
+
+    def modes(self, z: np.ndarray) -> np.ndarray:
+        return (z[:, 0] > self._barrier).astype(int)
+
+
+class GaussianMixture(Target):
+    """Three equal Gaussians in z of standard deviation 0.1, y given z Gaussian around B z with the same (eqs. 20-21).
+
+    Arguments:
+        dimensions: Of z and of y.
+        seed: Of the means, uniform in [-1, 1], and of B, standard normal.
+    """
+
+    spread = 0.1
+
+    def __init__(self, dimensions: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.n_slow = self.n_fast = dimensions
+        self.means = rng.uniform(-1, 1, (_N_MODES, dimensions))
+        self.matrix = rng.standard_normal((dimensions, dimensions))
+        self.mode_names = tuple(f"mode {k + 1}" for k in range(_N_MODES))
+
+    @property
+    def expression(self) -> str:
+        n, half = self.n_slow, 0.5 / self.spread**2
+        terms = []
+        for k, mean in enumerate(self.means.tolist()):
+            squares = " + ".join(f"(x{i + 1} - ({m!r}))^2" for i, m in enumerate(mean))
+            terms.append(f"a{k + 1} = -{half!r}*({squares})")
+        rows = []
+        for i, row in enumerate(self.matrix.tolist()):
+            centre = " + ".join(f"({b!r})*x{j + 1}" for j, b in enumerate(row))
+            rows.append(f"(x{n + i + 1} - ({centre}))^2")
+        # The largest exponent is taken out, or all three would underflow far from the modes.
+        return "; ".join(
+            [
+                f"-top - log(exp(a1 - top) + exp(a2 - top) + exp(a3 - top)) + {half!r}*({' + '.join(rows)})",
+                "top = max(a1, max(a2, a3))",
+                *terms,
+            ]
+        )
+
+    def _exponents(self, z: np.ndarray) -> np.ndarray:
+        return -0.5 * ((z[:, None] - self.means) ** 2).sum(-1) / self.spread**2
+
+    def slow_energy(self, z: np.ndarray) -> np.ndarray:
+        return -logsumexp(self._exponents(z), axis=1)
+
+    def fast_moments(self, z: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        return z @ self.matrix.T, np.full(self.n_fast, self.spread / math.sqrt(beta))
+
+    def _proposals(self, n: int, beta: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Samples of the mixture of widths at beta, and by how much the density is lower, at most 1."""
+        which = rng.integers(_N_MODES, size=n)
+        z = self.means[which] + self.spread / math.sqrt(beta) * rng.standard_normal((n, self.n_slow))
+        exponents = self._exponents(z)
+        return z, np.exp(beta * logsumexp(exponents, axis=1) - logsumexp(beta * exponents, axis=1))
+
+    def sample_slow(self, n: int, beta: float, rng: np.random.Generator) -> np.ndarray:
+        # (sum of a)^beta <= sum of a^beta for beta <= 1: samples of the right side, kept with the ratio.
+        if beta > 1:
+            raise ValueError(f"beta {beta:g}: exact samples of the mixture need beta of at most 1")
+        kept, n_kept = [], 0
+        while n_kept < n:
+            z, ratio = self._proposals(n, beta, rng)
+            kept.append(z[rng.random(n) < ratio])
+            n_kept += len(kept[-1])
+        return np.concatenate(kept)[:n]
+
+    def log_normaliser(self, beta: float, rng: np.random.Generator) -> float:
+        _, ratio = self._proposals(200_000, beta, rng)
+        volume = 0.5 * self.n_slow * math.log(2 * math.pi * self.spread**2 / beta)
+        return math.log(_N_MODES) + volume + math.log(ratio.mean())
+
+    def modes(self, z: np.ndarray) -> np.ndarray:
+        return self._exponents(z).argmax(1)
+
+
+def new_target(settings: TargetConfig) -> Target:
+    """The target that ``system.target`` names."""
+    if settings.name == "double_well":
+        return DoubleWell()
+    return GaussianMixture(settings.dimensions, settings.seed)
