@@ -628,7 +628,7 @@ def test_a_directory_of_something_else_is_never_touched(flags, butane, tmp_path,
 
 def test_resume_with_another_configuration(butane, run, refused):
     before = files_of(run)
-    words = [str(run), "another configuration", "flow.n_bins: 8 -> 9", "seed: 2025 -> 7", "original settings"]
+    words = [str(run), "another configuration", "flow.n_bins: 12 -> 9", "seed: 2025 -> 7", "original settings"]
     refused("train", butane, "-o", run, "--resume", "--seed", 7, "--set", "flow.n_bins=9", says=words)
     assert files_of(run) == before
 
