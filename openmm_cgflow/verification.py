@@ -41,6 +41,7 @@ _N_LANGEVIN = 10  # steps of the fast atoms after each of them
 _N_EQUILIBRATION = 150  # steps of the fast atoms at either end
 _N_BOOTSTRAP = 200
 _LARGEST_WORK = 1e4  # kT
+_SMALLEST_ERROR = 1e-3  # kT; where nothing dissipates, as in some synthetic targets, all works are equal
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def verify(model: CGModel, engine: ReplicaEngine, n_conformations: int, n_replic
         resampled = [
             acceptance_ratio(rng.choice(there, len(there)), rng.choice(back, len(back))) for _ in range(_N_BOOTSTRAP)
         ]
-        rows.append((acceptance_ratio(there, back), np.std(resampled), (there.mean() + back.mean()) / 2))
+        error = max(float(np.std(resampled)), _SMALLEST_ERROR)
+        rows.append((acceptance_ratio(there, back), error, (there.mean() + back.mean()) / 2))
     switching, error, dissipation = np.array(rows).T
     return Verification(
         paths[:, -1, : model.coordinates.n_circular].tolist(),
