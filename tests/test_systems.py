@@ -11,6 +11,7 @@ from openmm_cgflow.config import load_config
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.system import MolecularSystem
+from openmm_cgflow.units import thermal_beta
 
 
 def _positions(pdb):
@@ -24,10 +25,25 @@ SIZES = [
     ("glycine_dipeptide", 19, 18),
     ("valine_dipeptide", 28, 27),
 ]
+TARGETS = ["double_well"]
 
 
 def test_every_system_is_here(systems):
-    assert sorted(path.name for path in systems.iterdir() if path.is_dir()) == [name for name, *_ in SIZES]
+    molecules = [name for name, *_ in SIZES]
+    assert sorted(path.name for path in systems.iterdir() if path.is_dir()) == sorted([*molecules, *TARGETS])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_configuration_of_a_target_loads_and_names_its_own_run(systems, name):
+    path = systems / name / f"{name}.yaml"
+    config = load_config(path)
+    assert config.system.target is not None
+    assert thermal_beta(config.temperature) == pytest.approx(1.0, abs=1e-6)
+    molecule = MolecularSystem.from_files(config.system)
+    assert Partition.resolve(molecule, config.partition.slow).fast
+    for command in ("train", "evaluate"):
+        assert f"openmm-cgflow {command}" in path.read_text()
+    assert (systems / name / "SOURCE.md").is_file()
 
 
 @pytest.mark.parametrize(("name", "n_atoms", "n_bonds"), SIZES)
