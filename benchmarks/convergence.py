@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--reference", required=True)
+    parser.add_argument("--every", type=int, default=1, help="rounds between two rows (1)")
     arguments = parser.parse_args()
     run, model = RunDirectory.open(arguments.run), cgf.load(arguments.run)
     fingerprint = model.molecular_system.fingerprint()
@@ -61,13 +62,15 @@ def main() -> None:
     names = "".join(f"{name:>10s}{'error (kT)':>11s}" for name in RAMACHANDRAN)
     print(f"evaluations   ESS {names}")
     with one_torch_thread(), torch.no_grad():
-        for part, count in zip(kept.rounds, evaluations, strict=False):
+        for number, (part, count) in enumerate(zip(kept.rounds, evaluations, strict=False), 1):
             growing.rounds.append(part)
             data = growing.data()
             parts = ChainParts(data["slow"], data["fast"])
             pmf = new_pmf(config, model.scaffold)
             with torch.enable_grad():
                 response_fitter.fit(data["z"], parts, config.pmf.response_updates, generator)
+                if number % arguments.every and number != len(kept.rounds):
+                    continue
                 data = response.corrected(data)
                 fitter, n = PMFFitter(pmf, config.pmf.learning_rate), _N_BLOCKS
                 for k in range(n):
