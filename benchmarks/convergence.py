@@ -66,12 +66,11 @@ def main() -> None:
             growing.rounds.append(part)
             data = growing.data()
             parts = ChainParts(data["slow"], data["fast"])
-            pmf = new_pmf(config, model.scaffold)
             with torch.enable_grad():
                 response_fitter.fit(data["z"], parts, config.pmf.response_updates, generator)
                 if number % arguments.every and number != len(kept.rounds):
                     continue
-                data = response.corrected(data)
+                data, pmf = response.corrected(data), new_pmf(config, model.scaffold)
                 fitter, n = PMFFitter(pmf, config.pmf.learning_rate), _N_BLOCKS
                 for k in range(n):
                     fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)

@@ -176,7 +176,6 @@ def _sample(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from openmm_cgflow.config import load_config
     from openmm_cgflow.evaluation import evaluate
-    from openmm_cgflow.exact import evaluate_exactly
     from openmm_cgflow.report import format_table
     from openmm_cgflow.rundir import RunDirectory
 
@@ -186,6 +185,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     if system is not None and system.target is not None:
         if options.reference or options.topology or options.weights or options.residue:
             raise CGFlowError("a synthetic target is compared with its exact answers: leave out the reference")
+        from openmm_cgflow.exact import evaluate_exactly  # with torch, which other evaluations do without
+
         print(evaluate_exactly(run.path, options.samples, output).table())
         print(f"\nwrote {output}: evaluation.json and evaluation.txt")
         return 0

@@ -136,8 +136,8 @@ class ResponseFitter:
             final: Lets the learning rate fall to zero.
         """
         thermal = self.networks.trained.thermal(parts.fast)
-        z = z[thermal]
-        slow, fast = (part[thermal].float() - part[thermal].float().mean(1, keepdim=True) for part in parts)
+        z, *usual = (tensor[thermal] for tensor in (z, *parts))
+        slow, fast = (part.float() - part.float().mean(1, keepdim=True) for part in usual)
         own = slow.square().mean(1, keepdim=True)
         # Chains in close contact, with a hundred times the usual noise, count as one like any other; features without
         # noise do not count.

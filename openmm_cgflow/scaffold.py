@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from openmm_cgflow.zmatrix import (
 
 __all__ = ["MoleculeScaffold", "ParticleScaffold", "Scaffold", "rotamer_warning"]
 
+Saved = dict[str, Any] | None
+
 _WIDTH_OF_SOFT_TORSIONS = 0.3  # rad, within one of their wells
 _STEP = 1e-3  # nm, of finite differences between particles
 _SOFTEST = 1e-3  # kJ/mol/nm^2
@@ -56,7 +58,7 @@ class Scaffold(ABC):
         molecular_system: MolecularSystem,
         partition: Partition,
         evaluate: Evaluate | None = None,
-        saved: dict[str, Any] | None = None,
+        saved: Saved = None,
     ) -> Scaffold:
         """Coordinates, assembly, and what the energy says of widths.
 
@@ -71,7 +73,14 @@ class Scaffold(ABC):
             CGFlowError: If the slow atoms contain a ring or a straight chain, or the energy is not finite.
         """
         kind = ParticleScaffold if config.coordinates.kind == "box" else MoleculeScaffold
-        return kind.build(config, molecular_system, partition, evaluate, saved)
+        return kind._build(config, molecular_system, partition, evaluate, saved)
+
+    @classmethod
+    @abstractmethod
+    def _build(
+        cls, config: Config, system: MolecularSystem, partition: Partition, evaluate: Evaluate | None, saved: Saved
+    ) -> Self:
+        """:meth:`build` of one kind."""
 
     @abstractmethod
     def fast_rotamers(self) -> list[str]:
@@ -112,22 +121,16 @@ class ParticleScaffold(Scaffold):
     curvature: np.ndarray
 
     @classmethod
-    def build(
-        cls,
-        config: Config,
-        molecular_system: MolecularSystem,
-        partition: Partition,
-        evaluate: Evaluate | None = None,
-        saved: dict[str, Any] | None = None,
-    ) -> ParticleScaffold:
-        labels = [molecular_system.atom_label(i) for i in range(molecular_system.n_atoms)]
-        coordinates = BoxCoordinates(partition.slow, labels, config.coordinates.box)
+    def _build(
+        cls, config: Config, system: MolecularSystem, partition: Partition, evaluate: Evaluate | None, saved: Saved
+    ) -> Self:
+        coordinates = BoxCoordinates(partition.slow, system.labels, config.coordinates.box)
         if saved is not None:
             curvature = saved["curvature"].numpy()
         else:
             assert evaluate is not None
-            curvature = _curvature(evaluate, molecular_system.positions, partition.fast)
-        return cls(config, molecular_system, partition, ParticleAssembly(coordinates, partition.fast), curvature)
+            curvature = _curvature(evaluate, system.positions, partition.fast)
+        return cls(config, system, partition, ParticleAssembly(coordinates, partition.fast), curvature)
 
     def fast_rotamers(self) -> list[str]:
         return []
@@ -173,16 +176,11 @@ class MoleculeScaffold(Scaffold):
     harmonic: HarmonicReference
 
     @classmethod
-    def build(
-        cls,
-        config: Config,
-        molecular_system: MolecularSystem,
-        partition: Partition,
-        evaluate: Evaluate | None = None,
-        saved: dict[str, Any] | None = None,
-    ) -> MoleculeScaffold:
-        graph = bond_graph(molecular_system.n_atoms, molecular_system.bonds)
-        stiff = amide_bonds(graph, molecular_system.elements) if config.coordinates.peptide_bonds == "keep" else ()
+    def _build(
+        cls, config: Config, system: MolecularSystem, partition: Partition, evaluate: Evaluate | None, saved: Saved
+    ) -> Self:
+        graph = bond_graph(system.n_atoms, system.bonds)
+        stiff = amide_bonds(graph, system.elements) if config.coordinates.peptide_bonds == "keep" else ()
         slow, fast = slow_zmatrix(graph, partition.slow, stiff), fast_zmatrix(graph, partition.slow)
         if config.coordinates.kind == "cartesian":
             triple = config.coordinates.reference_atoms or reference_triple(graph, partition.slow)
@@ -195,19 +193,18 @@ class MoleculeScaffold(Scaffold):
             harmonic = HarmonicReference(slow, fast, **arrays)
         else:
             assert evaluate is not None
-            harmonic = HarmonicReference.fit(evaluate, slow, fast, molecular_system.positions)
-        labels = [molecular_system.atom_label(i) for i in range(molecular_system.n_atoms)]
+            harmonic = HarmonicReference.fit(evaluate, slow, fast, system.positions)
         widths = harmonic.widths(_hottest(config))
         bound = config.coordinates.bound
         coordinates: Coordinates
         if config.coordinates.kind == "internal":
             n = len(slow.atoms)
-            coordinates = InternalCoordinates(slow, labels, harmonic.centre[:n], widths[:n], bound)
+            coordinates = InternalCoordinates(slow, system.labels, harmonic.centre[:n], widths[:n], bound)
         else:
-            coordinates = _cartesian(slow, triple, labels, molecular_system.positions, graph, bound)
-        centres = stereocentres(graph, molecular_system.elements)
-        assembly = MoleculeAssembly(coordinates, fast, centres, molecular_system.positions)
-        return cls(config, molecular_system, partition, assembly, harmonic)
+            coordinates = _cartesian(slow, triple, system.labels, system.positions, graph, bound)
+        centres = stereocentres(graph, system.elements)
+        assembly = MoleculeAssembly(coordinates, fast, centres, system.positions)
+        return cls(config, system, partition, assembly, harmonic)
 
     def fast_rotamers(self) -> list[str]:
         system, fast = self.molecular_system, self.harmonic.fast

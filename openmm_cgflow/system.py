@@ -196,12 +196,13 @@ class MolecularSystem:
         return mdtraj.Topology.from_openmm(self.topology)
 
     @cached_property
-    def _labels(self) -> list[str]:
+    def labels(self) -> list[str]:
+        """Of all atoms; see :meth:`atom_label`."""
         return atom_labels(self.topology)
 
     def atom_label(self, index: int) -> str:
         """A readable name such as ``ALA2:CA``; with several chains ``B/ALA2:CA``."""
-        return self._labels[index]
+        return self.labels[index]
 
     def to_xml(self) -> str:
         """The System as OpenMM XML, enough for a worker process to rebuild it."""
@@ -210,7 +211,7 @@ class MolecularSystem:
     def fingerprint(self) -> str:
         """SHA-256 of the System, atom names and bonds; independent of positions and of OpenMM's version stamp."""
         energy = re.sub(r' openmmVersion="[^"]*"', "", self.to_xml())
-        atoms = " ".join(self._labels) + " " + " ".join(self.elements)
+        atoms = " ".join(self.labels) + " " + " ".join(self.elements)
         return hashlib.sha256("\n".join([energy, atoms, str(self.bonds.tolist())]).encode()).hexdigest()
 
 

@@ -125,19 +125,22 @@ class DoubleWell(Target):
         x = np.linspace(-reach, reach, _N_GRID)
         return x, -beta * self.slow_energy(x[:, None])
 
+    def _density(self, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """The same points, and the density with 1 at its maximum."""
+        x, log_density = self._quadrature(beta)
+        return x, np.exp(log_density - log_density.max())
+
     def log_normaliser(self, beta: float, rng: np.random.Generator) -> float:
         x, log_density = self._quadrature(beta)
         return float(logsumexp(log_density) + math.log(x[1] - x[0]))
 
     def sample_slow(self, n: int, beta: float, rng: np.random.Generator) -> np.ndarray:
-        x, log_density = self._quadrature(beta)
-        density = np.exp(log_density - log_density.max())
+        x, density = self._density(beta)
         cumulative = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
         return np.interp(rng.random(n), cumulative / cumulative[-1], x)[:, None]
 
     def populations(self, beta: float, rng: np.random.Generator, n: int = 0) -> np.ndarray:
-        x, log_density = self._quadrature(beta)
-        density = np.exp(log_density - log_density.max())
+        x, density = self._density(beta)
         above = density[x > self._barrier].sum() / density.sum()
         return np.array([1 - above, above])
 

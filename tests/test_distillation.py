@@ -9,7 +9,7 @@ import torch
 from analytic import AnalyticMeanForce
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.coordinates import BoxCoordinates, Coordinates
 from openmm_cgflow.distillation import FlowFitter, WeightedSamples, weighted_samples
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.tempering import relative_ess
@@ -210,17 +210,6 @@ def test_plain_reverse_kl_gets_the_weights_of_the_modes_wrong():
     assert abs(math.log(max(found, 1e-5) / MINORITY)) > 0.7
 
 
-class Torus(Coordinates):
-    """Four torsions, nothing else."""
-
-    def __init__(self):
-        high = np.full(4, math.pi)
-        super().__init__((0, 1, 2, 3), tuple("abcd"), np.ones(4, dtype=bool), -high, high, BOUND)
-
-    def log_volume(self, z):
-        return 0.0 * z.sum(-1)
-
-
 def sharp(z):
     """Log density of two narrow modes, up to a constant: a flat proposal hits one of them once in 100,000 times."""
     middle = torch.tensor([[-1.4, -0.6, 0.5, 1.5], [1.2, 1.0, -0.5, -1.0]], dtype=torch.float64)
@@ -234,7 +223,7 @@ def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flow = CGFlow(4, 0, BOUND, 6, 2, 8, (32, 32), torch.zeros((0, 0))).float()
-    space, generator = Torus(), torch.Generator().manual_seed(1)
+    space, generator = BoxCoordinates(range(4), "abcd", math.pi), torch.Generator().manual_seed(1)
     target = Known(sharp, space)
     fitter = FlowFitter(flow, space, 5e-3, 256)
     reached = []
@@ -338,7 +327,8 @@ def test_an_exact_conditional_stays_where_it_is(steepness):
 
 def gradients_of_torsions(flow, target, gamma, gamma_from, n_draws, expected):
     """Of the surrogate, with or without what the flow expects of its own samples, shape (n_draws, n_parameters)."""
-    fitter, space, rows = FlowFitter(flow, Everywhere(), 1e-3, 128), Everywhere(), []
+    space, rows = Everywhere(), []
+    fitter = FlowFitter(flow, space, 1e-3, 128)
     flow = fitter.networks.trained
     for seed in range(n_draws):
         z, log_old = flow.sample(1000, torch.Generator().manual_seed(seed), gamma_from)
