@@ -176,6 +176,9 @@ class PMFConfig(_Section):
     """Updates of the fast atoms' response to the slow ones in each round; it takes noise out of the mean forces."""
     final_updates: int = Field(2000, ge=1)
     """Updates of the last fit, which starts anew on all mean forces."""
+    n_switched: int = Field(8, ge=0)
+    """Conformations whose free energies are measured by switching, for the last fit, to within
+    stopping.free_energy_error; 0 = none."""
     explore_height: float = Field(5.0, gt=0)
     """How far above the model half of the mean forces are measured, kT of free energy."""
     flow_learning_rate: float = Field(5e-3, gt=0)
@@ -196,7 +199,7 @@ class StoppingConfig(_Section):
     ess: float = Field(0.98, gt=0, lt=1)
     """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""
     max_evaluations: float = Field(3e6, gt=0)
-    """Energy evaluations of the training; checks and samples come on top."""
+    """Energy evaluations of the training, rounds and switching; the check and samples come on top."""
     max_rounds: int = Field(100, ge=1)
     max_polish_cycles: int = Field(3, ge=1)
 

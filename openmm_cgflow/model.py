@@ -15,8 +15,8 @@ from torch import Tensor
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.flow import CGFlow, one_torch_thread
-from openmm_cgflow.meanforce import FastChains
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.pmf import PMF

@@ -3,9 +3,11 @@
 Every round draws z across barriers from the flow at small gamma and near the basins at larger ones, measures mean
 forces there at the target temperature, learns from their noise how the fast atoms follow the slow ones, which removes
 most of it, fits the PMF to all of them, and trains the flow on that PMF. OpenMM never runs
-hotter than the target: with the slow atoms frozen there is no barrier to cross. When the PMF has converged, it is
-fitted once more from the start, because networks keep a memory of the few and cold forces they saw first (in one run of
-alanine dipeptide 0.2 kT of the left-handed state), and the flow alone is trained to the end. Nothing here knows OpenMM.
+hotter than the target: with the slow atoms frozen there is no barrier to cross. When the PMF has converged, free
+energies of some conformations are measured by switching between them: mean forces carry what their chains remember of
+where they started (0.1 kT between right- and left-handed states of alanine dipeptide), switching does not. Then it is
+fitted once more from the start to all of this, because networks keep a memory of the few and cold forces they saw first
+(in one run 0.2 kT of the left-handed state), and the flow alone is trained to the end. Nothing here knows OpenMM.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.meanforce import ChainParts, MeanForceEstimator
 from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error
 from openmm_cgflow.response import FastResponse, ResponseFitter
+from openmm_cgflow.values import ValueSwitching
 
 __all__ = ["PMFTrainer", "state_populations"]
 
@@ -35,6 +38,10 @@ _SMALLEST_POPULATION = 0.005  # states rarer than this do not count for converge
 _LAG = 3  # rounds over which populations must not have moved
 _POLISH = 50  # flow updates of one step after the last round
 _REFIT = 200  # PMF updates of one step after the last round
+_N_SWITCHES = 16  # to a conformation and back, of one step
+_N_SWITCH_STEPS = 12  # at most
+_SHARE_OF_ROUNDS = 0.8  # of all evaluations, where some are needed for switching
+_SMALLEST_VALUE_ERROR = 0.02  # kT, that a difference counts with
 
 
 def state_populations(samples: WeightedSamples, n_circular: int) -> Tensor:
@@ -97,6 +104,7 @@ class PMFTrainer:
         self.flow_fitter = FlowFitter(flow, coordinates, config.pmf.flow_learning_rate, config.pmf.flow_batch_size)
         self.temperatures = [config.temperature]
         self.n_steps = self.n_refit = self.n_polish = 0
+        self.values = ValueSwitching(config)
         self.gamma = 1.0
         self.ended_by = ""
         self._earlier: list[dict[str, Tensor]] = []
@@ -111,7 +119,7 @@ class PMFTrainer:
         """All steps, if the rounds end at their largest number or have ended."""
         n_cycle = self._polish_cycle * max(1, math.ceil(self.n_polish / self._polish_cycle))
         n_rounds = len(self.buffer.rounds) if self.ended_by else self.config.stopping.max_rounds
-        return n_rounds + self._refit_length + n_cycle
+        return n_rounds + self._refit_length + n_cycle + self.values.n_steps + self.values.wanted
 
     @property
     def stage_done(self) -> bool:
@@ -137,9 +145,11 @@ class PMFTrainer:
         raise RuntimeError("there is one stage")
 
     def step(self) -> dict[str, float]:
-        """A round, or after the last one a block of updates of the PMF, then of the flow. Returns a row of metrics."""
+        """A round, and after the last one switching, then updates of the PMF, then of the flow; returns metrics."""
         if not self.ended_by:
             row = self._round()
+        elif self.values.wanted:
+            row = self._measure_values()
         else:
             row = self._refit() if self.n_refit < self._refit_length else self._polish()
         self.n_steps += 1
@@ -167,7 +177,13 @@ class PMFTrainer:
         row |= {"held_out": held_out, "misfit": misfit, "noise_left": noise_left, "invalid": int((~force.valid).sum())}
         row |= {"energy": float(force.energy[force.valid].median())}
         self.ended_by = self._reason_to_end(row)
+        if self.ended_by:
+            self.values.start(self.flow, self.pmf, self.coordinates, self.estimator, self.generator)
         return self._ordered(row)
+
+    def _measure_values(self) -> dict[str, float]:
+        self.values.step(self.estimator, self.temperature)
+        return self._ordered({"gamma": self.gamma})
 
     def _refit(self) -> dict[str, float]:
         noise_left = math.nan
@@ -177,7 +193,9 @@ class PMFTrainer:
             self.pmf_fitter = PMFFitter(self.pmf, self.config.pmf.learning_rate)
         n_updates = min(_REFIT, self.config.pmf.final_updates - self.n_refit * _REFIT)
         scale = 1 - self.n_refit / self._refit_length
-        misfit = self.pmf_fitter.fit(self._data(), n_updates, self.generator, scale)
+        # Far from them in the beginning, their large gradients would make Adam's steps small for a long time.
+        values = self.values.values() if self.n_refit >= self._refit_length // 2 else None
+        misfit = self.pmf_fitter.fit(self._data(), n_updates, self.generator, scale, values)
         self.n_refit += 1
         return self._ordered(self._test() | {"misfit": misfit, "noise_left": noise_left})
 
@@ -206,8 +224,8 @@ class PMFTrainer:
 
     def _ordered(self, row: dict[str, float]) -> dict[str, float]:
         names = ("gamma", "noise_left", "held_out", "misfit", "ess", "free_energy_error", "moved", "energy", "invalid")
-        counts = {"evaluations": self.estimator.n_energy_evaluations}
-        return {name: row.get(name, math.nan) for name in names} | counts
+        row = {name: row.get(name, math.nan) for name in names} | self.values.compare(self.pmf)
+        return row | {"evaluations": self.estimator.n_energy_evaluations}
 
     @torch.no_grad()
     def _explore(self) -> Tensor:
@@ -277,7 +295,8 @@ class PMFTrainer:
             f"{0.9 * stopping.ess:.2f})"
         )
         n_round = self.estimator.n_energy_evaluations / len(self.buffer.rounds)
-        if self.estimator.n_energy_evaluations + n_round > stopping.max_evaluations:
+        share = _SHARE_OF_ROUNDS if self.config.pmf.n_switched else 1.0
+        if self.estimator.n_energy_evaluations + n_round > share * stopping.max_evaluations:
             return f"not converged: the next round would exceed stopping.max_evaluations; {now}"
         if len(self.buffer.rounds) >= stopping.max_rounds:
             return f"not converged: stopping.max_rounds is reached; {now}"
@@ -285,6 +304,8 @@ class PMFTrainer:
 
     def describe(self, row: dict[str, float]) -> str:
         """A line on a row of metrics, for the progress bar."""
+        if self.values.n_steps and not self.n_refit:
+            return f"switching: free energies to {row['value_error']:.2f} kT, PMF off by {row['value_misfit']:.2f} kT"
         phase = "flow" if self.n_polish else "last fit" if self.n_refit else f"round {len(self.buffer.rounds)}"
         text = f"{phase}: ESS {row['ess']:.2f}, free-energy error {row['free_energy_error']:.2f} kT"
         return text if self.n_refit else text + f", held-out {row['held_out']:.2f}"
@@ -300,6 +321,7 @@ class PMFTrainer:
             "generator": self.generator.get_state(),
             "estimator": self.estimator.state_dict(),
             "n_steps": self.n_steps,
+            "values": self.values.state_dict(),
             "n_refit": self.n_refit,
             "n_polish": self.n_polish,
             "gamma": self.gamma,
@@ -318,5 +340,6 @@ class PMFTrainer:
         self.generator.set_state(state["generator"])
         self.estimator.load_state_dict(state["estimator"])
         self.n_steps, self.n_refit, self.n_polish = state["n_steps"], state["n_refit"], state["n_polish"]
+        self.values.load_state_dict(state["values"])
         self.gamma, self.ended_by = state["gamma"], state["ended_by"]
         self._earlier, self._best_ess = list(state["earlier"]), list(state["best_ess"])

@@ -15,8 +15,8 @@ from openmm_cgflow.assembly import Assembly, MoleculeAssembly, ParticleAssembly
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import BoxCoordinates, CartesianCoordinates, Coordinates, InternalCoordinates
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.harmonic import Evaluate, HarmonicReference
-from openmm_cgflow.meanforce import FastChains
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.system import MolecularSystem

@@ -15,8 +15,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from openmm_cgflow.config import Config
+from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.files import atomic_path
-from openmm_cgflow.meanforce import FastChains, MeanForceEstimator
+from openmm_cgflow.meanforce import MeanForceEstimator
 from openmm_cgflow.model import CGModel, new_flow, new_pmf, new_response
 from openmm_cgflow.pmf_training import PMFTrainer
 from openmm_cgflow.replicas import ReplicaEngine

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.assembly import MoleculeAssembly
+from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.coordinates import CartesianCoordinates, InternalCoordinates
+from openmm_cgflow.fastchains import FastChains, Frames
 from openmm_cgflow.internal import Placement, bond_angle_dihedral, place_first_three
-from openmm_cgflow.meanforce import Frames, MeanForce
+from openmm_cgflow.meanforce import MeanForce
 from openmm_cgflow.units import thermal_beta
 from openmm_cgflow.zmatrix import bond_graph, fast_zmatrix, slow_zmatrix, stereocentres
 
@@ -155,6 +157,13 @@ class AnalyticMeanForce:
             valid,
         )
 
+    def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Gaussian works, which obey Crooks' theorem, with a dissipation of 1/2 kT."""
+        difference = thermal_beta(temperature) * (self.free_energy(paths[:, -1]) - self.free_energy(paths[:, 0]))
+        noise = torch.randn(len(paths), generator=self.generator, dtype=torch.float64)
+        self.n_energy_evaluations += len(paths)
+        return difference + 0.5 + noise, torch.ones(len(paths), dtype=torch.bool)
+
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "n_energy_evaluations": self.n_energy_evaluations}
 
@@ -290,3 +299,26 @@ class EchoEngine:
         frames[self.broken] = np.nan
         forces, energy = np.where(np.isnan(frames), np.nan, 0.5), frames.sum((-1, -2))
         return frames, forces, energy, np.isfinite(energy).all(-1)
+
+
+def chain_settings(**values: Any) -> SamplerConfig:
+    """Short chains that fail seldom."""
+    numbers = {"n_pool_steps": 500, "n_relax": 11, "n_equilibration": 7, "n_frames": 3, "stride": 2, "max_invalid": 0.2}
+    return SamplerConfig(**{**numbers, **values})
+
+
+def chiral_chains(engine: Any = None, seed: int = 5, **values: Any) -> FastChains:
+    """Chains of a four-atom slow chain with two fast atoms at a stereocentre, on an :class:`EchoEngine`."""
+    bonds = [(0, 1), (1, 2), (2, 3), (1, 4), (1, 5)]
+    xyz = random_structure(bonds, 1)
+    assembly = assembly_of(bonds, [0, 1, 2, 3], xyz, ["C", "C", "C", "C", "H", "F"])
+    y = assembly.read_fast(xyz)
+
+    def draw_fast(z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        return y + 0.02 * torch.randn((len(z), 2, 3), generator=generator, dtype=torch.float64)
+
+    return FastChains(engine or EchoEngine(), assembly, draw_fast, chain_settings(**values), seed)
+
+
+def some_z(chains: FastChains, n: int, seed: int = 0) -> Tensor:
+    return random_z(chains.assembly.coordinates, n, torch.Generator().manual_seed(seed), 0.5)

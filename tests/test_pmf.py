@@ -8,7 +8,7 @@ import torch
 from analytic import assert_identical, largest_sigma
 
 from openmm_cgflow.meanforce import MeanForce
-from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error
+from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, Values, held_out_error
 
 PRECISION = torch.tensor([[1.0, 0.4], [0.4, 1.2]], dtype=torch.float64)
 
@@ -185,6 +185,37 @@ def test_the_spread_of_the_ensemble_is_the_error(repeated):
     """Of the order of the true error, over repetitions; less would stop a training too early, more never."""
     errors, spreads, _ = repeated
     assert 0.5 < float((errors.square().mean() / spreads.square().mean()).sqrt()) < 2.2
+
+
+def leaning(n=2000, seed=4):
+    """Mean forces with an error in common on the way from one basin to the other, which no number of them removes."""
+    z, force = measured(n, torch.Generator().manual_seed(seed), noise=0.5)
+    gradient = force.gradient.clone()
+    # Half of the circle, from the middle of the negative basin to that of the positive one, leans to one side, half
+    # to the other: 0.4 kT between the basins.
+    gradient[:, 0] += 0.4 / math.pi * torch.cos(z[:, 0]).sign()
+    return z, force._replace(gradient=gradient)
+
+
+def test_known_differences_mend_errors_that_mean_forces_have_in_common():
+    generator = torch.Generator().manual_seed(7)
+    buffer = MeanForceBuffer(4)
+    buffer.add(*leaning(), generator)
+    basins = torch.tensor([[-math.pi / 2, 0.0, 0.0], [math.pi / 2, 0.0, 0.0]], dtype=torch.float64)
+    start, end = basins[[0, 0, 0]], basins[[1, 1, 1]] + torch.tensor([[0.0], [0.3], [-0.3]])
+    noise = torch.tensor([0.05, -0.03, 0.02])
+    known = (free_energy(end) - free_energy(start)).float() + noise
+    values = Values(start.float(), end.float(), known, torch.full((3,), 0.05), torch.ones((3, 4)))
+    errors, misfits = {}, {}
+    for name, given in {"without": None, "with": values}.items():
+        pmf = new_pmf(hidden=(24, 24), seed=3)
+        fitter = PMFFitter(pmf, 1e-2, batch_size=256)
+        fitter.fit(buffer.data(), 200, torch.Generator().manual_seed(1))
+        misfits[name] = fitter.fit(buffer.data(), 300, torch.Generator().manual_seed(2), 0.3, given)
+        errors[name] = float(differences(pmf).mean()) - exact_difference()
+    assert abs(errors["without"]) > 0.3
+    assert abs(errors["with"]) < 0.1
+    assert misfits["with"] < misfits["without"] + 0.02  # and the mean forces are still fitted
 
 
 def test_more_data_mean_a_smaller_error(repeated):

@@ -80,6 +80,7 @@ def settings(pmf=None, stopping=None, n_replicas=32, seed=0):
         "flow_batch_size": 32,
         "hidden_features": [8],
         "polish_updates": 6,
+        "n_switched": 0,
     }
     return Config(
         temperature=300.0,
@@ -147,6 +148,7 @@ def converged():
             "n_updates": 60, "final_updates": 300, "flow_updates": 20, "flow_batch_size": 256,
             "hidden_features": [24, 24],
             "learning_rate": 1e-2, "flow_learning_rate": 5e-3, "polish_updates": 150, "explore_height": 4.0,
+            "n_switched": 3,
         },
         stopping={"max_rounds": 25, "max_polish_cycles": 1, "ess": 0.9, "free_energy_error": 0.2, "held_out": 1.2},
         n_replicas=256,
@@ -197,8 +199,13 @@ def test_rows_tell_the_course(converged):
     assert {row["temperature"] for row in rows} == {300.0} and trainer.temperatures == [300.0]
     assert [math.isfinite(row["held_out"]) for row in rows] == [k < n_rounds for k in range(len(rows))]
     assert [row["evaluations"] for row in rows[:n_rounds]] == [256 * (k + 1) for k in range(n_rounds)]
-    assert {row["evaluations"] for row in rows[n_rounds:]} == {256 * n_rounds}  # the flow alone costs none
-    assert len(rows) - n_rounds == 2 + 3  # 300 updates of the PMF in blocks of 200, 150 of the flow in blocks of 50
+    n_switched = trainer.values.n_steps
+    assert n_switched >= 1 and [math.isfinite(row["value_error"]) for row in rows].index(True) == n_rounds
+    alone = rows[n_rounds + n_switched :]
+    assert {row["evaluations"] for row in alone} == {trainer.estimator.n_energy_evaluations}  # no more are needed
+    assert rows[n_rounds - 1]["evaluations"] < rows[n_rounds]["evaluations"]
+    assert len(alone) == 2 + 3  # 300 updates of the PMF in blocks of 200, 150 of the flow in blocks of 50
+    assert alone[-1]["value_error"] <= 0.2 and alone[-1]["value_misfit"] < 0.3
     assert all(math.isnan(row["moved"]) for row in rows[:3])  # not known yet, so it cannot end here
     assert all(math.isnan(row["moved"]) for row in rows[n_rounds:])
     assert rows[0]["held_out"] > rows[n_rounds - 1]["held_out"]
@@ -396,7 +403,8 @@ def test_edges_of_the_circle_belong_to_one_state():
 
 
 def restart_trainer(seed=0):
-    config = settings(stopping={"max_rounds": 5, "max_polish_cycles": 2, "ess": 0.999}, seed=3)
+    stopping = {"max_rounds": 5, "max_polish_cycles": 2, "ess": 0.999, "free_energy_error": 0.15}
+    config = settings(pmf={"n_switched": 2}, stopping=stopping, seed=3)
     return new_trainer(config, invalid=[2], seed=seed, estimator_seed=11 + seed, followed=True)
 
 
@@ -429,11 +437,12 @@ def uninterrupted():
         return trainer, advance(trainer)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6, 8, 9, 10])
 def test_restart_equals_uninterrupted_bit_for_bit(stop, few_tests, uninterrupted):
-    """After rounds, after the last one, and in the training of the flow alone; another seed in what is overwritten."""
+    """After rounds, after the last one, between switches, and in the last fit and training of the flow alone; another
+    seed in what is overwritten."""
     straight, expected = uninterrupted
-    assert len(straight.buffer.rounds) == 5 and len(expected) >= 9
+    assert len(straight.buffer.rounds) == 5 and straight.values.n_steps == 2 and len(expected) >= 11
 
     first = restart_trainer()
     rows = advance(first, stop)
@@ -453,7 +462,8 @@ FORGOTTEN = {
         "flow/networks", "flow/optimizer", "pmf/networks", "pmf/optimizer", "pmf/networks/average", "generator",
         "estimator", "buffer", "gamma", "response", "earlier", "start",
     ),
-    7: (
+    6: ("values", "estimator"),
+    9: (
         "flow/networks", "flow/optimizer", "flow/networks/average", "pmf", "generator", "n_steps", "n_refit",
         "n_polish", "ended_by",
     ),

@@ -1,0 +1,99 @@
+"""Paths of low free energy between conformations, along which slow atoms are switched."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from scipy.interpolate import interp1d
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import dijkstra
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.pmf import PMF
+
+__all__ = ["low_paths"]
+
+_N_POINTS = 4000  # of the graph in which paths are sought
+_N_NEIGHBOURS = 12
+_HIGHEST = 5.0  # kT above the lowest free energy, of conformations at the ends
+_SPACING = math.radians(8.0)  # of the torsions, between two points of a path
+
+
+@torch.no_grad()
+def low_paths(
+    flow: CGFlow, pmf: PMF, coordinates: Coordinates, n_conformations: int, generator: torch.Generator
+) -> Tensor:
+    """Paths of equally many points from the lowest conformation to those that differ most from it and each other.
+
+    Fewer than asked for where fewer conformations lie within a few kT of the lowest.
+
+    They follow the flow's samples at several gamma along the least resistance, length times exp(free energy). Bounded
+    coordinates are those that the flow gives to its base's centre.
+
+    Arguments:
+        flow: Has at least one torsion.
+        pmf: Phi(z).
+        coordinates: For log J.
+        n_conformations: How many paths at most.
+        generator: Source of all randomness.
+
+    Returns:
+        Shape (n_paths, n_points, n_features), float64.
+    """
+    flow, n = copy.deepcopy(flow).double(), flow.n_circular
+    gamma = torch.ones(_N_POINTS, dtype=torch.float64)
+    gamma[_N_POINTS // 3 :] = 0.3
+    gamma[2 * _N_POINTS // 3 :] = 0.1
+    torsions = flow.sample(_N_POINTS, generator, gamma)[0][:, :n]
+    z = _centre(flow, torsions)
+    energy = (pmf(z) - coordinates.log_volume(z) + flow.log_prob_bounded(z)).numpy()
+    on_circle = torch.cat((torsions.cos(), torsions.sin()), dim=-1).numpy()
+    distance, neighbour = cKDTree(on_circle).query(on_circle, _N_NEIGHBOURS + 1)
+    rows = np.repeat(np.arange(_N_POINTS), _N_NEIGHBOURS)
+    columns = neighbour[:, 1:].ravel()
+    above = np.minimum(energy - energy.min(), 50.0)
+    resistance = distance[:, 1:].ravel() * np.exp(np.maximum(above[rows], above[columns]))
+    graph = coo_matrix((np.maximum(resistance, 1e-12), (rows, columns)), shape=(_N_POINTS, _N_POINTS))
+    start = int(energy.argmin())
+    cost, previous = dijkstra(graph.tocsr(), directed=False, indices=start, return_predecessors=True)
+    candidates = np.flatnonzero((above[: _N_POINTS // 3] < _HIGHEST) & np.isfinite(cost[: _N_POINTS // 3]))
+    n_conformations = min(n_conformations, len(candidates))
+    if not n_conformations:
+        return z.new_zeros((0, 1, z.shape[1]))
+    curves = []
+    for target in _farthest_first(on_circle, candidates, start, n_conformations):
+        vertices = [target]
+        while vertices[-1] != start:
+            vertices.append(int(previous[vertices[-1]]))
+        curves.append(np.unwrap(torsions.numpy()[vertices[::-1]], axis=0))
+    lengths = [np.linalg.norm(np.diff(curve, axis=0), axis=1) for curve in curves]
+    n_steps = 1 + max(math.ceil(length.sum() / _SPACING) for length in lengths)
+    resampled = []
+    for curve, length in zip(curves, lengths, strict=True):
+        arc = np.concatenate(([0.0], np.cumsum(np.maximum(length, 1e-9))))
+        resampled.append(interp1d(arc, curve, axis=0)(np.linspace(0.0, arc[-1], n_steps)))
+    flat = torch.as_tensor(np.array(resampled)).flatten(0, 1)
+    wrapped = torch.remainder(flat + math.pi, 2 * math.pi) - math.pi
+    return _centre(flow, wrapped).unflatten(0, (n_conformations, n_steps))
+
+
+def _centre(flow: CGFlow, torsions: Tensor) -> Tensor:
+    middle = torsions.new_zeros((len(torsions), flow.n_bounded))
+    return torch.cat((torsions, flow.map_bounded(torsions, middle)), dim=-1)
+
+
+def _farthest_first(points: np.ndarray, candidates: np.ndarray, start: int, n: int) -> list[int]:
+    """n candidates, each the farthest from the start and all before it."""
+    chosen: list[int] = []
+    nearest = np.linalg.norm(points[candidates] - points[start], axis=1)
+    for _ in range(n):
+        best = int(nearest.argmax())
+        chosen.append(int(candidates[best]))
+        nearest = np.minimum(nearest, np.linalg.norm(points[candidates] - points[candidates[best]], axis=1))
+    return chosen

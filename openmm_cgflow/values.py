@@ -1,0 +1,111 @@
+"""Free energies of a few conformations by switching, for the last fit of the potential of mean force."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from openmm_cgflow.config import Config
+from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.meanforce import MeanForceEstimator
+from openmm_cgflow.paths import low_paths
+from openmm_cgflow.pmf import PMF, Values
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.switching import Differences, Switches
+
+__all__ = ["ValueSwitching"]
+
+_N_SWITCHES = 16  # to a conformation and back, in one step
+_N_STEPS = 12  # at most
+_SMALLEST_ERROR = 0.02  # kT, that a difference counts with
+
+
+class ValueSwitching:
+    """Switches until every difference is known to ``stopping.free_energy_error``, or the evaluations are used up.
+
+    Use: ``start(...)`` once there is a PMF, then ``step(...)`` while ``wanted``. Not started, it wants nothing.
+
+    Arguments:
+        config: ``pmf.n_switched``, ``pmf.n_members``, ``stopping`` and ``seed`` are used.
+
+    Attributes:
+        n_steps: Steps made so far.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.n_steps = 0
+        self._switches: Switches | None = None
+        self._next: list[int] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Whether some difference is to be known better, and may be."""
+        return bool(self._next)
+
+    def start(
+        self,
+        flow: CGFlow,
+        pmf: PMF,
+        coordinates: Coordinates,
+        estimator: MeanForceEstimator,
+        generator: torch.Generator,
+    ) -> None:
+        """Chooses conformations and paths; none where there is no torsion."""
+        if self.config.pmf.n_switched and flow.n_circular:
+            self._switches = Switches(low_paths(flow, pmf, coordinates, self.config.pmf.n_switched, generator))
+            self._plan(estimator)
+
+    def step(self, estimator: MeanForceEstimator, temperature: float) -> None:
+        """Switches to every conformation whose free energy is not known well enough, and back."""
+        assert self._switches is not None
+        self._switches.add(lambda paths: estimator.switch(paths, temperature), self._next, _N_SWITCHES)
+        self.n_steps += 1
+        self._plan(estimator)
+
+    def _plan(self, estimator: MeanForceEstimator) -> None:
+        assert self._switches is not None
+        stopping = self.config.stopping
+        rough = np.flatnonzero(self._differences().error > stopping.free_energy_error).tolist()
+        cost = self._switches.cost(len(rough), _N_SWITCHES)
+        affordable = estimator.n_energy_evaluations + cost <= stopping.max_evaluations
+        self._next = rough if affordable and self.n_steps < _N_STEPS else []
+
+    def _differences(self) -> Differences:
+        assert self._switches is not None
+        return self._switches.differences(derive_seed(self.config.seed, 12))
+
+    def values(self) -> Values | None:
+        """What is known; None before the first step."""
+        if not self.n_steps:
+            return None
+        assert self._switches is not None
+        start, end, found = self._switches.paths[:, 0], self._switches.paths[:, -1], self._differences()
+        error = torch.as_tensor(found.error).clamp(min=_SMALLEST_ERROR)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 13))
+        weights = torch.empty((len(error), self.config.pmf.n_members)).exponential_(generator=generator)
+        return Values(start.float(), end.float(), torch.as_tensor(found.value).float(), error.float(), weights)
+
+    @torch.no_grad()
+    def compare(self, pmf: PMF) -> dict[str, float]:
+        """The largest error of a difference, and how far the PMF is from them, root mean square by precision, kT."""
+        values = self.values()
+        if values is None:
+            return {"value_error": math.nan, "value_misfit": math.nan}
+        away = pmf(values.end) - pmf(values.start) - values.difference
+        precision = values.error**-2
+        misfit = (precision * away.square()).sum() / precision.sum()
+        return {"value_error": float(values.error.max()), "value_misfit": float(misfit.sqrt())}
+
+    def state_dict(self) -> dict[str, Any]:
+        switches = None if self._switches is None else self._switches.state_dict()
+        return {"n_steps": self.n_steps, "next": list(self._next), "switches": switches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.n_steps, self._next = state["n_steps"], list(state["next"])
+        self._switches = None if state["switches"] is None else Switches.from_state(state["switches"])

@@ -1,0 +1,73 @@
+"""Paths of low free energy between conformations."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from openmm_cgflow import paths
+from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.paths import low_paths
+
+
+def test_farthest_first():
+    points = np.array([[0.0], [1.0], [4.0], [10.0], [7.0]])
+    assert paths._farthest_first(points, np.array([4, 1, 2, 3]), 0, 4) == [3, 2, 4, 1]
+    assert paths._farthest_first(points, np.array([4, 1, 2]), 0, 2) == [4, 2]  # 10 is no candidate
+    assert paths._farthest_first(points, np.array([1, 2, 3]), 4, 1) == [1]
+
+
+def two_torsions():
+    """Flow and coordinates of nothing but two torsions, its flow untrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        flow = CGFlow(2, 0, 5.0, 2, 2, 8, [8])
+    coordinates = SimpleNamespace(n_circular=2, log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64))
+    return flow, coordinates
+
+
+def test_paths_go_around_barriers(monkeypatch):
+    """Minima at (0, 0) and (pi, 0), a wall between them on one side: the path takes the other, also across pi."""
+    monkeypatch.setattr(paths, "_N_POINTS", 1500)
+
+    def energy(z):
+        wall = 25 * torch.exp(4 * (torch.cos(z[:, 0] - math.pi / 2) - 1))
+        return (1 - torch.cos(2 * z[:, 0])) + 0.5 * (1 - torch.cos(z[:, 0])) + wall + 5 * (1 - torch.cos(z[:, 1]))
+
+    flow, coordinates = two_torsions()
+    found = low_paths(flow, energy, coordinates, 6, torch.Generator().manual_seed(1))
+    assert found.shape[0] == 6 and found.shape[2] == 2
+    assert (found.abs() <= math.pi + 1e-12).all()
+    assert (found[:, 0] == found[0, 0]).all()
+    assert float(found[0, 0].abs().max()) < 0.4  # the lowest of 1500 points
+    steps = torch.remainder(found.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
+    assert float(steps.norm(dim=-1).max()) < 1.001 * paths._SPACING
+    assert len(torch.unique(found[:, -1], dim=0)) == 6
+    assert (energy(found[:, -1]) < energy(found[:, 0]) + paths._HIGHEST).all()
+    over = found[:, -1, 0].cos() < -0.7
+    assert over.any()
+    assert float(energy(found.flatten(0, 1)).max()) < 8  # the wall is 25
+
+
+def test_fewer_conformations_than_wanted(monkeypatch):
+    monkeypatch.setattr(paths, "_N_POINTS", 300)
+    flow, coordinates = two_torsions()
+
+    def deep(z):
+        return 1e4 * (2 - torch.cos(z).sum(-1))
+
+    found = low_paths(flow, deep, coordinates, 50, torch.Generator().manual_seed(1))
+    assert found.shape[0] < 50 and found.shape[2] == 2
+
+
+def test_single_and_double_precision_are_both_welcome(monkeypatch):
+    monkeypatch.setattr(paths, "_N_POINTS", 300)
+    flow, coordinates = two_torsions()
+
+    def energy(z):
+        assert z.dtype == torch.float64
+        return 2 * torch.cos(z).sum(-1)
+
+    low_paths(flow.float(), energy, coordinates, 3, torch.Generator().manual_seed(1))
+    assert next(flow.parameters()).dtype == torch.float32  # unchanged
