@@ -193,7 +193,8 @@ class StoppingConfig(_Section):
     """When rounds of mean forces end: all three criteria, or either limit."""
 
     held_out: float = Field(1.5, gt=0)
-    """Error of predicted mean forces before they are fitted, over their noise or over 0.1 kT where that is smaller."""
+    """Error of predicted mean forces before they are fitted, over their noise or, where that is larger, over what the
+    fit aims at, 0.1 kT and 5 % of the force."""
     free_energy_error: float = Field(0.05, gt=0)
     """kT; largest error, and largest change in three rounds, of the free energy of any torsion state above 0.5 %."""
     ess: float = Field(0.98, gt=0, lt=1)

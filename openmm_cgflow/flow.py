@@ -17,44 +17,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from zuko.lazy import LazyTransform
-from zuko.nn import MLP
-from zuko.transforms import ComposedTransform, CouplingTransform, MonotonicRQSTransform, Transform
 
-__all__ = ["CGFlow", "SplineCoupling", "one_torch_thread", "periodic_features"]
+from openmm_cgflow.splines import N_HARMONICS, ConditionalLinear, SplineCoupling, alternating_masks, periodic_features
 
-
-# Of one layer's spline. Steeper or flatter ones make a density so rough that its score, which the path gradient uses,
-# grows without bound during training (zuko's default of 1e-3 does); torsions need more contrast than bonds and angles.
-_SMALLEST_SLOPE, _SMALLEST_SLOPE_OF_TORSIONS = 0.1, 0.02
-_N_HARMONICS = 3  # of the torsions, where they condition other features
-
-
-class _CircularRotation(Transform):
-    """Rotation of the circle [-pi, pi)."""
-
-    domain = torch.distributions.constraints.real
-    codomain = torch.distributions.constraints.real
-    bijective = True
-
-    def __init__(self, angle: Tensor) -> None:
-        super().__init__()
-        self.angle = angle
-
-    def _call(self, x: Tensor) -> Tensor:
-        return torch.remainder(x + self.angle + math.pi, 2 * math.pi) - math.pi
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return torch.remainder(y - self.angle + math.pi, 2 * math.pi) - math.pi
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
-def periodic_features(angles: Tensor) -> Tensor:
-    """Cosines and sines of angles and their first multiples, shape (..., n) -> (..., 6 n)."""
-    multiples = (angles[..., None] * torch.arange(1, _N_HARMONICS + 1, dtype=angles.dtype)).flatten(-2)
-    return torch.cat((torch.cos(multiples), torch.sin(multiples)), dim=-1)
+__all__ = ["CGFlow", "ConditionalFlow", "one_torch_thread"]
 
 
 def _gamma_features(gamma: Tensor) -> Tensor:
@@ -77,118 +43,80 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class SplineCoupling(LazyTransform):
-    """One coupling layer over torsions or over bounded coordinates, as a lazy zuko transform.
+class ConditionalFlow(nn.Module):
+    """q(r | c): bounded features given a context, splines on a truncated normal base and then a conditional linear map.
+
+    Without splines and with a linear map it is a Gaussian whose mean and covariance depend on the context.
 
     Arguments:
-        mask: Which features stay and condition the others, shape (n_features,) bool.
-        context: Number of context features.
-        circular: Whether the features are angles on [-pi, pi).
-        bound: Half-width of the spline interval (pi for angles).
+        n_features: Of r.
+        n_context: Of c.
+        bound: Half-width of the splines' interval, and of the base.
+        n_layers: Coupling layers.
         n_bins: Spline bins.
-        hidden_features: Hidden layers of the conditioner.
+        hidden_features: Hidden layers of every conditioner.
+        covariance: Where it is known roughly, shape (n_features, n_features); the linear map starts at its Cholesky
+            factor. Without it there is no linear map, and r stays in [-bound, bound].
     """
-
-    mask: Tensor
 
     def __init__(
-        self, mask: Tensor, context: int, circular: bool, bound: float, n_bins: int, hidden_features: Sequence[int]
+        self,
+        n_features: int,
+        n_context: int,
+        bound: float,
+        n_layers: int,
+        n_bins: int,
+        hidden_features: Sequence[int],
+        covariance: Tensor | None,
     ) -> None:
         super().__init__()
-        self.circular = circular
-        self.bound = bound
-        self.sizes = (n_bins, n_bins, n_bins - 1, *((1,) if circular else ()))
-        self.register_buffer("mask", mask)
-        n_kept, n_moved = int(mask.sum()), int((~mask).sum())
-        n_inputs = n_kept * (2 * _N_HARMONICS if circular else 1) + context
-        self.moved_shape = (n_moved, sum(self.sizes))
-        if n_inputs > 0:
-            self.conditioner = _conditioner(n_inputs, n_moved * sum(self.sizes), hidden_features)
-        else:
-            self.conditioner = None
-            self.constant = nn.Parameter(torch.zeros(self.moved_shape))
+        self.n_features, self.bound = n_features, bound
+        masks = alternating_masks(n_features, n_layers) if n_features else []
+        self.splines = nn.ModuleList(
+            SplineCoupling(mask, n_context, False, bound, n_bins, hidden_features) for mask in masks
+        )
+        linear = covariance is not None and n_features > 0
+        self.linear = (
+            ConditionalLinear(torch.linalg.cholesky(covariance), n_context, hidden_features) if linear else None
+        )
 
-    def forward(self, c: Tensor | None = None) -> CouplingTransform:
-        def meta(kept: Tensor) -> Transform:
-            if self.conditioner is None:
-                parameters = self.constant.expand(*kept.shape[:-1], *self.moved_shape)
-            else:
-                inputs = periodic_features(kept) if self.circular else kept / self.bound
-                if c is not None:
-                    inputs = torch.cat((inputs, c), dim=-1)
-                parameters = self.conditioner(inputs).unflatten(-1, self.moved_shape)
-            widths, heights, derivatives, *rotation = parameters.split(self.sizes, dim=-1)
-            slope = _SMALLEST_SLOPE_OF_TORSIONS if self.circular else _SMALLEST_SLOPE
-            spline = MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound, slope=slope)
-            if not self.circular:
-                return spline
-            return ComposedTransform(spline, _CircularRotation(rotation[0].squeeze(-1)))
+    def draw_base(self, uniform: Tensor) -> Tensor:
+        """Truncated standard normals from uniform numbers, shape (n, n_features)."""
+        low, high = torch.special.ndtr(torch.tensor([-self.bound, self.bound], dtype=torch.float64))
+        return torch.special.ndtri(low + (high - low) * uniform)
 
-        return CouplingTransform(meta, self.mask)
+    def log_base(self, normals: Tensor) -> Tensor:
+        """Log density of the base, shape (n, n_features) -> (n,); -inf outside."""
+        mass = math.erf(self.bound / math.sqrt(2))
+        constant = self.n_features * math.log(math.sqrt(2 * math.pi) * mass)
+        outside = (normals.abs() > self.bound).any(-1)
+        return torch.where(outside, -math.inf, -0.5 * normals.square().sum(-1) - constant)
 
+    def forward(self, normals: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """r from its base and log |det|, shapes (n, n_features) and (n,)."""
+        ladj = normals.new_zeros(normals.shape[:-1])
+        for layer in self.splines:
+            normals, change = layer(context).call_and_ladj(normals)
+            ladj = ladj + change.sum(-1)
+        if self.linear is not None:
+            normals, change = self.linear(normals, context)
+            ladj = ladj + change
+        return normals, ladj
 
-def _masks(n_features: int, n_layers: int) -> list[Tensor]:
-    """Alternating halves, each pair of layers cut by the next bit of the feature number.
+    def inverse(self, r: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The base of r and log |det|, shapes (n, n_features) and (n,)."""
+        ladj = r.new_zeros(r.shape[:-1])
+        if self.linear is not None:
+            r, ladj = self.linear.inverse(r, context)
+        for layer in reversed(self.splines):
+            r, change = layer(context).inv.call_and_ladj(r)
+            ladj = ladj + change.sum(-1)
+        return r, ladj
 
-    Two features condition each other if their numbers differ in one of the first n_layers / 2 bits.
-    """
-    if n_features == 1:
-        return [torch.zeros(1, dtype=torch.bool)] * n_layers
-    n_bits = max(1, math.ceil(math.log2(n_features)))
-    index = torch.arange(n_features)
-    masks = [((index >> (layer // 2 % n_bits)) & 1).bool() ^ bool(layer % 2) for layer in range(n_layers)]
-    return masks
-
-
-def _conditioner(n_inputs: int, n_outputs: int, hidden_features: Sequence[int]) -> MLP:
-    network = MLP(n_inputs, n_outputs, hidden_features, activation=nn.SiLU)
-    for parameter in network[-1].parameters():
-        parameter.data.mul_(0.01)  # start at the base distribution
-    return network
-
-
-class _ConditionalLinear(nn.Module):
-    """r = shift(torsions) + L(torsions) s, with L lower triangular; it starts at shift 0 and the given L.
-
-    Arguments:
-        start: L at the start, lower triangular, shape (n, n).
-        context: Number of context features; without any, shift and L are the same everywhere.
-    """
-
-    start: Tensor
-
-    def __init__(self, start: Tensor, context: int, hidden_features: Sequence[int]) -> None:
-        super().__init__()
-        n = len(start)
-        n_outputs = n + n * (n + 1) // 2
-        self.register_buffer("start", start)
-        self.conditioner = _conditioner(context, n_outputs, hidden_features) if context else None
-        self.constant = None if context else nn.Parameter(torch.zeros(n_outputs))
-
-    def _parameters_at(self, c: Tensor, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        n = len(self.start)
-        if self.conditioner is not None:
-            flat = self.conditioner(c)
-        else:
-            assert self.constant is not None
-            flat = self.constant.expand(n_rows, -1)
-        shift, entries = flat[..., :n], flat[..., n:]
-        rows, columns = torch.tril_indices(n, n)
-        change = flat.new_zeros(*flat.shape[:-1], n, n)
-        change[..., rows, columns] = entries
-        logs = change.diagonal(dim1=-2, dim2=-1)
-        triangular = change.tril(-1) + torch.diag_embed(logs.exp())
-        ladj = logs.sum(-1) + self.start.diagonal().log().sum()
-        return shift, self.start @ triangular, ladj
-
-    def forward(self, s: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        shift, triangular, ladj = self._parameters_at(c, len(s))
-        return shift + (triangular @ s[..., None])[..., 0], ladj
-
-    def inverse(self, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        shift, triangular, ladj = self._parameters_at(c, len(r))
-        s = torch.linalg.solve_triangular(triangular, (r - shift)[..., None], upper=False)
-        return s[..., 0], -ladj
+    def log_prob(self, r: Tensor, context: Tensor) -> Tensor:
+        """log q(r | c), shapes (n, n_features) and (n, n_context) -> (n,); -inf outside the support."""
+        normals, ladj = self.inverse(r, context)
+        return ladj + self.log_base(normals)
 
 
 class CGFlow(nn.Module):
@@ -224,16 +152,11 @@ class CGFlow(nn.Module):
         self.n_circular, self.n_bounded, self.bound = n_circular, n_bounded, bound
         self.torsions = nn.ModuleList(
             SplineCoupling(mask, 4, True, math.pi, n_bins, hidden_features)
-            for mask in (_masks(n_circular, n_layers) if n_circular else [])
+            for mask in (alternating_masks(n_circular, n_layers) if n_circular else [])
         )
-        context = 2 * _N_HARMONICS * n_circular
-        self.bounded = nn.ModuleList(
-            SplineCoupling(mask, context, False, bound, n_bins, hidden_features)
-            for mask in (_masks(n_bounded, n_bounded_layers) if n_bounded else [])
-        )
-        linear = covariance is not None and n_bounded > 0
-        self.linear = (
-            _ConditionalLinear(torch.linalg.cholesky(covariance), context, hidden_features) if linear else None
+        context = 2 * N_HARMONICS * n_circular
+        self.conditional = ConditionalFlow(
+            n_bounded, context, bound, n_bounded_layers, n_bins, hidden_features, covariance
         )
         self.double()
 
@@ -249,22 +172,14 @@ class CGFlow(nn.Module):
         """Base samples: uniform angles and truncated standard normals, shape (n, n_features)."""
         uniform = torch.rand((n, self.n_features), generator=generator, dtype=torch.float64)
         angles = (2 * uniform[:, : self.n_circular] - 1) * math.pi
-        low, high = torch.special.ndtr(torch.tensor([-self.bound, self.bound], dtype=torch.float64))
-        normals = torch.special.ndtri(low + (high - low) * uniform[:, self.n_circular :])
-        return torch.cat((angles, normals), dim=-1)
+        return torch.cat((angles, self.conditional.draw_base(uniform[:, self.n_circular :])), dim=-1)
 
     def _log_base_torsions(self) -> float:
         return -self.n_circular * math.log(2 * math.pi)
 
-    def _log_base_bounded(self, normals: Tensor) -> Tensor:
-        mass = math.erf(self.bound / math.sqrt(2))
-        constant = self.n_bounded * math.log(math.sqrt(2 * math.pi) * mass)
-        outside = (normals.abs() > self.bound).any(-1)
-        return torch.where(outside, -math.inf, -0.5 * normals.square().sum(-1) - constant)
-
     def log_base(self, base: Tensor) -> Tensor:
         """Log density of the base, shape (n, n_features) -> (n,)."""
-        return self._log_base_bounded(base[..., self.n_circular :]) + self._log_base_torsions()
+        return self.conditional.log_base(base[..., self.n_circular :]) + self._log_base_torsions()
 
     def _gamma(self, gamma: float | Tensor, n: int) -> Tensor:
         return _gamma_features(torch.as_tensor(gamma, dtype=self.dtype).expand(n))
@@ -284,23 +199,12 @@ class CGFlow(nn.Module):
             for layer in self.torsions:
                 angles, change = layer(c).call_and_ladj(angles)
                 ladj = ladj + change.sum(-1)
-        bounded, change = self._map_bounded(angles, normals)
+        bounded, change = self.conditional(normals, periodic_features(angles))
         return torch.cat((angles, bounded), dim=-1), ladj + change
-
-    def _map_bounded(self, angles: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
-        context = periodic_features(angles)
-        ladj = normals.new_zeros(normals.shape[:-1])
-        for layer in self.bounded:
-            normals, change = layer(context).call_and_ladj(normals)
-            ladj = ladj + change.sum(-1)
-        if self.linear is not None:
-            normals, change = self.linear(normals, context)
-            ladj = ladj + change
-        return normals, ladj
 
     def map_bounded(self, angles: Tensor, normals: Tensor) -> Tensor:
         """Bounded features from their base samples at given torsions, shapes (n, n_circular) and (n, n_bounded)."""
-        return self._map_bounded(angles.to(self.dtype), normals.to(self.dtype))[0]
+        return self.conditional(normals.to(self.dtype), periodic_features(angles.to(self.dtype)))[0]
 
     def _invert_torsions(self, angles: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
         ladj = angles.new_zeros(angles.shape[:-1])
@@ -311,21 +215,12 @@ class CGFlow(nn.Module):
                 ladj = ladj + change.sum(-1)
         return angles, ladj
 
-    def _invert_bounded(self, angles: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = normals.new_zeros(normals.shape[:-1])
-        context = periodic_features(angles)
-        if self.linear is not None:
-            normals, ladj = self.linear.inverse(normals, context)
-        for layer in reversed(self.bounded):
-            normals, change = layer(context).inv.call_and_ladj(normals)
-            ladj = ladj + change.sum(-1)
-        return normals, ladj
-
     def inverse(self, z: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """base = f^-1(z) and log |det df^-1|, shapes (n, n_features) and (n,)."""
         z = z.to(self.dtype)
-        normals, ladj_bounded = self._invert_bounded(z[..., : self.n_circular], z[..., self.n_circular :])
-        angles, ladj_torsions = self._invert_torsions(z[..., : self.n_circular], gamma)
+        angles, bounded = z[..., : self.n_circular], z[..., self.n_circular :]
+        normals, ladj_bounded = self.conditional.inverse(bounded, periodic_features(angles))
+        angles, ladj_torsions = self._invert_torsions(angles, gamma)
         return torch.cat((angles, normals), dim=-1), ladj_torsions + ladj_bounded
 
     def log_prob_torsions(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
@@ -336,8 +231,7 @@ class CGFlow(nn.Module):
     def log_prob_bounded(self, z: Tensor) -> Tensor:
         """log q(bounded | torsions), shape (n, n_features) -> (n,); -inf outside the support."""
         z = z.to(self.dtype)
-        normals, ladj = self._invert_bounded(z[..., : self.n_circular], z[..., self.n_circular :])
-        return ladj + self._log_base_bounded(normals)
+        return self.conditional.log_prob(z[..., self.n_circular :], periodic_features(z[..., : self.n_circular]))
 
     def log_prob(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log q(z | gamma), shape (n, n_features) -> (n,); -inf outside the support."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from openmm_cgflow.averaging import RunningAverage
-from openmm_cgflow.flow import periodic_features
 from openmm_cgflow.meanforce import MeanForce, shortened
+from openmm_cgflow.splines import periodic_features
 
 __all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "Values", "held_out_error"]
 
@@ -224,6 +224,7 @@ def held_out_error(pmf: PMF, z: Tensor, force: MeanForce) -> float:
     is for pure noise: 1 where nothing is left to learn. Noise counts as no smaller than what the fit aims at.
     """
     _, predicted = pmf.value_and_gradient(z[force.valid])
-    error = force.variance[force.valid].sqrt().clamp(min=_SMALLEST_ERROR)
+    aim = _SMALLEST_ERROR**2 + _RELATIVE_ERROR**2 * predicted.square().mean(-1, keepdim=True)
+    error = torch.maximum(force.variance[force.valid], aim).sqrt()
     ratio = (predicted - force.gradient[force.valid]).abs() / error
     return float(ratio.median() / _MEDIAN_OF_NORMAL)

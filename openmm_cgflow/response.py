@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from openmm_cgflow.averaging import RunningAverage
-from openmm_cgflow.flow import periodic_features
 from openmm_cgflow.meanforce import ChainParts, mean_and_variance
+from openmm_cgflow.splines import periodic_features
 
 __all__ = ["FastResponse", "ResponseFitter"]
 

@@ -146,7 +146,7 @@ def test_samples_stay_in_their_intervals(flow, generator):
     z, _ = flow.sample(5000, generator)
     n = flow.n_circular
     assert (z[:, :n] >= -math.pi).all() and (z[:, :n] < math.pi).all()
-    if flow.linear is None:
+    if flow.conditional.linear is None:
         assert (z[:, n:].abs() <= flow.bound).all()
 
 
@@ -292,7 +292,7 @@ def test_all_pairs_of_features_can_depend_on_each_other(block, generator):
 def test_every_pair_of_features_meets_in_one_layer(n, n_layers):
     """For each pair some layer moves the one given the other, both ways; and no layer moves everything or nothing."""
     flow = CGFlow(n, n, BOUND, n_layers, n_layers, 4, (4,))
-    for block in (flow.torsions, flow.bounded):
+    for block in (flow.torsions, flow.conditional.splines):
         masks = torch.stack([layer.mask for layer in block])
         given = (masks[:, :, None] & ~masks[:, None, :]).any(0)
         assert torch.equal(given, ~torch.eye(n, dtype=torch.bool))
@@ -322,7 +322,7 @@ def test_result_does_not_depend_on_the_batch(flow, generator):
 def straighten(flow):
     """Makes every spline the identity and leaves the linear map where it starts."""
     with torch.no_grad():
-        for layer in (*flow.torsions, *flow.bounded, flow.linear):
+        for layer in (*flow.torsions, *flow.conditional.splines, flow.conditional.linear):
             last = [layer.constant] if layer.conditioner is None else list(layer.conditioner[-1].parameters())
             for parameter in last:
                 parameter.zero_()
@@ -367,9 +367,9 @@ def test_a_new_flow_is_close_to_the_known_covariance(generator):
 def test_shift_and_covariance_can_depend_on_the_torsions(generator):
     """With straight splines the conditional is a normal at each torsion, another one at another."""
     flow = make(1, 2, linear=True)
-    trained = [parameter.clone() for parameter in flow.linear.parameters()]
+    trained = [parameter.clone() for parameter in flow.conditional.linear.parameters()]
     straighten(flow)
-    for parameter, value in zip(flow.linear.parameters(), trained, strict=True):
+    for parameter, value in zip(flow.conditional.linear.parameters(), trained, strict=True):
         parameter.copy_(value)
     found = []
     for angle in (-1.0, 2.0):

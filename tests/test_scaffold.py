@@ -119,7 +119,7 @@ def test_widths_are_those_of_the_hottest_temperature_of_the_method(kept, build):
 def test_cartesian_coordinates_have_no_covariance(build):
     scaffold = build("coordinates=cartesian", "training.method=reverse_kl")
     assert scaffold.bounded_covariance() is None
-    assert new_flow(scaffold.config, scaffold).linear is None
+    assert new_flow(scaffold.config, scaffold).conditional.linear is None
     with pytest.raises(CGFlowError, match="coordinates: internal"):
         new_pmf(scaffold.config, scaffold)
 

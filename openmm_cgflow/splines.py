@@ -1,0 +1,160 @@
+"""Blocks of flows: couplings by rational-quadratic splines on intervals and circles, and conditional linear maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from zuko.lazy import LazyTransform
+from zuko.nn import MLP
+from zuko.transforms import ComposedTransform, CouplingTransform, MonotonicRQSTransform, Transform
+
+__all__ = ["N_HARMONICS", "ConditionalLinear", "SplineCoupling", "alternating_masks", "periodic_features"]
+
+# Of one layer's spline. Steeper or flatter ones make a density so rough that its score, which the path gradient uses,
+# grows without bound during training (zuko's default of 1e-3 does); torsions need more contrast than bonds and angles.
+_SMALLEST_SLOPE, _SMALLEST_SLOPE_OF_TORSIONS = 0.1, 0.02
+N_HARMONICS = 3  # of the torsions, where they condition other features
+
+
+class _CircularRotation(Transform):
+    """Rotation of the circle [-pi, pi)."""
+
+    domain = torch.distributions.constraints.real
+    codomain = torch.distributions.constraints.real
+    bijective = True
+
+    def __init__(self, angle: Tensor) -> None:
+        super().__init__()
+        self.angle = angle
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.remainder(x + self.angle + math.pi, 2 * math.pi) - math.pi
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.remainder(y - self.angle + math.pi, 2 * math.pi) - math.pi
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def periodic_features(angles: Tensor) -> Tensor:
+    """Cosines and sines of angles and their first multiples, shape (..., n) -> (..., 6 n)."""
+    multiples = (angles[..., None] * torch.arange(1, N_HARMONICS + 1, dtype=angles.dtype)).flatten(-2)
+    return torch.cat((torch.cos(multiples), torch.sin(multiples)), dim=-1)
+
+
+class SplineCoupling(LazyTransform):
+    """One coupling layer over torsions or over bounded coordinates, as a lazy zuko transform.
+
+    Arguments:
+        mask: Which features stay and condition the others, shape (n_features,) bool.
+        context: Number of context features.
+        circular: Whether the features are angles on [-pi, pi).
+        bound: Half-width of the spline interval (pi for angles).
+        n_bins: Spline bins.
+        hidden_features: Hidden layers of the conditioner.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self, mask: Tensor, context: int, circular: bool, bound: float, n_bins: int, hidden_features: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.circular = circular
+        self.bound = bound
+        self.sizes = (n_bins, n_bins, n_bins - 1, *((1,) if circular else ()))
+        self.register_buffer("mask", mask)
+        n_kept, n_moved = int(mask.sum()), int((~mask).sum())
+        n_inputs = n_kept * (2 * N_HARMONICS if circular else 1) + context
+        self.moved_shape = (n_moved, sum(self.sizes))
+        if n_inputs > 0:
+            self.conditioner = _conditioner(n_inputs, n_moved * sum(self.sizes), hidden_features)
+        else:
+            self.conditioner = None
+            self.constant = nn.Parameter(torch.zeros(self.moved_shape))
+
+    def forward(self, c: Tensor | None = None) -> CouplingTransform:
+        def meta(kept: Tensor) -> Transform:
+            if self.conditioner is None:
+                parameters = self.constant.expand(*kept.shape[:-1], *self.moved_shape)
+            else:
+                inputs = periodic_features(kept) if self.circular else kept / self.bound
+                if c is not None:
+                    inputs = torch.cat((inputs, c), dim=-1)
+                parameters = self.conditioner(inputs).unflatten(-1, self.moved_shape)
+            widths, heights, derivatives, *rotation = parameters.split(self.sizes, dim=-1)
+            slope = _SMALLEST_SLOPE_OF_TORSIONS if self.circular else _SMALLEST_SLOPE
+            spline = MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound, slope=slope)
+            if not self.circular:
+                return spline
+            return ComposedTransform(spline, _CircularRotation(rotation[0].squeeze(-1)))
+
+        return CouplingTransform(meta, self.mask)
+
+
+def alternating_masks(n_features: int, n_layers: int) -> list[Tensor]:
+    """Alternating halves, each pair of layers cut by the next bit of the feature number.
+
+    Two features condition each other if their numbers differ in one of the first n_layers / 2 bits.
+    """
+    if n_features == 1:
+        return [torch.zeros(1, dtype=torch.bool)] * n_layers
+    n_bits = max(1, math.ceil(math.log2(n_features)))
+    index = torch.arange(n_features)
+    masks = [((index >> (layer // 2 % n_bits)) & 1).bool() ^ bool(layer % 2) for layer in range(n_layers)]
+    return masks
+
+
+def _conditioner(n_inputs: int, n_outputs: int, hidden_features: Sequence[int]) -> MLP:
+    network = MLP(n_inputs, n_outputs, hidden_features, activation=nn.SiLU)
+    for parameter in network[-1].parameters():
+        parameter.data.mul_(0.01)  # start at the base distribution
+    return network
+
+
+class ConditionalLinear(nn.Module):
+    """r = shift(torsions) + L(torsions) s, with L lower triangular; it starts at shift 0 and the given L.
+
+    Arguments:
+        start: L at the start, lower triangular, shape (n, n).
+        context: Number of context features; without any, shift and L are the same everywhere.
+    """
+
+    start: Tensor
+
+    def __init__(self, start: Tensor, context: int, hidden_features: Sequence[int]) -> None:
+        super().__init__()
+        n = len(start)
+        n_outputs = n + n * (n + 1) // 2
+        self.register_buffer("start", start)
+        self.conditioner = _conditioner(context, n_outputs, hidden_features) if context else None
+        self.constant = None if context else nn.Parameter(torch.zeros(n_outputs))
+
+    def _parameters_at(self, c: Tensor, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        n = len(self.start)
+        if self.conditioner is not None:
+            flat = self.conditioner(c)
+        else:
+            assert self.constant is not None
+            flat = self.constant.expand(n_rows, -1)
+        shift, entries = flat[..., :n], flat[..., n:]
+        rows, columns = torch.tril_indices(n, n)
+        change = flat.new_zeros(*flat.shape[:-1], n, n)
+        change[..., rows, columns] = entries
+        logs = change.diagonal(dim1=-2, dim2=-1)
+        triangular = change.tril(-1) + torch.diag_embed(logs.exp())
+        ladj = logs.sum(-1) + self.start.diagonal().log().sum()
+        return shift, self.start @ triangular, ladj
+
+    def forward(self, s: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        shift, triangular, ladj = self._parameters_at(c, len(s))
+        return shift + (triangular @ s[..., None])[..., 0], ladj
+
+    def inverse(self, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        shift, triangular, ladj = self._parameters_at(c, len(r))
+        s = torch.linalg.solve_triangular(triangular, (r - shift)[..., None], upper=False)
+        return s[..., 0], -ladj
