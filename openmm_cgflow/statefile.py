@@ -13,7 +13,7 @@ from openmm_cgflow.rundir import load_checked
 
 __all__ = ["load_model_state", "load_state", "save_state"]
 
-_FORMAT = 3  # a change of it makes older files unreadable
+_FORMAT = 4  # a change of it makes older files unreadable
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
