@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from openmm_cgflow.config import Config, TemperingConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import one_torch_thread
-from openmm_cgflow.meanforce import MolecularMeanForce
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.scaffold import Scaffold, rotamer_warning
@@ -97,7 +96,7 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
         }
     )
     probe = Scaffold.build(quick, scaffold.molecular_system, scaffold.partition, saved=scaffold.saved_arrays())
-    trainer = new_trainer(quick, probe, MolecularMeanForce(probe.chains(engine), sampler.estimator))
+    trainer = new_trainer(quick, probe, probe.chains(engine))
     with one_torch_thread():  # as in a training
         trainer.step()  # fills the pool and warms up
         before, start = engine.n_energy_evaluations, time.perf_counter()

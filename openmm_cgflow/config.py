@@ -17,6 +17,7 @@ __all__ = [
     "Config",
     "CoordinatesConfig",
     "FlowConfig",
+    "JointConfig",
     "PMFConfig",
     "PartitionConfig",
     "SamplerConfig",
@@ -206,7 +207,7 @@ class StoppingConfig(_Section):
 
 
 class TemperingConfig(_Section):
-    """The ladder of temperatures from easy to the target; for ``training.method: reverse_kl``."""
+    """The ladder of temperatures from easy to the target; for ``training.method`` ``reverse_kl`` and ``joint``."""
 
     schedule: Literal["adaptive", "linear", "list"] = "adaptive"
     start: Temperature = Field(1200.0, gt=0)
@@ -215,17 +216,20 @@ class TemperingConfig(_Section):
     temperatures: list[Temperature] = []
     """Stages of the list schedule, from hot to the target."""
     criterion: Literal["ess", "kl"] = "ess"
+    """Adaptive: what bounds a step; ``kl`` is the paper's second version."""
     min_ess: float = Field(0.7, gt=0, lt=1)
     """Adaptive: relative effective sample size between two stages."""
     max_kl: float = Field(0.2, gt=0)
-    """Adaptive with criterion kl: increase of the KL divergence between two stages, in nats."""
+    """Adaptive with criterion kl: increase of KL(model || target) from one stage to the next, over its value or, where
+    that is larger, over one nat."""
 
 
 class TrainingConfig(_Section):
     """The method, and the settings of the reverse KL by Adam."""
 
-    method: Literal["pmf", "reverse_kl"] = "pmf"
-    """``pmf``: learn the potential of mean force and train the flow on it; ``reverse_kl``: the paper's."""
+    method: Literal["pmf", "reverse_kl", "joint"] = "pmf"
+    """``pmf``: learn the potential of mean force and train the flow on it; ``reverse_kl``: the paper's first version;
+    ``joint``: its second, the density of all atoms without chains of the fast ones."""
     learning_rate: float = Field(1e-3, gt=0)
     n_steps_first: int = Field(200, ge=1)
     n_steps: int = Field(60, ge=1)
@@ -252,6 +256,17 @@ class SamplingConfig(_Section):
     plots: bool = True
 
 
+class JointConfig(_Section):
+    """The density of all atoms at once; for ``training.method: joint``."""
+
+    map: Literal["fixed", "linear"] = "fixed"
+    """``fixed``: the partition's; ``linear``: a learned right-stochastic matrix, for synthetic targets."""
+    mixing: float = Field(0.0, ge=0, lt=1)
+    """Linear map only: how much of the mean of all particles each pseudo-particle starts with."""
+    n_layers: int = Field(0, ge=0)
+    """Coupling layers of the fast coordinates given the slow ones; 0 = a Gaussian."""
+
+
 class Config(_Section):
     """Everything a run depends on."""
 
@@ -264,6 +279,7 @@ class Config(_Section):
     flow: FlowConfig = FlowConfig()
     sampler: SamplerConfig = SamplerConfig()
     training: TrainingConfig = TrainingConfig()
+    joint: JointConfig = JointConfig()
     pmf: PMFConfig = PMFConfig()
     stopping: StoppingConfig = StoppingConfig()
     tempering: TemperingConfig = TemperingConfig()
@@ -275,6 +291,8 @@ class Config(_Section):
             raise ValueError(
                 "coordinates: cartesian has no torsions to explore; it goes with training.method reverse_kl"
             )
+        if self.training.method == "joint" and self.joint.map == "linear" and self.coordinates.kind != "box":
+            raise ValueError("joint.map linear goes with coordinates.kind box, that is with a system.target")
         if self.system is not None and (self.system.target is not None) != (self.coordinates.kind == "box"):
             raise ValueError("coordinates.kind box goes with system.target, and the other way round")
         return self

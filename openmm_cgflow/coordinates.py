@@ -245,7 +245,7 @@ class BoxCoordinates(Coordinates):
     """The x of particles in a box whose two walls are one point, so that z is a point on a torus.
 
     What explores and weighs the torsions of molecules then does the same for a target of several modes. The density
-    must have vanished before the walls. y and z of the particles are zero. J is constant.
+    must have vanished before the walls. y and z of the particles are zero.
 
     Arguments:
         atoms: Slow particles.
@@ -267,4 +267,4 @@ class BoxCoordinates(Coordinates):
         return self.from_physical(xyz[..., 0] * (math.pi / self.half_edge))
 
     def log_volume(self, z: Tensor) -> Tensor:
-        return 0.0 * z.sum(-1)  # its gradient is asked for
+        return len(self.atoms) * math.log(self.half_edge / math.pi) + 0.0 * z.sum(-1)  # its gradient is asked for

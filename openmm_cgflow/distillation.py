@@ -20,7 +20,7 @@ from openmm_cgflow.meanforce import shortened
 from openmm_cgflow.pmf import PMF
 from openmm_cgflow.tempering import relative_ess
 
-__all__ = ["FlowFitter", "WeightedSamples", "weighted_samples"]
+__all__ = ["FlowFitter", "WeightedSamples", "clipped_softmax", "weighted_samples"]
 
 _FROM_SAME = 0.7  # fraction of the updates whose proposals have the gamma that is trained
 _LARGEST_WEIGHT = 30.0  # over the mean weight; a single sample must not be the whole gradient
@@ -162,8 +162,8 @@ class FlowFitter:
             log_weights = -gamma * free_energy - log_old.double()
             if gamma == gamma_from == self.reach:
                 self._move_reach(relative_ess(log_weights))
-            target = _clipped_softmax(log_weights)
-            own = _clipped_softmax((log_new - log_old).double())
+            target = clipped_softmax(log_weights)
+            own = clipped_softmax((log_new - log_old).double())
         return -((target - own).to(log_new.dtype) * log_new).sum()
 
     def _move_reach(self, ess: float) -> None:
@@ -182,7 +182,7 @@ class FlowFitter:
         self.reach = state["reach"]
 
 
-def _clipped_softmax(log_weights: Tensor) -> Tensor:
+def clipped_softmax(log_weights: Tensor) -> Tensor:
     """Weights of sum one, none of them more than ``_LARGEST_WEIGHT`` times their mean."""
     weights = torch.softmax(log_weights, dim=0).clamp(max=_LARGEST_WEIGHT / len(log_weights))
     return weights / weights.sum()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import entropy
 
 from openmm_cgflow.distances import compare
 from openmm_cgflow.files import atomic_write, writing
@@ -27,6 +28,8 @@ from openmm_cgflow.units import thermal_beta
 __all__ = ["ExactEvaluation", "evaluate_exactly"]
 
 _N_DRAWS = 100_000
+_N_MARGINAL = 1_000_000  # draws of each side for single coordinates, on so many bins:
+_N_MARGINAL_BINS = 50
 _N_BINS = 36  # on each axis of the map of a slow and a fast coordinate
 _FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at by its gamma
 
@@ -50,13 +53,15 @@ class Mode:
 
 @dataclass(frozen=True)
 class Level:
-    """The model's z at one inverse temperature.
+    """The model at one inverse temperature: its density of z, or of (z, y) after a joint training.
 
     Attributes:
         populations: Of the modes.
         exact: The same of the target.
-        kl: KL(exact || model) of all of z, from exact samples in the box and the model's density, nats.
+        kl: KL(exact || model) of all coordinates the model has, from exact samples in the box and the model's density,
+            nats.
         kl_error: Its standard error.
+        kl_slow: KL(exact || model) of single slow coordinates on 50 bins, the largest, nats.
         outside: Exact mass outside the box of the coordinates, where the model has none.
         ess: Relative effective sample size of the model's samples weighed with the exact density.
     """
@@ -65,6 +70,7 @@ class Level:
     exact: list[float]
     kl: float
     kl_error: float
+    kl_slow: float
     outside: float
     ess: float
 
@@ -79,7 +85,8 @@ class ExactEvaluation:
         modes: Of the frames, by name.
         kl_joint: KL(exact || frames) of the first slow and the first fast coordinate on 36 x 36 bins, nats.
         kl_joint_floor: What as many exact samples score.
-        levels: The model's z by beta, mol/kJ, the target last.
+        levels: The model by beta, mol/kJ, the target last.
+        learned_map: What the slow coordinates are made of, where that was learned.
         energy_evaluations: Of the training.
     """
 
@@ -89,6 +96,7 @@ class ExactEvaluation:
     kl_joint: float
     kl_joint_floor: float
     levels: dict[str, Level]
+    learned_map: list[str]
     energy_evaluations: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,16 +118,17 @@ class ExactEvaluation:
             f"KL(exact || samples) of a slow and a fast coordinate, {_N_BINS} x {_N_BINS} bins: {self.kl_joint:.5f} "
             f"nats; as many exact samples score {self.kl_joint_floor:.5f}",
             "",
-            f"{'model at beta, mol/kJ':24s}{'KL(exact || model)':>24s}{'ESS':>8s}{'outside':>10s}   "
+            f"{'model at beta, mol/kJ':24s}{'KL(exact || model)':>24s}{'KL slow':>10s}{'ESS':>8s}{'outside':>10s}   "
             "populations (exact)",
         ]
         for beta, level in self.levels.items():
             pairs = zip(level.populations, level.exact, strict=True)
             shares = ", ".join(f"{share:.5f} ({exact:.5f})" for share, exact in pairs)
             lines.append(
-                f"{beta:24s}{level.kl:15.5f} ±{level.kl_error:.5f}{level.ess:8.3f}{level.outside:10.5f}   {shares}"
+                f"{beta:24s}{level.kl:15.5f} ±{level.kl_error:.5f}{level.kl_slow:10.5f}{level.ess:8.3f}"
+                f"{level.outside:10.5f}   {shares}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.learned_map])
 
 
 def evaluate_exactly(
@@ -150,6 +159,7 @@ def evaluate_exactly(
         _modes(target, x[:, : target.n_slow], thermal_beta(model.temperature), rng),
         *_joint(target, x, thermal_beta(model.temperature), rng),
         levels,
+        model.describe_map(),
         int(run.read_provenance()["energy_evaluations"]),
     )
     folder = run.evaluation if output is None else Path(output)
@@ -165,18 +175,35 @@ LogDensity = Callable[[np.ndarray], np.ndarray]
 
 
 def _models(run: RunDirectory, model: CGModel) -> list[tuple[float, Draw, LogDensity]]:
-    """beta, samples of x and log density of x, from hot to the target: stages of a ladder, or gammas of one model.
+    """beta, samples and log density, from hot to the target: stages of a ladder, or gammas of one model.
 
     With a potential of mean force the model at gamma has exp(-gamma beta A): the target's density at gamma beta, where
     the entropy of the fast coordinates does not depend on the slow ones, as in these systems.
     """
     target_beta = thermal_beta(model.temperature)
-    if model.pmf is not None:
-        gammas = (*_FRACTIONS, 1.0)
-        return [(gamma * target_beta, *_functions(model, gamma)) for gamma in gammas]
-    stages = range(model.stage + 1)
-    models = [load(run.path, stage) for stage in stages]
-    return [(thermal_beta(one.temperature), *_functions(one, 1.0)) for one in models]
+    if model.pmf is None and model.joint is None:
+        models = [load(run.path, stage) for stage in range(model.stage + 1)]
+        return [(thermal_beta(one.temperature), *_functions(one, 1.0)) for one in models]
+    functions = _functions if model.joint is None else _joint_functions
+    return [(gamma * target_beta, *functions(model, gamma)) for gamma in (*_FRACTIONS, 1.0)]
+
+
+def _joint_functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
+    joint = model.joint
+    assert joint is not None
+
+    @torch.no_grad()
+    def draw(n: int, generator: torch.Generator) -> np.ndarray:
+        z, r = joint(joint.draw_base(n, generator), gamma)
+        return joint.build(z, r, gamma)[..., 0].numpy()
+
+    @torch.no_grad()
+    def log_density(x: np.ndarray) -> np.ndarray:
+        xyz = torch.zeros((*x.shape, 3), dtype=torch.float64)
+        xyz[..., 0] = torch.as_tensor(x)
+        return joint.log_prob_xyz(xyz, gamma).numpy()
+
+    return draw, log_density
 
 
 def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
@@ -190,8 +217,8 @@ def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
     def log_density(x: np.ndarray) -> np.ndarray:
         xyz = torch.zeros((*x.shape, 3), dtype=torch.float64)
         xyz[..., 0] = torch.as_tensor(x)
-        n, box = coordinates.n_features, model.scaffold.config.coordinates.box
-        log_q = model.flow.log_prob(coordinates.from_xyz(xyz), gamma).numpy() + n * math.log(math.pi / box)
+        z, box = coordinates.from_xyz(xyz), model.scaffold.config.coordinates.box
+        log_q = (model.flow.log_prob(z, gamma) - coordinates.log_volume(z)).numpy()
         return np.where((np.abs(x) < box).all(1), log_q, -math.inf)
 
     return draw, log_density
@@ -200,23 +227,30 @@ def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
 def _level(target: Target, beta: float, draw: Draw, log_density: LogDensity, rng: np.random.Generator) -> Level:
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     normaliser = target.log_normaliser(beta, rng)
-
-    def log_exact(z: np.ndarray) -> np.ndarray:
-        return -beta * target.slow_energy(z) - normaliser
-
-    exact, drawn = target.sample_slow(_N_DRAWS, beta, rng), draw(_N_DRAWS, generator)
-    log_model = log_density(exact)
+    drawn = np.concatenate([draw(_N_DRAWS, generator) for _ in range(_N_MARGINAL // _N_DRAWS)])
+    n_columns, first = drawn.shape[1], drawn[:_N_DRAWS]
+    exact = target.sample(_N_MARGINAL, beta, rng)[:, :n_columns]
+    log_model = log_density(exact[:_N_DRAWS])
     inside = np.isfinite(log_model)
-    difference = (log_exact(exact) - log_model)[inside] - math.log(inside.mean())
-    found = np.bincount(target.modes(drawn), minlength=len(target.mode_names)) / _N_DRAWS
+    log_exact = target.log_density(exact[:_N_DRAWS], beta, normaliser)
+    difference = (log_exact - log_model)[inside] - math.log(inside.mean())
+    found = np.bincount(target.modes(drawn[:, : target.n_slow]), minlength=len(target.mode_names)) / len(drawn)
     return Level(
         found.tolist(),
         target.populations(beta, rng).tolist(),
         float(difference.mean()),
         float(difference.std() / math.sqrt(_N_DRAWS)),
+        max(_marginal(exact[:, k], drawn[:, k]) for k in range(target.n_slow)),
         float(1 - inside.mean()),
-        relative_ess(torch.as_tensor(log_exact(drawn) - log_density(drawn))),
+        relative_ess(torch.as_tensor(target.log_density(first, beta, normaliser) - log_density(first))),
     )
+
+
+def _marginal(exact: np.ndarray, drawn: np.ndarray) -> float:
+    low, high = np.quantile(exact, (1e-4, 1 - 1e-4))
+    inner = np.linspace(low, high, _N_MARGINAL_BINS - 1)  # the outermost bins are open
+    ours, theirs = (np.bincount(np.digitize(x, inner), minlength=_N_MARGINAL_BINS) + 0.5 for x in (drawn, exact))
+    return float(entropy(theirs, ours))
 
 
 def _modes(target: Target, z: np.ndarray, beta: float, rng: np.random.Generator) -> dict[str, Mode]:

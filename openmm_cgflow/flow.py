@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from openmm_cgflow.splines import N_HARMONICS, ConditionalLinear, SplineCoupling, alternating_masks, periodic_features
 
-__all__ = ["CGFlow", "ConditionalFlow", "one_torch_thread"]
+__all__ = ["N_GAMMA_FEATURES", "CGFlow", "ConditionalFlow", "gamma_features", "one_torch_thread"]
 
 
-def _gamma_features(gamma: Tensor) -> Tensor:
+N_GAMMA_FEATURES = 4
+
+
+def gamma_features(gamma: Tensor) -> Tensor:
     """gamma in the scales on which a torsion density changes with it, shape (n,) -> (n, 4)."""
     return torch.stack((gamma, gamma.square(), gamma.sqrt(), torch.exp(-10 * gamma)), dim=-1)
 
@@ -151,7 +154,7 @@ class CGFlow(nn.Module):
         super().__init__()
         self.n_circular, self.n_bounded, self.bound = n_circular, n_bounded, bound
         self.torsions = nn.ModuleList(
-            SplineCoupling(mask, 4, True, math.pi, n_bins, hidden_features)
+            SplineCoupling(mask, N_GAMMA_FEATURES, True, math.pi, n_bins, hidden_features)
             for mask in (alternating_masks(n_circular, n_layers) if n_circular else [])
         )
         context = 2 * N_HARMONICS * n_circular
@@ -182,7 +185,7 @@ class CGFlow(nn.Module):
         return self.conditional.log_base(base[..., self.n_circular :]) + self._log_base_torsions()
 
     def _gamma(self, gamma: float | Tensor, n: int) -> Tensor:
-        return _gamma_features(torch.as_tensor(gamma, dtype=self.dtype).expand(n))
+        return gamma_features(torch.as_tensor(gamma, dtype=self.dtype).expand(n))
 
     def forward(self, base: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """The flow map z = f(base) and log |det df|, shapes (n, n_features) and (n,) (paper eq. 7).

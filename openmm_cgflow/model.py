@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_cgflow.assembly import LinearAssembly
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.fastchains import FastChains
-from openmm_cgflow.flow import CGFlow, one_torch_thread
+from openmm_cgflow.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow, one_torch_thread
+from openmm_cgflow.joint import JointFlow
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.pmf import PMF
@@ -24,11 +26,12 @@ from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.response import FastResponse
 from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.splines import N_HARMONICS
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import topology_to_table
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["CGModel", "Samples", "new_flow", "new_pmf", "new_response"]
+__all__ = ["CGModel", "Samples", "new_flow", "new_joint", "new_pmf", "new_response"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,26 @@ def new_flow(config: Config, scaffold: Scaffold) -> CGFlow:
         )
 
 
+def new_joint(config: Config, scaffold: Scaffold, flow: CGFlow) -> JointFlow:
+    """An untrained joint density around a flow: y given z is as wide as the energy at the start says, whatever z is."""
+    centre = scaffold.fast_centre()
+    n_context = 2 * N_HARMONICS * flow.n_circular + flow.n_bounded + N_GAMMA_FEATURES
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, 14))
+        conditional = ConditionalFlow(
+            centre.numel(),
+            n_context,
+            config.coordinates.bound,
+            config.joint.n_layers,
+            config.flow.n_bins,
+            config.flow.hidden_features,
+            torch.eye(centre.numel(), dtype=torch.float64),
+        ).double()
+    return JointFlow(
+        flow, conditional, scaffold.assembly, centre, lambda gamma: scaffold.fast_widths(config.temperature / gamma)
+    )
+
+
 def new_pmf(config: Config, scaffold: Scaffold) -> PMF:
     """An unfitted PMF, its networks from the configuration's seed."""
     covariance = scaffold.bounded_covariance()
@@ -66,8 +89,12 @@ def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
     n_circular, n_features = scaffold.assembly.coordinates.n_circular, scaffold.assembly.coordinates.n_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 10))
-        widths = scaffold.fast_widths()
+        widths = scaffold.fast_widths(config.temperature)
         return FastResponse(n_circular, n_features - n_circular, widths, config.pmf.hidden_features)
+
+
+_Draw = Callable[[torch.Generator, int], tuple[Tensor, ...]]
+"""Positions, z, log q, energy and which may be kept of a batch, from a generator and the batch's number."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +104,9 @@ class Samples:
     Attributes:
         trajectory: All atoms; frames are independent, their time is an index.
         z: Slow coordinates, shape (n, n_features).
-        log_q: log q(z), shape (n,); the density of what was drawn, before any sample was rejected.
-        log_weight: Logarithm of the importance weight of each sample, unnormalised, shape (n,); None without a PMF.
+        log_q: log q(z), or of all positions after a joint training, shape (n,); before any sample was rejected.
+        log_weight: Logarithm of the importance weight of each sample, unnormalised, shape (n,), exact after a joint
+            training; None without a PMF.
         energy: Potential energy, kJ/mol, shape (n,).
         n_rejected: Samples drawn again because their chain diverged or changed its handedness.
     """
@@ -101,6 +129,7 @@ class CGModel:
         flow: q(z).
         pmf: The fitted potential of mean force; None after ``training.method: reverse_kl``.
         response: How the fast atoms follow the slow ones; None without a PMF.
+        joint: The density of all atoms, whose slow part is the flow, after ``training.method: joint``; otherwise None.
         temperature: K.
         stage: Number in the temperature ladder.
         temperatures: The whole ladder up to this stage, K.
@@ -116,8 +145,9 @@ class CGModel:
         temperatures: list[float],
         pool: list[tuple[Tensor, Tensor]],
         platform: str,
+        joint: JointFlow | None = None,
     ) -> None:
-        self.scaffold, self.flow, self.pmf, self.response = scaffold, flow, pmf, response
+        self.scaffold, self.flow, self.pmf, self.response, self.joint = scaffold, flow, pmf, response, joint
         self.temperatures, self.platform, self._pool = temperatures, platform, pool
 
     @property
@@ -127,6 +157,11 @@ class CGModel:
     @property
     def stage(self) -> int:
         return len(self.temperatures) - 1
+
+    @property
+    def gamma(self) -> float:
+        """Of the flow, at this stage: joint densities have one flow for all stages, other models one for each."""
+        return 1.0 if self.joint is None else self.scaffold.config.temperature / self.temperature
 
     @property
     def coordinates(self) -> Coordinates:
@@ -143,7 +178,7 @@ class CGModel:
     @torch.no_grad()
     def log_prob(self, z: np.ndarray | Tensor) -> np.ndarray:
         """log q(z), shape (n, n_features) -> (n,)."""
-        return self.flow.log_prob(torch.as_tensor(z, dtype=torch.float64)).numpy()
+        return self.flow.log_prob(torch.as_tensor(z, dtype=torch.float64), self.gamma).numpy()
 
     @torch.no_grad()
     def free_energy(self, z: np.ndarray | Tensor) -> np.ndarray:
@@ -153,7 +188,7 @@ class CGModel:
         coordinates z themselves is A(z) - kT log J(z); J is their volume (``coordinates.log_volume``).
         """
         z = torch.as_tensor(z, dtype=torch.float64)
-        phi = self.coordinates.log_volume(z) - self.flow.log_prob(z) if self.pmf is None else self.pmf(z)
+        phi = self.coordinates.log_volume(z) - self.flow.log_prob(z, self.gamma) if self.pmf is None else self.pmf(z)
         return (phi / thermal_beta(self.temperature)).numpy()
 
     @torch.no_grad()
@@ -166,13 +201,28 @@ class CGModel:
             CGFlowError: If the model has no potential of mean force.
         """
         if self.pmf is None:
-            raise CGFlowError("this model was trained by reverse KL: it has no potential of mean force to weigh with")
+            raise CGFlowError(
+                "this model has no potential of mean force to weigh with: it was trained by another method"
+            )
         z = torch.as_tensor(z, dtype=torch.float64)
         return (self.coordinates.log_volume(z) - self.pmf(z) - self.flow.log_prob(z)).numpy()
 
     def read(self, xyz: np.ndarray) -> np.ndarray:
         """z of all-atom positions, nm, shape (n, n_atoms, 3) -> (n, n_features)."""
         return self.scaffold.assembly.read_slow(torch.as_tensor(xyz, dtype=torch.float64)).numpy()
+
+    def describe_map(self) -> list[str]:
+        """What each slow coordinate is made of, where that was learned."""
+        assembly = self.joint.assembly if self.joint is not None else None
+        if not isinstance(assembly, LinearAssembly) or not assembly.weights.requires_grad:
+            return []
+        order = [*assembly.slow, *self.partition.fast]
+        labels = self.molecular_system.labels
+        lines = []
+        for k, row in enumerate(assembly.slow_directions().tolist()):
+            terms = [f"{weight:+.3f} {labels[i]}" for i, weight in enumerate(row)]
+            lines.append(f"slow coordinate {k + 1} (started as {labels[order[k]]}) = {' '.join(terms)}")
+        return lines
 
     def chains(self, engine: ReplicaEngine) -> FastChains:
         """Chains of the fast atoms on an engine, warm-started from the pool that the training left."""
@@ -187,7 +237,7 @@ class CGModel:
         Arguments:
             n: Number of samples.
             seed: Same seed, same samples; the configuration's by default.
-            n_equilibration: Steps of each chain; ``sampling.n_equilibration`` by default.
+            n_equilibration: Steps of each chain; ``sampling.n_equilibration`` by default. Joint densities need none.
 
         Raises:
             ReplicaError: If too many chains fail.
@@ -214,7 +264,9 @@ class CGModel:
         """:meth:`sample` on an engine that is there already; ``KeyboardInterrupt`` once ``must_stop()`` is true."""
         if n < 1:
             raise CGFlowError(f"number of samples: got {n}, expected at least 1")
-        chains = self.chains(engine)
+        draw = (
+            self._fast_from_chains(engine, seed, n_equilibration) if self.joint is None else self._all_at_once(engine)
+        )
         generator = torch.Generator().manual_seed(derive_seed(seed, 6))
         kept: list[tuple[Tensor, ...]] = []
         n_kept = batch = n_rejected = 0
@@ -222,10 +274,8 @@ class CGModel:
             if must_stop is not None and must_stop():
                 raise KeyboardInterrupt
             batch += 1
-            z, log_density = self.flow.sample(self.scaffold.config.sampler.n_replicas, generator)
-            frames = chains.run(z, self.temperature, n_equilibration, 1, 1, derive_seed(seed, 7, batch))
-            good = frames.valid
-            kept.append((frames.xyz[good, 0], z[good], log_density[good], frames.energy[good, 0]))
+            *drawn, good = draw(generator, batch)
+            kept.append(tuple(part[good] for part in drawn))
             n_kept += int(good.sum())
             n_rejected += int((~good).sum())
         arrays = [torch.cat(parts)[:n].numpy() for parts in zip(*kept, strict=True)]
@@ -233,10 +283,39 @@ class CGModel:
             logger.warning("%d samples were rejected (diverged, or changed handedness) and drawn again", n_rejected)
         xyz, slow, log_q, energy = arrays
         log_weight = None if self.pmf is None else self.log_weights(slow)
+        if self.joint is not None:
+            log_weight = -thermal_beta(self.temperature) * energy - log_q
         trajectory = mdtraj.Trajectory(xyz, self.molecular_system.mdtraj_topology, time=np.arange(n))
         if len(self.molecular_system.bonds):  # a target's particles lie in an external field
             trajectory.center_coordinates()
         return Samples(trajectory, slow, log_q, log_weight, energy, n_rejected)
+
+    def _fast_from_chains(self, engine: ReplicaEngine, seed: int, n_equilibration: int) -> _Draw:
+        chains = self.chains(engine)
+
+        def draw(generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
+            z, log_density = self.flow.sample(self.scaffold.config.sampler.n_replicas, generator)
+            frames = chains.run(z, self.temperature, n_equilibration, 1, 1, derive_seed(seed, 7, batch))
+            return frames.xyz[:, 0], z, log_density, frames.energy[:, 0], frames.valid
+
+        return draw
+
+    def _all_at_once(self, engine: ReplicaEngine) -> _Draw:
+        joint, sampler = self.joint, self.scaffold.config.sampler
+        assert joint is not None
+
+        @torch.no_grad()
+        def draw(generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
+            z, r = joint(joint.draw_base(sampler.n_replicas, generator), self.gamma)
+            log_density = joint.log_prob(z, r, self.gamma) - joint.log_volume(z, r, self.gamma)
+            xyz = joint.build(z, r, self.gamma)
+            energy = torch.as_tensor(engine.evaluate(xyz.numpy())[0])
+            valid = torch.isfinite(energy)
+            if sampler.keep_chirality:
+                valid &= joint.assembly.same_handedness(xyz)
+            return xyz, z, log_density, energy, valid
+
+        return draw
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`from_state` reads back."""
@@ -245,6 +324,7 @@ class CGModel:
             "flow": self.flow.state_dict(),
             "pmf": self.pmf.state_dict() if self.pmf is not None else None,
             "response": self.response.state_dict() if self.response is not None else None,
+            "joint": self.joint.state_dict() if self.joint is not None else None,
             "temperatures": list(self.temperatures),
             "platform": self.platform,
             "pool": list(self._pool),
@@ -266,5 +346,9 @@ class CGModel:
             pmf, response = new_pmf(config, scaffold), new_response(config, scaffold)
             pmf.load_state_dict(state["pmf"])
             response.load_state_dict(state["response"])
+        joint = None
+        if state["joint"] is not None:
+            joint = new_joint(config, scaffold, flow)
+            joint.load_state_dict(state["joint"])
         pool = [tuple(entry) for entry in state["pool"]]
-        return cls(scaffold, flow, pmf, response, list(state["temperatures"]), pool, state["platform"])
+        return cls(scaffold, flow, pmf, response, list(state["temperatures"]), pool, state["platform"], joint)

@@ -83,6 +83,7 @@ class PMFTrainer:
 
     stage = 0
     log_interval = 1
+    joint = None
 
     def __init__(
         self,

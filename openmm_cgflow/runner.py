@@ -19,7 +19,6 @@ from openmm_cgflow.export import colvar_columns, peptide_torsions, write_colvar,
 from openmm_cgflow.files import atomic_path, atomic_write
 from openmm_cgflow.flow import one_torch_thread
 from openmm_cgflow.loaders import read_system_xml
-from openmm_cgflow.meanforce import MolecularMeanForce
 from openmm_cgflow.model import CGModel, Samples
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
@@ -96,7 +95,7 @@ def train(
         release_log()
         _describe(scaffold, engine)
         chains = scaffold.chains(engine)
-        trainer = new_trainer(config, scaffold, MolecularMeanForce(chains, config.sampler.estimator))
+        trainer = new_trainer(config, scaffold, chains)
         if trainer.response is not None:
             chains.follow = trainer.response.follow
         if saved is not None:
@@ -203,6 +202,9 @@ def _finish(
         plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")
     if model.pmf is not None and model.coordinates.n_circular and config.sampling.n_verified and not must_stop():
         _verify(run, model, engine, config)
+    if model.joint is not None:
+        for line in model.describe_map():
+            logger.info(line)
     if config.sampling.n_samples == 0:
         return True
     logger.info("sampling %d structures at %.1f K", config.sampling.n_samples, model.temperature)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.assembly import Assembly, MoleculeAssembly, ParticleAssembly
+from openmm_cgflow.assembly import Assembly, LinearAssembly, MoleculeAssembly, ParticleAssembly
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import BoxCoordinates, CartesianCoordinates, Coordinates, InternalCoordinates
 from openmm_cgflow.errors import CGFlowError
@@ -37,8 +36,7 @@ __all__ = ["MoleculeScaffold", "ParticleScaffold", "Scaffold", "rotamer_warning"
 Saved = dict[str, Any] | None
 
 _WIDTH_OF_SOFT_TORSIONS = 0.3  # rad, within one of their wells
-_STEP = 1e-3  # nm, of finite differences between particles
-_SOFTEST = 1e-3  # kJ/mol/nm^2
+_REACHES = np.geomspace(1e-4, 1e2, 61)  # nm, of scans of single particles
 _FITTED = ("centre", "hessian", "scan")  # of the harmonic reference
 
 
@@ -94,8 +92,12 @@ class Scaffold(ABC):
         """Harmonic covariance of the bounded features at the hottest temperature; None for Cartesian coordinates."""
 
     @abstractmethod
-    def fast_widths(self) -> Tensor:
-        """Thermal widths of the three coordinates of each fast atom at the target, shape (n_fast, 3)."""
+    def fast_widths(self, temperature: float) -> Tensor:
+        """Thermal widths of the coordinates y of each fast atom, shape as y."""
+
+    @abstractmethod
+    def fast_centre(self) -> Tensor:
+        """Where the coordinates y of each fast atom start, shape as y."""
 
     @abstractmethod
     def saved_arrays(self) -> dict[str, Tensor]:
@@ -112,13 +114,14 @@ class Scaffold(ABC):
 
 @dataclass(frozen=True)
 class ParticleScaffold(Scaffold):
-    """Of particles without bonds: the fast ones are drawn around their starts with the widths of the energy there.
+    """Of particles without bonds: the fast ones are drawn around their starts, as widely as the energy allows.
 
     Attributes:
-        curvature: Second derivatives of the energy in the fast positions, kJ/mol/nm^2, shape (n_fast, 3).
+        scan: Mean energy with each coordinate of a particle moved to either side by ``_REACHES`` over the energy at the
+            start, kJ/mol, shape (n_atoms, 3, n_reaches).
     """
 
-    curvature: np.ndarray
+    scan: np.ndarray
 
     @classmethod
     def _build(
@@ -126,11 +129,17 @@ class ParticleScaffold(Scaffold):
     ) -> Self:
         coordinates = BoxCoordinates(partition.slow, system.labels, config.coordinates.box)
         if saved is not None:
-            curvature = saved["curvature"].numpy()
+            scan = saved["scan"].numpy()
         else:
             assert evaluate is not None
-            curvature = _curvature(evaluate, system.positions, partition.fast)
-        return cls(config, system, partition, ParticleAssembly(coordinates, partition.fast), curvature)
+            scan = _scan(evaluate, system.positions)
+        joint = config.joint if config.training.method == "joint" else None
+        assembly: Assembly
+        if joint is None:
+            assembly = ParticleAssembly(coordinates, partition.fast)
+        else:
+            assembly = LinearAssembly(coordinates, partition.fast, joint.mixing, joint.map == "linear")
+        return cls(config, system, partition, assembly, scan)
 
     def fast_rotamers(self) -> list[str]:
         return []
@@ -138,31 +147,42 @@ class ParticleScaffold(Scaffold):
     def bounded_covariance(self) -> Tensor:
         return torch.zeros((0, 0), dtype=torch.float64)
 
-    def _widths(self, temperature: float) -> Tensor:
-        return torch.as_tensor((thermal_beta(temperature) * self.curvature) ** -0.5)
+    @property
+    def _n_axes(self) -> int:
+        return 1 if isinstance(self.assembly, LinearAssembly) else 3
 
-    def fast_widths(self) -> Tensor:
-        return self._widths(self.config.temperature)
+    def fast_widths(self, temperature: float) -> Tensor:
+        """The largest displacement that costs no more than kT/2: the standard deviation, in a harmonic well."""
+        energy = thermal_beta(temperature) * self.scan[list(self.partition.fast), : self._n_axes]
+        low = energy <= 0.5
+        last = np.minimum(energy.shape[-1] - 1 - low[..., ::-1].argmax(-1), energy.shape[-1] - 2)[..., None]
+        below, above = (np.take_along_axis(energy, k, -1)[..., 0] for k in (last, last + 1))
+        # Between two reaches it rises as a square.
+        square = np.clip((0.5 - below) / (above - below), 0.0, 1.0)
+        near, far = _REACHES[last[..., 0]] ** 2, _REACHES[last[..., 0] + 1] ** 2
+        return torch.as_tensor(np.sqrt(near + square * (far - near)))
+
+    def fast_centre(self) -> Tensor:
+        return torch.tensor(self.molecular_system.positions[list(self.partition.fast), : self._n_axes])
 
     def saved_arrays(self) -> dict[str, Tensor]:
-        return {"curvature": torch.tensor(self.curvature)}
+        return {"scan": torch.tensor(self.scan)}
 
     def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-        start = torch.tensor(self.molecular_system.positions[list(self.partition.fast)])
+        start = self.fast_centre()
         normal = torch.randn((len(z), *start.shape), generator=generator, dtype=torch.float64)
-        return start + self._widths(temperature) * normal
+        return start + self.fast_widths(temperature) * normal
 
 
-def _curvature(evaluate: Evaluate, positions: np.ndarray, atoms: Sequence[int]) -> np.ndarray:
-    """Diagonal of the Hessian by central differences of forces, no softer than ``_SOFTEST``, shape (n, 3)."""
-    moved = np.repeat(positions[None], 6 * len(atoms), axis=0)
-    rows = [(atom, axis, sign) for atom in atoms for axis in range(3) for sign in (1, -1)]
-    for k, (atom, axis, sign) in enumerate(rows):
-        moved[k, atom, axis] += sign * _STEP
-    forces = evaluate(moved)[1]
-    along = np.array([forces[k, atom, axis] for k, (atom, axis, _) in enumerate(rows)])
-    found = (along[1::2] - along[::2]) / (2 * _STEP)
-    return np.maximum(found, _SOFTEST).reshape(len(atoms), 3)
+def _scan(evaluate: Evaluate, positions: np.ndarray) -> np.ndarray:
+    n, n_reaches = len(positions), len(_REACHES)
+    moved = np.broadcast_to(positions, (n, 3, n_reaches, 2, n, 3)).copy()
+    for atom in range(n):
+        for axis in range(3):
+            moved[atom, axis, :, 0, atom, axis] += _REACHES
+            moved[atom, axis, :, 1, atom, axis] -= _REACHES
+    energy = evaluate(moved.reshape(-1, n, 3))[0].reshape(n, 3, n_reaches, 2).mean(-1)
+    return energy - float(evaluate(positions[None])[0][0])
 
 
 @dataclass(frozen=True)
@@ -226,9 +246,12 @@ class MoleculeScaffold(Scaffold):
         scale = coordinates.scale.numpy()[n:]
         return torch.as_tensor(covariance / scale[:, None] / scale)
 
-    def fast_widths(self) -> Tensor:
-        widths = torch.as_tensor(self.harmonic.widths(self.config.temperature)[self.harmonic.n_slow :])
+    def fast_widths(self, temperature: float) -> Tensor:
+        widths = torch.as_tensor(self.harmonic.widths(temperature)[self.harmonic.n_slow :])
         return torch.where(widths > 0, widths, _WIDTH_OF_SOFT_TORSIONS)
+
+    def fast_centre(self) -> Tensor:
+        return torch.tensor(self.harmonic.centre[self.harmonic.n_slow :])
 
     def saved_arrays(self) -> dict[str, Tensor]:
         return {name: torch.tensor(getattr(self.harmonic, name)) for name in _FITTED}

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from openmm_cgflow.config import Config
 from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.files import atomic_path
-from openmm_cgflow.meanforce import MeanForceEstimator
-from openmm_cgflow.model import CGModel, new_flow, new_pmf, new_response
+from openmm_cgflow.joint_training import EngineEnergies, JointTrainer
+from openmm_cgflow.meanforce import MolecularMeanForce
+from openmm_cgflow.model import CGModel, new_flow, new_joint, new_pmf, new_response
 from openmm_cgflow.pmf_training import PMFTrainer
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.rundir import RunDirectory
@@ -30,10 +31,16 @@ __all__ = ["Session", "new_trainer", "stop_requests"]
 
 logger = logging.getLogger(__name__)
 
+AnyTrainer = Trainer | PMFTrainer | JointTrainer
 
-def new_trainer(config: Config, scaffold: Scaffold, estimator: MeanForceEstimator) -> Trainer | PMFTrainer:
+
+def new_trainer(config: Config, scaffold: Scaffold, chains: FastChains) -> AnyTrainer:
     """What ``training.method`` names, at its start."""
     coordinates, flow = scaffold.assembly.coordinates, new_flow(config, scaffold)
+    if config.training.method == "joint":
+        joint = new_joint(config, scaffold, flow)
+        return JointTrainer(config, joint, EngineEnergies(chains.engine))
+    estimator = MolecularMeanForce(chains, config.sampler.estimator)
     if config.training.method == "reverse_kl":
         return Trainer(config, coordinates, flow, estimator)
     return PMFTrainer(config, coordinates, flow, new_pmf(config, scaffold), new_response(config, scaffold), estimator)
@@ -57,7 +64,7 @@ class Session:
         self,
         run: RunDirectory,
         scaffold: Scaffold,
-        trainer: Trainer | PMFTrainer,
+        trainer: AnyTrainer,
         engine: ReplicaEngine,
         chains: FastChains,
         started: float,
@@ -107,11 +114,12 @@ class Session:
 
     def model(self) -> CGModel:
         """The flow as it is now."""
-        trainer = self.trainer
-        flow = copy.deepcopy(trainer.flow).double()  # training may run in single precision
-        platform = self.engine.platform.name
+        trainer, platform = self.trainer, self.engine.platform.name
+        joint = copy.deepcopy(trainer.joint)
+        flow = joint.flow if joint is not None else copy.deepcopy(trainer.flow)
+        (joint or flow).double()  # training may run in single precision
         return CGModel(
-            self.scaffold, flow, trainer.pmf, trainer.response, trainer.temperatures, self.chains.pool, platform
+            self.scaffold, flow, trainer.pmf, trainer.response, trainer.temperatures, self.chains.pool, platform, joint
         )
 
     def save_checkpoint(self) -> None:

@@ -70,6 +70,22 @@ class Target(ABC):
         mean, spread = self.fast_moments(z, beta)
         return np.concatenate((z, mean + spread * rng.standard_normal(mean.shape)), axis=1)
 
+    def log_density(self, x: np.ndarray, beta: float, normaliser: float) -> np.ndarray:
+        """log of the density of z, shape (n, n_slow), or of (z, y), shape (n, n_slow + n_fast) -> (n,).
+
+        Arguments:
+            x: Coordinates.
+            beta: mol/kJ.
+            normaliser: From :meth:`log_normaliser`.
+        """
+        z, y = x[:, : self.n_slow], x[:, self.n_slow :]
+        log_slow = -beta * self.slow_energy(z) - normaliser
+        if not y.shape[1]:
+            return log_slow
+        mean, spread = self.fast_moments(z, beta)
+        away = (y - mean) / spread
+        return log_slow - 0.5 * (away**2).sum(1) - np.log(spread * math.sqrt(2 * math.pi)).sum()
+
     def populations(self, beta: float, rng: np.random.Generator, n: int = 200_000) -> np.ndarray:
         """Of all modes, shape (n_modes,)."""
         found = self.modes(self.sample_slow(n, beta, rng))

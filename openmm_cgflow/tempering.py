@@ -13,6 +13,9 @@ from openmm_cgflow.config import TemperingConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.units import thermal_beta
 
+_SHRINK = 0.6  # of a step that would increase the KL too much (the paper's second version)
+_SMALLEST_STEP = 1e-9  # of all that is left
+
 __all__ = ["kl_increase", "log_weights", "next_temperature", "relative_ess", "start_temperature"]
 
 
@@ -65,7 +68,12 @@ def start_temperature(settings: TemperingConfig, target: float) -> float:
 
 
 def next_temperature(
-    settings: TemperingConfig, current: float, target: float, energy: Tensor, energy_variance: Tensor
+    settings: TemperingConfig,
+    current: float,
+    target: float,
+    energy: Tensor,
+    energy_variance: Tensor,
+    kl: float | None = None,
 ) -> float:
     """Temperature of the stage after the one at ``current``; never past the target.
 
@@ -77,6 +85,7 @@ def next_temperature(
         target: K.
         energy: <U> of recent samples of the current stage, kJ/mol, shape (n,); used by the adaptive schedule.
         energy_variance: Its squared standard error, shape (n,).
+        kl: KL(model || target) now, nats, where it is known; used by the criterion ``kl``.
     """
     if settings.schedule == "list":
         return max([t for t in settings.temperatures if target < t < current], default=target)
@@ -85,7 +94,7 @@ def next_temperature(
         beta_start = thermal_beta(settings.start)
         step = (beta_target - beta_start) / max(settings.n_stages - 1, 1)
     else:
-        step = _largest_step(settings, beta_target - beta, energy, energy_variance)
+        step = _largest_step(settings, beta_target - beta, energy, energy_variance, kl)
         step = max(step, 0.005 * beta)
     # A last step a tenth longer than allowed is better than a stage for the rest.
     if beta_target - beta <= 1.1 * step:
@@ -93,14 +102,25 @@ def next_temperature(
     return current * beta / (beta + step)
 
 
-def _largest_step(settings: TemperingConfig, limit: float, energy: Tensor, energy_variance: Tensor) -> float:
-    def allowed(step: float) -> bool:
-        weights = log_weights(energy, energy_variance, step)
-        if settings.criterion == "ess":
-            return relative_ess(weights) >= settings.min_ess
-        return kl_increase(weights) <= settings.max_kl
+def _largest_step(
+    settings: TemperingConfig, limit: float, energy: Tensor, energy_variance: Tensor, kl: float | None
+) -> float:
+    def weights(step: float) -> Tensor:
+        return log_weights(energy, energy_variance, step)
 
-    return limit if allowed(limit) else _bisect(allowed, limit)
+    if settings.criterion == "ess":
+
+        def allowed(step: float) -> bool:
+            return relative_ess(weights(step)) >= settings.min_ess
+
+        return limit if allowed(limit) else _bisect(allowed, limit)
+    # The paper's second version bounds the increase of KL(model || target) relative to the KL itself, which is near
+    # zero where the model is good, so that steps would shrink to nothing there: below one nat it is bounded as it is.
+    bound = settings.max_kl * max(kl or 0.0, 1.0)
+    step = limit
+    while kl_increase(weights(step)) > bound and step > _SMALLEST_STEP * limit:
+        step *= _SHRINK
+    return step
 
 
 def _bisect(allowed: Callable[[float], bool], limit: float) -> float:

@@ -85,7 +85,7 @@ sampler:  # frozen-slow Langevin dynamics of the fast atoms
   n_workers: {sampler.n_workers}  # processes of the CPU engine; 0 = one per core
 
 training:
-  method: {training.method}  # or reverse_kl, the paper's own, with the settings of tempering and training
+  method: {training.method}  # or reverse_kl and joint, the paper's, with the settings of tempering and training
 
 pmf:  # the potential of mean force that is learned, and what the flow learns from it
   n_members: {pmf.n_members}  # of the ensemble, whose spread is the error

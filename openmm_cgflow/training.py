@@ -15,13 +15,11 @@ from torch import Tensor
 from openmm_cgflow.config import Config, TrainingConfig
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.ladder import Ladder
 from openmm_cgflow.meanforce import MeanForce, MeanForceEstimator, shortened
-from openmm_cgflow.tempering import next_temperature, start_temperature
 from openmm_cgflow.units import thermal_beta
 
 __all__ = ["GradientGuard", "Trainer", "reverse_kl_gradient"]
-
-_N_ENERGY_BATCHES = 4  # the last batches of a stage, which set the next temperature
 
 
 def reverse_kl_gradient(
@@ -82,7 +80,7 @@ class GradientGuard:
         return norm, True
 
 
-class Trainer:
+class Trainer(Ladder):
     """Adam on the reverse KL at falling temperatures; its whole state can be saved and continued bit for bit.
 
     Use: ``step()`` while not ``stage_done``; then keep the stage's model and ``next_stage()``, until ``done``.
@@ -92,63 +90,17 @@ class Trainer:
         coordinates: Slow coordinates.
         flow: Trained in place.
         estimator: Mean forces.
-
-    Attributes:
-        temperature: Of the current stage, K.
-        temperatures: Of all stages so far, K.
-        n_steps: Updates made so far.
     """
 
     log_interval = 20
-    pmf = response = None
+    pmf = response = joint = None
 
     def __init__(self, config: Config, coordinates: Coordinates, flow: CGFlow, estimator: MeanForceEstimator) -> None:
-        self.config, self.coordinates, self.flow, self.estimator = config, coordinates, flow, estimator
+        super().__init__(config)
+        self.coordinates, self.flow, self.estimator = coordinates, flow, estimator
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.training.learning_rate)
         self.guard = GradientGuard(config.training)
-        self.temperatures = [start_temperature(config.tempering, config.temperature)]
-        self.n_steps = 0
-        self.n_stage_steps = 0
-        self._energies: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def temperature(self) -> float:
-        return self.temperatures[-1]
-
-    @property
-    def stage(self) -> int:
-        return len(self.temperatures) - 1
-
-    @property
-    def at_target(self) -> bool:
-        return self.temperature <= self.config.temperature
-
-    @property
-    def stage_length(self) -> int:
-        """Updates of the current stage."""
-        training = self.config.training
-        if self.at_target:
-            return training.n_steps_last
-        return training.n_steps_first if self.stage == 0 else training.n_steps
-
-    @property
-    def expected_steps(self) -> int:
-        """Updates until the end of the current stage."""
-        return self.n_steps - self.n_stage_steps + self.stage_length
-
-    @property
-    def ended_by(self) -> str:
-        """Why the training ended; empty before."""
-        return "the last stage's steps are done" if self.done else ""
-
-    @property
-    def stage_done(self) -> bool:
-        return self.n_stage_steps >= self.stage_length
-
-    @property
-    def done(self) -> bool:
-        return self.at_target and self.stage_done
 
     def step(self) -> dict[str, float]:
         """One update. Returns a row of metrics.
@@ -161,17 +113,14 @@ class Trainer:
             z, _ = self.flow(base)
         force = self.estimator(z, self.temperature)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self.learning_rate
         largest = self.config.training.clip_factor
         residual = reverse_kl_gradient(self.flow, self.coordinates, base, z, force, largest)
         norm, usable = self.guard(self.flow)
         if usable:
             self.optimizer.step()
         valid = force.valid
-        self._energies.append((force.energy[valid], force.energy_variance[valid]))
-        del self._energies[:-_N_ENERGY_BATCHES]
-        self.n_steps += 1
-        self.n_stage_steps += 1
+        self.advance(force.energy[valid], force.energy_variance[valid])
         # A few clashing samples would rule a plain mean; the median over the batch shows the bulk.
         return {
             "step": self.n_steps,
@@ -192,48 +141,24 @@ class Trainer:
         text = f"stage {row['stage']} {row['temperature']:.0f} K"
         return text + f", residual {row['residual']:.2f} (noise {row['noise']:.2f})"
 
-    def next_stage(self) -> None:
-        """Lowers the temperature: never past the target."""
-        energy, variance = (torch.cat(parts) for parts in zip(*self._energies, strict=True))
-        self.temperatures.append(
-            next_temperature(self.config.tempering, self.temperature, self.config.temperature, energy, variance)
-        )
-        self.n_stage_steps = 0
-        self._energies = []
-
-    def _learning_rate(self) -> float:
-        """Constant, but a cosine down to a twentieth over the last stage, to average the noise out."""
-        rate = self.config.training.learning_rate
-        if not self.at_target:
-            return rate
-        progress = self.n_stage_steps / max(self.stage_length, 1)
-        return rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
     def state_dict(self) -> dict[str, Any]:
         """The whole state: tensors, numbers and lists only, so that ``torch.load(weights_only=True)`` reads it."""
-        return {
+        return super().state_dict() | {
             "flow": self.flow.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "estimator": self.estimator.state_dict(),
             "norms": list(self.guard.norms),
-            "temperatures": list(self.temperatures),
-            "n_steps": self.n_steps,
-            "n_stage_steps": self.n_stage_steps,
-            "energies": list(self._energies),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from :meth:`state_dict`."""
+        super().load_state_dict(state)
         self.flow.load_state_dict(state["flow"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.estimator.load_state_dict(state["estimator"])
         self.guard.norms = list(state["norms"])
-        self.temperatures = list(state["temperatures"])
-        self.n_steps = state["n_steps"]
-        self.n_stage_steps = state["n_stage_steps"]
-        self._energies = [tuple(batch) for batch in state["energies"]]
 
 
 def _typical_rms(squares: Tensor) -> float:

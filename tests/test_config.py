@@ -74,7 +74,7 @@ def test_units_reach_the_settings():
         (_with(sampler={"timestep": -1}), ["sampler.timestep", "greater than 0"]),
         (_with(temperature="nan"), ["temperature"]),
         (_with(tempering={"schedule": "fast"}), ["tempering.schedule", "adaptive"]),
-        (_with(training={"method": "forward_kl"}), ["training.method", "'pmf' or 'reverse_kl'"]),
+        (_with(training={"method": "forward_kl"}), ["training.method", "'pmf', 'reverse_kl' or 'joint'"]),
         (_with(coordinates={"peptide_bonds": "cis"}), ["coordinates.peptide_bonds", "'keep' or 'sample'"]),
         (_with(coordinates="cartesian"), ["coordinates: cartesian", "training.method", "reverse_kl"]),
         (_with(pmf={"n_members": 1}), ["pmf.n_members", "greater than or equal to 2"]),

@@ -121,7 +121,7 @@ def test_box_coordinates_go_around():
     assert float(xyz[0, 0, 0]) == pytest.approx(-3.0 * 5 / math.pi) and (xyz[..., 1:] == 0).all()
     torch.testing.assert_close(coordinates.from_xyz(xyz), z)
     torch.testing.assert_close(coordinates.from_xyz(xyz + torch.tensor([10.0, 0, 0])), z)
-    assert (coordinates.log_volume(z) == 0).all()
+    torch.testing.assert_close(coordinates.log_volume(z), torch.full((2,), 2 * math.log(5 / math.pi)).double())
     assert coordinates.n_circular == coordinates.n_features == 2 and coordinates.names == ("x a", "x c")
 
 
@@ -144,11 +144,24 @@ def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
     with create_engine(system, partition.slow, config.sampler) as engine:
         scaffold = Scaffold.build(config, system, partition, engine.evaluate)
     expected = torch.tensor([0.1, 1.0, 1.0]).double().expand(dimensions, 3)
-    torch.testing.assert_close(scaffold.fast_widths(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(scaffold.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(scaffold.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
     again = Scaffold.build(config, system, partition, saved=scaffold.saved_arrays())
-    torch.testing.assert_close(again.fast_widths(), scaffold.fast_widths())
+    torch.testing.assert_close(again.fast_widths(UNIT), scaffold.fast_widths(UNIT))
     y = scaffold.draw_fast(torch.zeros(4000, dimensions), 4 * UNIT, torch.Generator().manual_seed(0))
     torch.testing.assert_close(y.std(0), 2 * expected, rtol=0.1, atol=0)
+
+
+def test_widths_where_the_start_is_the_top_of_a_barrier():
+    """x1 of the double well: a quartic that holds far more than its curvature says."""
+    config = _config("double_well", [1])
+    system = MolecularSystem.from_files(config.system)
+    partition = Partition.resolve(system, config.partition.slow)
+    with create_engine(system, partition.slow, config.sampler) as engine:
+        scaffold = Scaffold.build(config, system, partition, engine.evaluate)
+    for beta in (1.0, 0.01):
+        exact = math.sqrt(6 + math.sqrt(36 + 2 / beta))  # where x^4/4 - 3 x^2 is half of kT
+        assert float(scaffold.fast_widths(UNIT / beta)[0, 0]) == pytest.approx(exact, rel=0.06)
 
 
 def _config(target, slow, **sections):
@@ -189,10 +202,10 @@ TINY = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["pmf", "reverse_kl"])
+@pytest.mark.parametrize("method", ["pmf", "reverse_kl", "joint"])
 def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_path, capsys):
     ladder = ["tempering.start=500", "training.n_steps_first=5", "training.n_steps=5", "training.n_steps_last=5"]
-    settings = [*TINY, f"training.method={method}", *(ladder if method == "reverse_kl" else [])]
+    settings = [*TINY, f"training.method={method}", *(ladder if method != "pmf" else [])]
     run = tmp_path / "run"
     config = str(systems / "double_well" / "double_well.yaml")
     assert main(["train", config, "-o", str(run), *(word for item in settings for word in ("--set", item))]) == 0

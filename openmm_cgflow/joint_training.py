@@ -1,0 +1,221 @@
+"""Training of the joint density of all atoms, down the temperature ladder (paper eq. 8): no chains of the fast atoms.
+
+Every sample costs one energy and force. The reverse KL sees their slopes, by the path gradient; because the density of
+whole structures is known, importance weights are, too, and a forward KL with these weights sees the mass of separated
+modes, which the reverse KL does not. The noise of both gradients vanishes at the optimum. Nothing here knows OpenMM.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from openmm_cgflow.averaging import RunningAverage
+from openmm_cgflow.config import Config
+from openmm_cgflow.distillation import clipped_softmax
+from openmm_cgflow.errors import ReplicaError
+from openmm_cgflow.fastchains import ChainEngine
+from openmm_cgflow.flow import CGFlow
+from openmm_cgflow.joint import JointFlow
+from openmm_cgflow.ladder import N_ENERGY_BATCHES, Ladder
+from openmm_cgflow.meanforce import shortened
+from openmm_cgflow.tempering import relative_ess
+from openmm_cgflow.training import GradientGuard
+from openmm_cgflow.units import thermal_beta
+
+__all__ = ["EnergyAndForces", "EngineEnergies", "JointTrainer"]
+
+_FORWARD = 0.5  # share of the forward KL where the effective sample size is no smaller
+_AT_STAGE = 0.6  # fraction of the updates that train the stage's own temperature
+_FROM_SAME = 0.7  # fraction whose proposals have the temperature that is trained
+_N_KL = 10  # batches whose KL sets the next temperature
+_AVERAGING = 0.98  # of the running average, per update
+
+
+class EnergyAndForces(Protocol):
+    """Potential energies, kJ/mol, and forces, kJ/mol/nm, of positions: OpenMM, or a closed form in a test."""
+
+    @property
+    def n_energy_evaluations(self) -> int: ...
+
+    def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class EngineEnergies:
+    """Energies and forces of a molecule, from an engine.
+
+    Arguments:
+        engine: Evaluates positions.
+    """
+
+    def __init__(self, engine: ChainEngine) -> None:
+        self.engine = engine
+        self._earlier_evaluations = 0
+
+    @property
+    def n_energy_evaluations(self) -> int:
+        """Of the engine, and of the sessions that this one continues."""
+        return self._earlier_evaluations + self.engine.n_energy_evaluations
+
+    def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
+        energy, forces = self.engine.evaluate(xyz.numpy())
+        return torch.as_tensor(energy), torch.as_tensor(forces)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n_energy_evaluations": self.n_energy_evaluations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._earlier_evaluations = state["n_energy_evaluations"] - self.engine.n_energy_evaluations
+
+
+class JointTrainer(Ladder):
+    """Adam on the joint density; its whole state can be saved and continued bit for bit.
+
+    Use: as :class:`openmm_cgflow.training.Trainer`. Every stage trains its own temperature and, now and then, all
+    hotter ones: there modes weigh alike, and what is learned of them serves below.
+
+    Arguments:
+        config: Sections ``training``, ``tempering``, ``sampler.n_replicas`` and ``sampler.max_invalid``,
+            ``temperature`` and ``seed`` are used.
+        joint: Trained in place, the map included.
+        estimator: Energies and forces.
+    """
+
+    log_interval = 20
+    pmf = response = None
+
+    def __init__(self, config: Config, joint: JointFlow, estimator: EnergyAndForces) -> None:
+        super().__init__(config)
+        self.joint, self.estimator = joint, estimator
+        joint.flow.float()
+        joint.conditional.float()
+        self.networks = RunningAverage(joint, _AVERAGING)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        parameters = [p for p in self.networks.trained.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, lr=config.training.learning_rate)
+        self.guard = GradientGuard(config.training)
+        self._kl: list[float] = []
+
+    @property
+    def flow(self) -> CGFlow:
+        """q(z), of the running average."""
+        return self.joint.flow
+
+    @property
+    def gamma(self) -> float:
+        """Of the current stage."""
+        return self.config.temperature / self.temperature
+
+    def _draw_gammas(self) -> tuple[float, float]:
+        """What is trained and what proposals come from, as in ``FlowFitter``."""
+        uniform = torch.rand(4, generator=self.generator).tolist()
+        if self.stage_length - self.n_stage_steps <= N_ENERGY_BATCHES:  # its energies set the next temperature
+            return self.gamma, self.gamma
+        hottest = self.config.temperature / self.temperatures[0]
+        gamma = self.gamma * (1.0 if uniform[0] < _AT_STAGE else uniform[1] ** 2)
+        gamma_from = gamma * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
+        return max(gamma, hottest), max(gamma_from, hottest)
+
+    def step(self) -> dict[str, float]:
+        """One update. Returns a row of metrics.
+
+        ``ess`` is the relative effective sample size of whole structures, and ``kl`` the estimate of KL(q || p) from
+        the same samples, nats, both at ``gamma``, the one that was sampled.
+
+        Raises:
+            ReplicaError: If too many energies are not finite.
+        """
+        joint, beta = self.networks.trained, thermal_beta(self.config.temperature)
+        gamma, gamma_from = self._draw_gammas()
+        z, r = joint(joint.draw_base(self.config.sampler.n_replicas, self.generator), gamma_from)
+        xyz = joint.build(z, r, gamma_from)
+        energy, forces = self.estimator(xyz.detach())
+        valid = torch.isfinite(energy) & torch.isfinite(forces).flatten(1).all(1)
+        self._refuse_too_few(valid)
+        at, n_valid = xyz.detach()[valid].requires_grad_(), int(valid.sum())
+        energy, forces = energy[valid], forces[valid]
+
+        # Reverse KL by the path gradient: the bracket vanishes at the optimum, sample by sample. In positions, so that
+        # the map is trained like all else.
+        log_old = joint.log_prob_xyz(at, gamma_from)
+        (score,) = torch.autograd.grad(log_old.sum(), at, retain_graph=True)
+        pull = shortened((-gamma_from * beta * forces).flatten(1), self.config.training.clip_factor)
+        residual = pull.unflatten(1, (-1, 3)) + score
+        log_old_values = log_old.detach()
+        weights = -gamma_from * beta * energy - log_old_values
+
+        # Forward KL with weights less what they are at the optimum, where its noise vanishes, too.
+        log_new = log_old if gamma == gamma_from else joint.log_prob_xyz(at.detach(), gamma)
+        target = -gamma * beta * energy - log_old_values
+        share = min(_FORWARD, relative_ess(target))
+        excess = clipped_softmax(target) - clipped_softmax(log_new.detach() - log_old_values)
+        self.optimizer.zero_grad()
+        (-share * (excess * log_new).sum()).backward()
+        xyz[valid].backward((1 - share) / n_valid * residual)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        norm, usable = self.guard(joint)
+        if usable:
+            self.optimizer.step()
+            self.networks.update()
+        row = {"gamma": gamma_from, "ess": relative_ess(weights)}
+        row["kl"] = float(torch.logsumexp(weights, 0) - math.log(n_valid) - weights.mean())
+        if gamma_from == self.gamma:
+            self._kl = [*self._kl, row["kl"]][-_N_KL:]
+            self.advance(energy)
+        else:
+            self.advance()
+        stage = {"step": self.n_steps, "stage": self.stage, "temperature": self.temperature, "beta": beta * self.gamma}
+        return (stage | row) | {
+            "residual": float(residual.square().mean(dim=(1, 2)).median().sqrt()),
+            "gradient_norm": norm,
+            "skipped": int(not usable),
+            "energy": float(energy.median()),
+            "invalid": int((~valid).sum()),
+            "evaluations": self.estimator.n_energy_evaluations,
+        }
+
+    def _refuse_too_few(self, valid: Tensor) -> None:
+        n_invalid = int((~valid).sum())
+        if n_invalid > self.config.sampler.max_invalid * len(valid):
+            raise ReplicaError(
+                f"{n_invalid} of {len(valid)} samples have no finite energy at {self.temperature:.0f} K, more than "
+                f"sampler.max_invalid = {self.config.sampler.max_invalid}. Try a lower training.learning_rate"
+            )
+
+    def describe(self, row: dict[str, float]) -> str:
+        """A line on a row of metrics, for the progress bar."""
+        text = f"stage {row['stage']} {row['temperature']:.0f} K"
+        return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.config.temperature / row['gamma']:.0f} K"
+
+    def next_stage(self, kl: float | None = None) -> None:
+        """Lowers the temperature: never past the target."""
+        super().next_stage(sum(self._kl) / len(self._kl) if kl is None and self._kl else kl)
+        self._kl = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: tensors, numbers and lists only, so that ``torch.load(weights_only=True)`` reads it."""
+        return super().state_dict() | {
+            "networks": self.networks.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "estimator": self.estimator.state_dict(),
+            "norms": list(self.guard.norms),
+            "kl": list(self._kl),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.guard.norms, self._kl = list(state["norms"]), list(state["kl"])
