@@ -5,7 +5,7 @@
 Fits the potential of mean force of a finished run anew for every round, from the mean forces that the training had then
 and with what it knew of the fast atoms' response by then, and weighs the final flow's samples with each. A row for
 each: energy evaluations so far, populations, and free energies minus the reference's in kT, relative to the
-reference's main basin.
+reference's main basin. The last row is that of the training itself, with the differences from switching.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import openmm_cgflow as cgf
 from openmm_cgflow.flow import one_torch_thread
 from openmm_cgflow.meanforce import ChainParts
 from openmm_cgflow.model import new_pmf, new_response
-from openmm_cgflow.pmf import MeanForceBuffer, PMFFitter
+from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter
 from openmm_cgflow.reference import GridReference, load_reference
 from openmm_cgflow.response import ResponseFitter
 from openmm_cgflow.rundir import RunDirectory
@@ -59,6 +59,14 @@ def main() -> None:
     base = truth.argmax()
     growing, response = MeanForceBuffer(config.pmf.n_members), new_response(config, model.scaffold)
     response_fitter = ResponseFitter(response)
+
+    def report(n_evaluations: int, pmf: PMF) -> None:
+        weights = torch.softmax(volume - pmf(z) - log_q, dim=0).numpy()
+        populations = inside @ weights
+        error = -np.log(populations / populations[base]) + np.log(truth / truth[base])
+        cells = "".join(f"{p:10.4f}{e:+11.3f}" for p, e in zip(populations, error, strict=True))
+        print(f"{n_evaluations:11.2e} {1 / np.square(weights).sum() / len(z):5.2f} {cells}", flush=True)
+
     names = "".join(f"{name:>10s}{'error (kT)':>11s}" for name in RAMACHANDRAN)
     print(f"evaluations   ESS {names}")
     with one_torch_thread(), torch.no_grad():
@@ -74,11 +82,9 @@ def main() -> None:
                 fitter, n = PMFFitter(pmf, config.pmf.learning_rate), _N_BLOCKS
                 for k in range(n):
                     fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)
-            weights = torch.softmax(volume - pmf(z) - log_q, dim=0).numpy()
-            populations = inside @ weights
-            error = -np.log(populations / populations[base]) + np.log(truth / truth[base])
-            cells = "".join(f"{p:10.4f}{e:+11.3f}" for p, e in zip(populations, error, strict=True))
-            print(f"{count:11.2e} {1 / np.square(weights).sum() / len(z):5.2f} {cells}", flush=True)
+            report(count, pmf)
+        assert model.pmf is not None
+        report(int(run.read_provenance()["energy_evaluations"]), model.pmf)
 
 
 if __name__ == "__main__":
