@@ -93,8 +93,10 @@ def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
         return FastResponse(n_circular, n_features - n_circular, widths, config.pmf.hidden_features)
 
 
-_Draw = Callable[[torch.Generator, int], tuple[Tensor, ...]]
-"""Positions, z, log q, energy and which may be kept of a batch, from a generator and the batch's number."""
+_BATCH_SIZE = 1024  # samples drawn at once, at least, where so many are wanted
+
+_Draw = Callable[[int, torch.Generator, int], tuple[Tensor, ...]]
+"""Positions, z, log q, energy and which may be kept of a batch, from its size, a generator and its number."""
 
 
 @dataclass(frozen=True)
@@ -264,9 +266,8 @@ class CGModel:
         """:meth:`sample` on an engine that is there already; ``KeyboardInterrupt`` once ``must_stop()`` is true."""
         if n < 1:
             raise CGFlowError(f"number of samples: got {n}, expected at least 1")
-        draw = (
-            self._fast_from_chains(engine, seed, n_equilibration) if self.joint is None else self._all_at_once(engine)
-        )
+        size = max(self.scaffold.config.sampler.n_replicas, min(n, _BATCH_SIZE))
+        draw = self._all_at_once(engine) if self.joint else self._from_chains(engine, seed, n_equilibration)
         generator = torch.Generator().manual_seed(derive_seed(seed, 6))
         kept: list[tuple[Tensor, ...]] = []
         n_kept = batch = n_rejected = 0
@@ -274,7 +275,7 @@ class CGModel:
             if must_stop is not None and must_stop():
                 raise KeyboardInterrupt
             batch += 1
-            *drawn, good = draw(generator, batch)
+            *drawn, good = draw(size, generator, batch)
             kept.append(tuple(part[good] for part in drawn))
             n_kept += int(good.sum())
             n_rejected += int((~good).sum())
@@ -290,28 +291,28 @@ class CGModel:
             trajectory.center_coordinates()
         return Samples(trajectory, slow, log_q, log_weight, energy, n_rejected)
 
-    def _fast_from_chains(self, engine: ReplicaEngine, seed: int, n_equilibration: int) -> _Draw:
+    def _from_chains(self, engine: ReplicaEngine, seed: int, n_equilibration: int) -> _Draw:
         chains = self.chains(engine)
 
-        def draw(generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
-            z, log_density = self.flow.sample(self.scaffold.config.sampler.n_replicas, generator)
+        def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
+            z, log_density = self.flow.sample(size, generator)
             frames = chains.run(z, self.temperature, n_equilibration, 1, 1, derive_seed(seed, 7, batch))
             return frames.xyz[:, 0], z, log_density, frames.energy[:, 0], frames.valid
 
         return draw
 
     def _all_at_once(self, engine: ReplicaEngine) -> _Draw:
-        joint, sampler = self.joint, self.scaffold.config.sampler
+        joint, keep_chirality = self.joint, self.scaffold.config.sampler.keep_chirality
         assert joint is not None
 
         @torch.no_grad()
-        def draw(generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
-            z, r = joint(joint.draw_base(sampler.n_replicas, generator), self.gamma)
+        def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
+            z, r = joint(joint.draw_base(size, generator), self.gamma)
             log_density = joint.log_prob(z, r, self.gamma) - joint.log_volume(z, r, self.gamma)
             xyz = joint.build(z, r, self.gamma)
             energy = torch.as_tensor(engine.evaluate(xyz.numpy())[0])
             valid = torch.isfinite(energy)
-            if sampler.keep_chirality:
+            if keep_chirality:
                 valid &= joint.assembly.same_handedness(xyz)
             return xyz, z, log_density, energy, valid
 

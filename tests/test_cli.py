@@ -37,6 +37,7 @@ TINY = (
     "pmf.hidden_features=[16]",
     "pmf.polish_updates=10", "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "flow.n_layers=2",
     "flow.hidden_features=[16]", "sampling.n_samples=24", "sampling.n_equilibration=10", "sampling.n_verified=0",
+    "pmf.n_switched=0",
     "training.checkpoint_interval=1000",
 )  # fmt: skip
 # Two stages of the paper's own method.

@@ -36,7 +36,7 @@ COMMON = (
     "sampling.n_equilibration=10",
     "training.checkpoint_interval=1000",
 )
-# Three rounds, a block of updates of the PMF, two of the flow alone.
+# Three rounds, a step of switching, a block of updates of the PMF, two of the flow alone.
 TINY = (
     *COMMON,
     "pmf.n_updates=5",
@@ -47,6 +47,8 @@ TINY = (
     "pmf.hidden_features=[16]",
     "stopping.max_rounds=3",
     "stopping.max_polish_cycles=1",
+    "pmf.n_switched=1",
+    "stopping.free_energy_error=5",
     "sampling.n_verified=2",
     "sampling.n_switches=2",
 )
@@ -126,8 +128,9 @@ def test_the_pmf_is_learned_at_the_target_temperature_and_the_end_is_named(finis
     log = (finished / "run.log").read_text()
     assert record["ended_by"] in log
     rows = RunDirectory(finished).read_metrics()
-    assert len(rows) == 3 + 1 + 2
-    assert [np.isfinite(row["held_out"]) for row in rows] == [True] * 3 + [False] * 3
+    assert len(rows) == 3 + 1 + 1 + 2
+    assert [np.isfinite(row["held_out"]) for row in rows] == [True] * 3 + [False] * 4
+    assert [np.isfinite(row["value_misfit"]) for row in rows] == [False] * 3 + [True] * 4
 
 
 def test_the_check_by_switching_is_on_disk(finished, finished_ladder):
@@ -262,7 +265,7 @@ def test_without_a_pmf_the_flow_is_the_free_energy_and_there_are_no_weights(fini
     log_volume = model.coordinates.log_volume(torch.as_tensor(samples.z)).numpy()
     np.testing.assert_allclose(model.free_energy(samples.z), -kt * (samples.log_q - log_volume), atol=1e-9)
     assert samples.log_weight is None
-    with pytest.raises(CGFlowError, match="trained by reverse KL"):
+    with pytest.raises(CGFlowError, match="no potential of mean force to weigh with"):
         model.log_weights(samples.z)
     assert "log_weight" not in read_colvar(finished_ladder / "samples.colvar")
     assert load(finished_ladder, stage=0).temperature == 600.0

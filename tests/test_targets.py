@@ -198,7 +198,7 @@ TINY = (
     "sampler.n_equilibration=5", "pmf.n_updates=20", "pmf.final_updates=20", "pmf.flow_updates=5",
     "pmf.polish_updates=20", "pmf.hidden_features=[16]", "flow.n_layers=4", "flow.hidden_features=[16]",
     "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "sampling.n_samples=50", "sampling.n_verified=2",
-    "sampling.n_switches=2",
+    "sampling.n_switches=2", "pmf.n_switched=0",
 )  # fmt: skip
 
 
@@ -227,3 +227,15 @@ def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_
     )  # fmt: skip
     assert main(["evaluate", str(run), "--reference", "x.dcd"]) == 2
     assert "exact answers" in capsys.readouterr().err
+
+
+def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys):
+    """Its command, at a size that says nothing but that it runs."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import synthetic
+
+    words = [str(systems / "gmm_2d" / "gmm_2d.yaml"), "--seeds", "3", "--samples", "300", "-o", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["synthetic.py", *words, "--set", *TINY])
+    synthetic.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("seed 3, pmf:") and "300 samples" in printed and "mode 3" in printed
