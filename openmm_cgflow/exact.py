@@ -28,7 +28,7 @@ from openmm_cgflow.units import thermal_beta
 __all__ = ["ExactEvaluation", "evaluate_exactly"]
 
 _N_DRAWS = 100_000
-_N_MARGINAL = 1_000_000  # draws of each side for single coordinates, on so many bins:
+_N_MARGINAL = 1_000_000  # draws for histograms, those of single coordinates on so many bins:
 _N_MARGINAL_BINS = 50
 _N_BINS = 36  # on each axis of the map of a slow and a fast coordinate
 _FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at by its gamma
@@ -271,7 +271,7 @@ def _modes(target: Target, z: np.ndarray, beta: float, rng: np.random.Generator)
 
 def _joint(target: Target, x: np.ndarray, beta: float, rng: np.random.Generator) -> tuple[float, float]:
     columns = [0, target.n_slow]
-    exact = target.sample(_N_DRAWS * 10, beta, rng)[:, columns]
+    exact = target.sample(_N_MARGINAL, beta, rng)[:, columns]
     low, high = np.quantile(exact, (1e-4, 1 - 1e-4), axis=0)
     inner = np.linspace(low, high, _N_BINS - 1)  # the outermost bins are open
 

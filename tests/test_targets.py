@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import cumulative_simpson
 from scipy.stats import kstest
 
-from openmm_cgflow import MolecularSystem, load
+from openmm_cgflow import MolecularSystem, exact, load
 from openmm_cgflow.assembly import ParticleAssembly
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import Config, TargetConfig, validate
@@ -202,8 +202,14 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(exact, "_N_DRAWS", 5000)
+    monkeypatch.setattr(exact, "_N_MARGINAL", 10_000)
+
+
 @pytest.mark.parametrize("method", ["pmf", "reverse_kl", "joint"])
-def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_path, capsys):
+def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_path, capsys, few_draws):
     ladder = ["tempering.start=500", "training.n_steps_first=5", "training.n_steps=5", "training.n_steps_last=5"]
     settings = [*TINY, f"training.method={method}", *(ladder if method != "pmf" else [])]
     run = tmp_path / "run"
@@ -229,7 +235,7 @@ def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_
     assert "exact answers" in capsys.readouterr().err
 
 
-def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys):
+def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys, few_draws):
     """Its command, at a size that says nothing but that it runs."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     import synthetic
