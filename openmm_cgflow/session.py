@@ -191,8 +191,10 @@ def stop_requests() -> Iterator[threading.Event]:
     def request(number: int, _: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
-        logger.warning("%s: stopping as soon as everything is safe", signal.Signals(number).name)
         stop.set()
+        # A handler may run in the middle of another line of the log, whose stream must not be entered twice.
+        line = "%s: stopping as soon as everything is safe"
+        threading.Thread(target=logger.warning, args=(line, signal.Signals(number).name)).start()
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -316,7 +316,7 @@ def test_an_exact_conditional_stays_where_it_is(steepness):
         return steepness * torch.cos(z[..., 0]) ** 9 + exact.log_prob_bounded(z)
 
     fitter, generator = FlowFitter(flow, space, 1e-3, 128), torch.Generator().manual_seed(0)
-    blocks = (("bounded", "linear"), ("torsions",))
+    blocks = (("conditional",), ("torsions",))
     before = [parameters_of(flow, *names) for names in blocks]
     for _ in range(3):
         fitter.update(Known(log_p, space), generator)
@@ -392,7 +392,7 @@ def test_same_generator_same_updates():
         fitter = FlowFitter(flow, SPACE, 1e-3, 32)
         for _ in range(2):
             fitter.update(TARGET, generator)
-        states.append(parameters_of(flow, "torsions", "bounded", "linear"))
+        states.append(parameters_of(flow, "torsions", "conditional"))
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 

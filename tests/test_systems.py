@@ -25,7 +25,7 @@ SIZES = [
     ("glycine_dipeptide", 19, 18),
     ("valine_dipeptide", 28, 27),
 ]
-TARGETS = ["double_well"]
+TARGETS = ["double_well", "gmm_10d", "gmm_2d"]
 
 
 def test_every_system_is_here(systems):
