@@ -84,7 +84,7 @@ def main() -> None:
                     fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)
             report(count, pmf)
         assert model.pmf is not None
-        report(int(run.read_provenance()["energy_evaluations"]), model.pmf)
+        report(evaluations[-1], model.pmf)
 
 
 if __name__ == "__main__":
