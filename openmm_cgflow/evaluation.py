@@ -53,10 +53,13 @@ def evaluate(
         seed: Of bootstrap and noise floors; the configuration's by default.
 
     Raises:
-        CGFlowError: If a file is missing, cannot be read or does not fit the others.
+        CGFlowError: If a file is missing, cannot be read or does not fit the others, or the run is on a synthetic
+            target, which has :func:`openmm_cgflow.evaluate_exactly`.
     """
     run = RunDirectory.open(run_directory)
     config = load_config(run.config)
+    if config.system is not None and config.system.target is not None:
+        raise CGFlowError(f"{run.path}: a run on a synthetic target; evaluate_exactly compares it with what is known")
     structure, slow = load_structure(run.topology), _slow_atoms(run)
     available = residues_with_maps(structure)
     if residue is not None and residue not in available:

@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import cumulative_simpson
 from scipy.stats import kstest
 
-from openmm_cgflow import MolecularSystem, exact, load
+from openmm_cgflow import MolecularSystem, evaluate, exact, load
 from openmm_cgflow.assembly import ParticleAssembly
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import Config, TargetConfig, validate
@@ -231,6 +231,8 @@ def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_
         coordinates.to_xyz(torch.as_tensor(samples.z))[:, 0, 0],
         rtol=1e-5, atol=1e-5,
     )  # fmt: skip
+    with pytest.raises(CGFlowError, match="evaluate_exactly"):
+        evaluate(run)
     assert main(["evaluate", str(run), "--reference", "x.dcd"]) == 2
     assert "exact answers" in capsys.readouterr().err
 
