@@ -88,10 +88,11 @@ def dry_run(config: Config) -> Iterator[str]:
 def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> Cost:
     """Times a few training steps and scales them to the whole run."""
     sampler = config.sampler
+    few_steps = min(sampler.n_pool_steps, _PROBE_POOL_STEPS)
     quick = config.model_copy(
         update={
-            "sampler": sampler.model_copy(update={"n_pool_steps": min(sampler.n_pool_steps, _PROBE_POOL_STEPS)}),
-            # Rounds are timed, also where the limits would end them at once.
+            "sampler": sampler.model_copy(update={"n_pool_steps": few_steps, "adaptive": False}),
+            # Whole rounds are timed, also where the limits would end them at once.
             "stopping": config.stopping.model_copy(update={"max_rounds": 100, "max_evaluations": math.inf}),
         }
     )

@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 _N_PARTS = 4  # of a chain, kept of every mean force
+_LARGEST_DRIFT = 4.0  # standard errors, of the energy within chains
+_LONGEST_EQUILIBRATION, _MOST_FRAMES = 8, 4  # over the settings
 _LARGEST_SPREAD = 10.0  # over the median, of chains that tell how frames are correlated
 
 
@@ -73,6 +75,9 @@ class MeanForceEstimator(Protocol):
 
     def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Works along paths, and which may be used; see :func:`openmm_cgflow.switching.switch`."""
+
+    def tune(self, noise: float) -> None:
+        """Told how large the squared standard errors are over what a fit to the mean forces aims at."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -191,10 +196,21 @@ class MolecularMeanForce:
     Arguments:
         chains: Runs the fast atoms.
         estimator: ``comoving`` or ``cartesian``; see :func:`frame_gradients`.
+        adaptive: Whether the length of the chains follows what they show.
+
+    Attributes:
+        n_equilibration: Steps after the warm start; more of them while energies drift within chains.
+        n_frames: Frames of each chain.
     """
 
-    def __init__(self, chains: FastChains, estimator: Literal["comoving", "cartesian"] = "comoving") -> None:
-        self.chains, self.estimator = chains, estimator
+    def __init__(
+        self,
+        chains: FastChains,
+        estimator: Literal["comoving", "cartesian"] = "comoving",
+        adaptive: bool = False,
+    ) -> None:
+        self.chains, self.estimator, self.adaptive = chains, estimator, adaptive
+        self.n_equilibration, self.n_frames = chains.settings.n_equilibration, chains.settings.n_frames
         self._earlier_evaluations = 0
 
     @property
@@ -203,9 +219,10 @@ class MolecularMeanForce:
         return self._earlier_evaluations + self.chains.engine.n_energy_evaluations
 
     def __call__(self, z: Tensor, temperature: float) -> MeanForce:
-        settings = self.chains.settings
-        frames = self.chains.run(z, temperature, settings.n_equilibration, settings.n_frames, settings.stride)
+        frames = self.chains.run(z, temperature, self.n_equilibration, self.n_frames, self.chains.settings.stride)
         beta = thermal_beta(temperature)
+        if self.adaptive:
+            self._lengthen_equilibration(beta * frames.energy[frames.valid])
         parts = None
         if self.estimator == "comoving":
             gradients, balance = comoving_gradients(self.chains.assembly, z, frames, beta)
@@ -217,12 +234,42 @@ class MolecularMeanForce:
         energy, energy_variance = mean_and_variance(energies[..., None], frames.valid)
         return MeanForce(gradient, variance, energy[:, 0], energy_variance[:, 0], frames.valid, parts)
 
+    def _lengthen_equilibration(self, energy: Tensor) -> None:
+        """By half, where the energy still drifts, kT, shape (B, n_frames): fast atoms arrive cold or hot."""
+        quarter = max(1, energy.shape[1] // 4)
+        drift = energy[:, -quarter:].mean(1) - energy[:, :quarter].mean(1)
+        # A few chains that leave an overlap say nothing of the others.
+        drift = drift[(drift - drift.median()).abs() < _LARGEST_SPREAD * drift.std()]
+        if len(drift) > 1 and abs(drift.mean()) > _LARGEST_DRIFT * drift.std() / math.sqrt(len(drift)):
+            longest = _LONGEST_EQUILIBRATION * self.chains.settings.n_equilibration
+            self.n_equilibration = min(longest, math.ceil(1.5 * self.n_equilibration))
+
+    def tune(self, noise: float) -> None:
+        """Chooses the number of frames that makes most of the evaluations, by at most half of it at a time.
+
+        A chain costs its equilibration and its frames; its variance is the inverse of their number plus what the fit
+        aims at anyway. The information per evaluation is largest at the geometric mean of what both say.
+        """
+        if not self.adaptive:
+            return
+        overhead = (self.n_equilibration + self.chains.settings.n_relax) / self.chains.settings.stride
+        best = math.sqrt(overhead * noise * self.n_frames)
+        best = min(max(best, self.n_frames / 1.5), 1.5 * self.n_frames)
+        first = self.chains.settings.n_frames
+        self.n_frames = round(min(max(best, min(first, _N_PARTS)), _MOST_FRAMES * first))
+
     def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return switch(self.chains, paths, temperature, derive_seed(self.chains.seed, 11, self.chains.n_calls))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"chains": self.chains.state_dict(), "n_energy_evaluations": self.n_energy_evaluations}
+        return {
+            "chains": self.chains.state_dict(),
+            "n_energy_evaluations": self.n_energy_evaluations,
+            "n_equilibration": self.n_equilibration,
+            "n_frames": self.n_frames,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.chains.load_state_dict(state["chains"])
+        self.n_equilibration, self.n_frames = state["n_equilibration"], state["n_frames"]
         self._earlier_evaluations = state["n_energy_evaluations"] - self.chains.engine.n_energy_evaluations

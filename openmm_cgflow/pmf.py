@@ -18,7 +18,7 @@ from openmm_cgflow.averaging import RunningAverage
 from openmm_cgflow.meanforce import MeanForce, shortened
 from openmm_cgflow.splines import periodic_features
 
-__all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "Values", "held_out_error"]
+__all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "Values", "held_out_error", "squared_aim"]
 
 # A mean force is fitted to within its own noise, but no better than these: close contacts, where forces are a hundred
 # times the thermal ones, would otherwise be all the fit looks at. The size is the *predicted* one: weights that depend
@@ -217,6 +217,11 @@ class PMFFitter:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def squared_aim(predicted: Tensor) -> Tensor:
+    """Squared error that the fit aims at, of predicted mean forces, shape (n, n_features) -> (n, 1)."""
+    return _SMALLEST_ERROR**2 + _RELATIVE_ERROR**2 * predicted.square().mean(-1, keepdim=True)
+
+
 def held_out_error(pmf: PMF, z: Tensor, force: MeanForce) -> float:
     """How far mean forces that the fit has not seen are from its prediction, in units of their noise.
 
@@ -224,7 +229,6 @@ def held_out_error(pmf: PMF, z: Tensor, force: MeanForce) -> float:
     is for pure noise: 1 where nothing is left to learn. Noise counts as no smaller than what the fit aims at.
     """
     _, predicted = pmf.value_and_gradient(z[force.valid])
-    aim = _SMALLEST_ERROR**2 + _RELATIVE_ERROR**2 * predicted.square().mean(-1, keepdim=True)
-    error = torch.maximum(force.variance[force.valid], aim).sqrt()
+    error = torch.maximum(force.variance[force.valid], squared_aim(predicted)).sqrt()
     ratio = (predicted - force.gradient[force.valid]).abs() / error
     return float(ratio.median() / _MEDIAN_OF_NORMAL)

@@ -25,7 +25,7 @@ from openmm_cgflow.distillation import FlowFitter, WeightedSamples, weighted_sam
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.meanforce import ChainParts, MeanForceEstimator
-from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error
+from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error, squared_aim
 from openmm_cgflow.response import FastResponse, ResponseFitter
 from openmm_cgflow.values import ValueSwitching
 
@@ -107,6 +107,8 @@ class PMFTrainer:
         self.n_steps = self.n_refit = self.n_polish = 0
         self.values = ValueSwitching(config)
         self.gamma = 1.0
+        self._held_out = math.inf
+        self._replica_cost = 0.0  # energy evaluations, in the last round
         self.ended_by = ""
         self._earlier: list[dict[str, Tensor]] = []
         self._best_ess: list[float] = []
@@ -157,14 +159,16 @@ class PMFTrainer:
         return {"step": self.n_steps, "stage": 0, "temperature": self.temperature} | row
 
     def _round(self) -> dict[str, float]:
-        z = self._explore()
+        z, before = self._explore(), self.estimator.n_energy_evaluations
         force = self.estimator(z, self.temperature)
+        self._replica_cost = (self.estimator.n_energy_evaluations - before) / len(z)
         self.buffer.add(z, force, self.generator)
         noise_left = self._fit_response(self.config.pmf.response_updates)
         if force.parts is not None:
             gradient, variance = self.response.mean_force(z, force.parts, force.valid)
             force = force._replace(gradient=gradient, variance=variance)
-        held_out = held_out_error(self.pmf, z, force)
+        held_out = self._held_out = held_out_error(self.pmf, z, force)
+        self._tune(z[force.valid], force.variance[force.valid])
         misfit = self.pmf_fitter.fit(self._data(), self.config.pmf.n_updates, self.generator)
         if not math.isfinite(misfit):
             raise CGFlowError(
@@ -200,6 +204,18 @@ class PMFTrainer:
         self.n_refit += 1
         return self._ordered(self._test() | {"misfit": misfit, "noise_left": noise_left})
 
+    def _tune(self, z: Tensor, variance: Tensor) -> None:
+        _, predicted = self.pmf.value_and_gradient(z)
+        self.estimator.tune(float((variance / squared_aim(predicted)).median()))
+
+    @property
+    def _round_size(self) -> int:
+        """Replicas of the next round: a quarter of all while mean forces are far from predicted, to the whole."""
+        n = self.config.sampler.n_replicas
+        if not self.config.sampler.adaptive:
+            return n
+        return math.ceil(n * min(1.0, max(0.25, self.config.stopping.held_out / self._held_out)))
+
     def _fit_response(self, n_updates: int, final: bool = False) -> float:
         data = self.buffer.data()
         if "fast" not in data:
@@ -231,7 +247,7 @@ class PMFTrainer:
     @torch.no_grad()
     def _explore(self) -> Tensor:
         """z of the next round: three fifths at the exploring gamma, a fifth at its root, a fifth of the model."""
-        n = self.config.sampler.n_replicas
+        n = self._round_size
         gamma = torch.ones(n)
         gamma[: 3 * n // 5] = self.gamma
         gamma[3 * n // 5 : 4 * n // 5] = math.sqrt(self.gamma)
@@ -295,7 +311,7 @@ class PMFTrainer:
             f"{moved:.2f} kT (wanted {stopping.free_energy_error:g}), effective sample size {row['ess']:.2f} (wanted "
             f"{0.9 * stopping.ess:.2f})"
         )
-        n_round = self.estimator.n_energy_evaluations / len(self.buffer.rounds)
+        n_round = self._replica_cost * self._round_size
         share = _SHARE_OF_ROUNDS if self.config.pmf.n_switched else 1.0
         if self.estimator.n_energy_evaluations + n_round > share * stopping.max_evaluations:
             return f"not converged: the next round would exceed stopping.max_evaluations; {now}"
@@ -326,6 +342,8 @@ class PMFTrainer:
             "n_refit": self.n_refit,
             "n_polish": self.n_polish,
             "gamma": self.gamma,
+            "held_out": self._held_out,
+            "replica_cost": self._replica_cost,
             "ended_by": self.ended_by,
             "earlier": list(self._earlier),
             "best_ess": list(self._best_ess),
@@ -343,4 +361,5 @@ class PMFTrainer:
         self.n_steps, self.n_refit, self.n_polish = state["n_steps"], state["n_refit"], state["n_polish"]
         self.values.load_state_dict(state["values"])
         self.gamma, self.ended_by = state["gamma"], state["ended_by"]
+        self._held_out, self._replica_cost = state["held_out"], state["replica_cost"]
         self._earlier, self._best_ess = list(state["earlier"]), list(state["best_ess"])

@@ -40,7 +40,8 @@ def new_trainer(config: Config, scaffold: Scaffold, chains: FastChains) -> AnyTr
     if config.training.method == "joint":
         joint = new_joint(config, scaffold, flow)
         return JointTrainer(config, joint, EngineEnergies(chains.engine))
-    estimator = MolecularMeanForce(chains, config.sampler.estimator)
+    adaptive = config.sampler.adaptive and config.training.method == "pmf"
+    estimator = MolecularMeanForce(chains, config.sampler.estimator, adaptive)
     if config.training.method == "reverse_kl":
         return Trainer(config, coordinates, flow, estimator)
     return PMFTrainer(config, coordinates, flow, new_pmf(config, scaffold), new_response(config, scaffold), estimator)

@@ -157,6 +157,9 @@ class AnalyticMeanForce:
             valid,
         )
 
+    def tune(self, noise: float) -> None:
+        """Nothing to choose."""
+
     def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Gaussian works, which obey Crooks' theorem, with a dissipation of 1/2 kT."""
         difference = thermal_beta(temperature) * (self.free_energy(paths[:, -1]) - self.free_energy(paths[:, 0]))

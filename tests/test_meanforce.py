@@ -393,6 +393,68 @@ def test_the_whole_estimator_on_the_quadratic_bath(estimator):
     assert force.n_energy_evaluations == 300 * (100 + 500 + 1) + 1500 * (11 + 7 + 3 * 2)
 
 
+# ---------------------------------------------------------------- adaptive chains
+
+
+def adaptive(n_equilibration=40, n_frames=8, n_relax=5):
+    values = {"n_equilibration": n_equilibration, "n_frames": n_frames, "n_relax": n_relax, "stride": 4}
+    return MolecularMeanForce(chiral_chains(EchoEngine(), **values), adaptive=True)
+
+
+def information(n_frames, noise_of_a_frame):
+    """Per evaluation, of chains of 45 steps and four for each frame; the fit aims at a squared error of one."""
+    return 1 / ((45 + 4 * n_frames) * (noise_of_a_frame / n_frames + 1))
+
+
+@pytest.mark.parametrize("noise_of_a_frame", [0.5, 5.0, 20.0, 60.0])
+def test_the_number_of_frames_makes_most_of_the_evaluations(noise_of_a_frame):
+    force = adaptive()
+    for _ in range(12):
+        force.tune(noise_of_a_frame / force.n_frames)
+    best = max(range(4, 33), key=lambda n: information(n, noise_of_a_frame))
+    assert information(force.n_frames, noise_of_a_frame) > 0.98 * information(best, noise_of_a_frame)
+
+
+def test_the_number_of_frames_changes_slowly_and_within_limits():
+    force = adaptive()
+    force.tune(1e6)
+    assert force.n_frames == 12
+    for _ in range(10):
+        force.tune(1e6)
+    assert force.n_frames == 32
+    for _ in range(10):
+        force.tune(0.0)
+    assert force.n_frames == 4
+    fixed = MolecularMeanForce(chiral_chains(EchoEngine()))
+    fixed.tune(1e6)
+    assert fixed.n_frames == 3
+
+
+@pytest.mark.parametrize(("drift", "longer"), [(0.0, False), (0.1, True), (-0.1, True)])
+def test_equilibration_grows_while_energies_drift(drift, longer):
+    force = adaptive()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        energy = torch.randn((2000, 8), generator=generator).double() + drift * torch.arange(8)
+        energy[5] += 1e9 * torch.arange(8)  # one that leaves an overlap
+        force._lengthen_equilibration(energy)
+    assert (force.n_equilibration > 40) == longer
+    for _ in range(20):
+        force._lengthen_equilibration(energy)
+    assert force.n_equilibration == (320 if longer else 40)
+
+
+def test_chains_have_the_length_that_was_chosen():
+    force = adaptive()
+    force.n_equilibration, force.n_frames = 70, 6
+    force(some_z(force.chains, 4), TEMPERATURE)
+    last = force.chains.engine.calls[-1]
+    assert last["n_equilibration"] == 70 and last["n_frames"] == 6
+    again = adaptive()
+    again.load_state_dict(force.state_dict())
+    assert again.n_equilibration == force.n_equilibration and again.n_frames == force.n_frames
+
+
 def test_vectors_are_shortened_to_a_multiple_of_the_median():
     vectors = torch.tensor([[3.0, 4.0], [0.0, 5.0], [6e30, 8e30], [0.0, 0.0], [1.0, 0.0], [0.0, 7.0]])
     found = shortened(vectors, 2.0)

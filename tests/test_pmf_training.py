@@ -4,6 +4,7 @@ import io
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from analytic import (
@@ -72,7 +73,7 @@ class Recorder(AnalyticMeanForce):
         return super().__call__(z, temperature)
 
 
-def settings(pmf=None, stopping=None, n_replicas=32, seed=0):
+def settings(pmf=None, stopping=None, n_replicas=32, seed=0, adaptive=False):
     quick = {
         "n_updates": 3,
         "final_updates": 3,
@@ -87,7 +88,7 @@ def settings(pmf=None, stopping=None, n_replicas=32, seed=0):
         seed=seed,
         pmf={**quick, **(pmf or {})},
         stopping={"free_energy_error": 1e-3, **(stopping or {})},  # never
-        sampler={"n_replicas": n_replicas},
+        sampler={"n_replicas": n_replicas, "adaptive": adaptive},
     )
 
 
@@ -310,6 +311,29 @@ def test_expected_steps_are_an_upper_bound_until_the_rounds_end(few_tests):
         trainer.step()
         expected.append(trainer.expected_steps)
     assert expected[0] == 53 and expected[-1] == trainer.n_steps == 6
+
+
+def test_rounds_grow_while_mean_forces_become_predictable(few_tests):
+    config = settings(
+        pmf={"n_updates": 60, "learning_rate": 1e-2}, stopping={"max_rounds": 8}, n_replicas=64, adaptive=True
+    )
+    trainer = new_trainer(config, noise=0.5)
+    rows = advance(trainer, 8)
+    sizes = [len(asked) for asked in trainer.estimator.asked]
+    assert sizes[0] == 16  # nothing is known yet
+    for size, row in zip(sizes[1:], rows[:-1], strict=True):
+        assert size == math.ceil(64 * min(1.0, max(0.25, 1.5 / row["held_out"])))
+    assert sizes[-1] == 64
+    assert [row["evaluations"] for row in rows] == np.cumsum(sizes).tolist()
+
+
+def test_the_estimator_is_told_of_noise_over_what_the_fit_aims_at(few_tests):
+    told = []
+    for noise in (0.2, 2.0):
+        trainer = new_trainer(settings(), noise=noise)
+        trainer.estimator.tune = told.append
+        trainer.step()
+    assert len(told) == 2 and told[1] == pytest.approx(100 * told[0], rel=0.2)
 
 
 def test_invalid_replicas_are_counted_and_left_out(few_tests):
