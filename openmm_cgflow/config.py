@@ -133,8 +133,8 @@ class SamplerConfig(_Section):
 
     estimator: Literal["comoving", "cartesian"] = "comoving"
     adaptive: bool = True
-    """With training.method pmf: n_replicas is the largest, n_equilibration the smallest and n_frames the first number;
-    what the chains show decides."""
+    """With training.method pmf: n_replicas is the largest, n_equilibration and n_frames the smallest number; what the
+    chains show decides."""
     n_replicas: int = Field(1024, ge=1)
     """Replicas, that is flow samples, of one training step."""
     timestep: Time = Field(0.002, gt=0)

@@ -248,7 +248,9 @@ class MolecularMeanForce:
         """Chooses the number of frames that makes most of the evaluations, by at most half of it at a time.
 
         A chain costs its equilibration and its frames; its variance is the inverse of their number plus what the fit
-        aims at anyway. The information per evaluation is largest at the geometric mean of what both say.
+        aims at anyway. The information per evaluation is largest at the geometric mean of what both say. Never fewer
+        than in the settings: on alanine dipeptide six instead of eight made each round a fifth cheaper, but 24 of them
+        were needed instead of a dozen.
         """
         if not self.adaptive:
             return
@@ -256,7 +258,7 @@ class MolecularMeanForce:
         best = math.sqrt(overhead * noise * self.n_frames)
         best = min(max(best, self.n_frames / 1.5), 1.5 * self.n_frames)
         first = self.chains.settings.n_frames
-        self.n_frames = round(min(max(best, min(first, _N_PARTS)), _MOST_FRAMES * first))
+        self.n_frames = round(min(max(best, first), _MOST_FRAMES * first))
 
     def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return switch(self.chains, paths, temperature, derive_seed(self.chains.seed, 11, self.chains.n_calls))

@@ -411,7 +411,7 @@ def test_the_number_of_frames_makes_most_of_the_evaluations(noise_of_a_frame):
     force = adaptive()
     for _ in range(12):
         force.tune(noise_of_a_frame / force.n_frames)
-    best = max(range(4, 33), key=lambda n: information(n, noise_of_a_frame))
+    best = max(range(8, 33), key=lambda n: information(n, noise_of_a_frame))
     assert information(force.n_frames, noise_of_a_frame) > 0.98 * information(best, noise_of_a_frame)
 
 
@@ -424,7 +424,7 @@ def test_the_number_of_frames_changes_slowly_and_within_limits():
     assert force.n_frames == 32
     for _ in range(10):
         force.tune(0.0)
-    assert force.n_frames == 4
+    assert force.n_frames == 8
     fixed = MolecularMeanForce(chiral_chains(EchoEngine()))
     fixed.tune(1e6)
     assert fixed.n_frames == 3
