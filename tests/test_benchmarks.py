@@ -379,7 +379,7 @@ def test_help_of_a_script(name):
     environment = os.environ | {"COLUMNS": "120"}
     command = [sys.executable, str(BENCHMARKS / name), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert f"python benchmarks/{name} systems/alanine_dipeptide/alanine_dipeptide.yaml" in done.stdout
+    assert f"python benchmarks/{name} " in done.stdout
     assert done.stderr == ""
 
 
