@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.coordinates import Coordinates, along_x
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.internal import Placement, signed_volumes
 from openmm_cgflow.zmatrix import ZMatrix
@@ -62,9 +62,9 @@ class Assembly(nn.Module, ABC):
     def log_volume_fast(self, y: Tensor) -> Tensor:
         """Logarithm of the volume element of the fast atoms' positions in y, shape (..., n_fast, 3) -> (...,)."""
 
-    @abstractmethod
     def same_handedness(self, xyz: Tensor) -> Tensor:
         """Whether every stereocentre has the input structure's handedness, shape (...,) bool."""
+        return torch.ones(xyz.shape[:-2], dtype=torch.bool)
 
 
 class ParticleAssembly(Assembly):
@@ -90,9 +90,6 @@ class ParticleAssembly(Assembly):
 
     def log_volume_fast(self, y: Tensor) -> Tensor:
         return 0.0 * y.sum((-1, -2))  # its gradient is asked for
-
-    def same_handedness(self, xyz: Tensor) -> Tensor:
-        return torch.ones(xyz.shape[:-2], dtype=torch.bool)
 
 
 class LinearAssembly(Assembly):
@@ -128,24 +125,19 @@ class LinearAssembly(Assembly):
 
     def build(self, z: Tensor, y: Tensor) -> Tensor:
         pseudo = torch.cat((self.coordinates.to_xyz(z)[..., 0], y[..., 0]), dim=-1)
-        x = pseudo @ self.matrix.T.to(pseudo.dtype)
-        return torch.stack((x, torch.zeros_like(x), torch.zeros_like(x)), dim=-1)
+        return along_x(pseudo @ self.matrix.T.to(pseudo.dtype))
 
     def _pseudo(self, xyz: Tensor) -> Tensor:
         return torch.linalg.solve(self.matrix.to(xyz.dtype), xyz[..., 0].mT).mT
 
     def read_slow(self, xyz: Tensor) -> Tensor:
-        slow = self._pseudo(xyz)[..., : len(self.slow)]
-        return self.coordinates.from_xyz(torch.stack((slow, torch.zeros_like(slow), torch.zeros_like(slow)), dim=-1))
+        return self.coordinates.from_xyz(along_x(self._pseudo(xyz)[..., : len(self.slow)]))
 
     def read_fast(self, xyz: Tensor) -> Tensor:
         return self._pseudo(xyz)[..., len(self.slow) :, None]
 
     def log_volume_fast(self, y: Tensor) -> Tensor:
         return torch.linalg.slogdet(self.matrix)[1].to(y.dtype) + 0.0 * y.sum((-1, -2))
-
-    def same_handedness(self, xyz: Tensor) -> Tensor:
-        return torch.ones(xyz.shape[:-2], dtype=torch.bool)
 
 
 class MoleculeAssembly(Assembly):

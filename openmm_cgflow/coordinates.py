@@ -21,10 +21,15 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.internal import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.zmatrix import ZMatrix
 
-__all__ = ["BoxCoordinates", "CartesianCoordinates", "Coordinates", "InternalCoordinates"]
+__all__ = ["BoxCoordinates", "CartesianCoordinates", "Coordinates", "InternalCoordinates", "along_x"]
 
 _SMALLEST_BOND = 0.03  # nm
 _SMALLEST_SINE = 0.05  # rad from a straight or a folded angle
+
+
+def along_x(x: Tensor) -> Tensor:
+    """Positions with y and z zero, shape (..., n) -> (..., n, 3)."""
+    return torch.stack((x, torch.zeros_like(x), torch.zeros_like(x)), dim=-1)
 
 
 class Coordinates(nn.Module):
@@ -260,8 +265,7 @@ class BoxCoordinates(Coordinates):
         self.half_edge = half_edge
 
     def to_xyz(self, z: Tensor) -> Tensor:
-        x = z * (self.half_edge / math.pi)
-        return torch.stack((x, torch.zeros_like(x), torch.zeros_like(x)), dim=-1)
+        return along_x(z * (self.half_edge / math.pi))
 
     def from_xyz(self, xyz: Tensor) -> Tensor:
         return self.from_physical(xyz[..., 0] * (math.pi / self.half_edge))

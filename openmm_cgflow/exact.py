@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import entropy
 
+from openmm_cgflow.coordinates import along_x
 from openmm_cgflow.distances import compare
 from openmm_cgflow.files import atomic_write, writing
 from openmm_cgflow.model import CGModel
@@ -199,9 +200,7 @@ def _joint_functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
 
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:
-        xyz = torch.zeros((*x.shape, 3), dtype=torch.float64)
-        xyz[..., 0] = torch.as_tensor(x)
-        return joint.log_prob_xyz(xyz, gamma).numpy()
+        return joint.log_prob_xyz(along_x(torch.as_tensor(x)), gamma).numpy()
 
     return draw, log_density
 
@@ -215,9 +214,7 @@ def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
 
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:
-        xyz = torch.zeros((*x.shape, 3), dtype=torch.float64)
-        xyz[..., 0] = torch.as_tensor(x)
-        z, box = coordinates.from_xyz(xyz), model.scaffold.config.coordinates.box
+        z, box = coordinates.from_xyz(along_x(torch.as_tensor(x))), model.scaffold.config.coordinates.box
         log_q = (model.flow.log_prob(z, gamma) - coordinates.log_volume(z)).numpy()
         return np.where((np.abs(x) < box).all(1), log_q, -math.inf)
 

@@ -20,15 +20,10 @@ from torch import Tensor, nn
 
 from openmm_cgflow.splines import N_HARMONICS, ConditionalLinear, SplineCoupling, alternating_masks, periodic_features
 
-__all__ = ["N_GAMMA_FEATURES", "CGFlow", "ConditionalFlow", "gamma_features", "one_torch_thread"]
+__all__ = ["N_GAMMA_FEATURES", "CGFlow", "ConditionalFlow", "one_torch_thread"]
 
 
 N_GAMMA_FEATURES = 4
-
-
-def gamma_features(gamma: Tensor) -> Tensor:
-    """gamma in the scales on which a torsion density changes with it, shape (n,) -> (n, 4)."""
-    return torch.stack((gamma, gamma.square(), gamma.sqrt(), torch.exp(-10 * gamma)), dim=-1)
 
 
 @contextmanager
@@ -184,8 +179,10 @@ class CGFlow(nn.Module):
         """Log density of the base, shape (n, n_features) -> (n,)."""
         return self.conditional.log_base(base[..., self.n_circular :]) + self._log_base_torsions()
 
-    def _gamma(self, gamma: float | Tensor, n: int) -> Tensor:
-        return gamma_features(torch.as_tensor(gamma, dtype=self.dtype).expand(n))
+    def gamma_features(self, gamma: float | Tensor, n: int) -> Tensor:
+        """gamma in the scales on which a torsion density changes with it, for n rows, shape (n, 4)."""
+        gamma = torch.as_tensor(gamma, dtype=self.dtype).expand(n)
+        return torch.stack((gamma, gamma.square(), gamma.sqrt(), torch.exp(-10 * gamma)), dim=-1)
 
     def forward(self, base: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """The flow map z = f(base) and log |det df|, shapes (n, n_features) and (n,) (paper eq. 7).
@@ -198,7 +195,7 @@ class CGFlow(nn.Module):
         angles, normals = base[..., : self.n_circular], base[..., self.n_circular :]
         ladj = base.new_zeros(base.shape[:-1])
         if self.n_circular:
-            c = self._gamma(gamma, len(base))
+            c = self.gamma_features(gamma, len(base))
             for layer in self.torsions:
                 angles, change = layer(c).call_and_ladj(angles)
                 ladj = ladj + change.sum(-1)
@@ -212,7 +209,7 @@ class CGFlow(nn.Module):
     def _invert_torsions(self, angles: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
         ladj = angles.new_zeros(angles.shape[:-1])
         if self.n_circular:
-            c = self._gamma(gamma, len(angles))
+            c = self.gamma_features(gamma, len(angles))
             for layer in reversed(self.torsions):
                 angles, change = layer(c).inv.call_and_ladj(angles)
                 ladj = ladj + change.sum(-1)

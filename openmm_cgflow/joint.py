@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from openmm_cgflow.assembly import Assembly
-from openmm_cgflow.flow import CGFlow, ConditionalFlow, gamma_features
-from openmm_cgflow.splines import periodic_features
+from openmm_cgflow.flow import CGFlow, ConditionalFlow
+from openmm_cgflow.splines import slow_features
 
 __all__ = ["JointFlow"]
 
@@ -48,10 +48,8 @@ class JointFlow(nn.Module):
 
     def context(self, z: Tensor, gamma: float) -> Tensor:
         """What q(y | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
-        n = self.flow.n_circular
-        z = z.to(self.flow.dtype)
-        of_gamma = gamma_features(torch.full((len(z),), gamma, dtype=z.dtype))
-        return torch.cat((periodic_features(z[..., :n]), 0.5 * z[..., n:], of_gamma), dim=-1)
+        of_z = slow_features(z.to(self.flow.dtype), self.flow.n_circular)
+        return torch.cat((of_z, self.flow.gamma_features(gamma, len(z))), dim=-1)
 
     def draw_base(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Base samples of z and y."""

@@ -195,9 +195,14 @@ class JointTrainer(Ladder):
         text = f"stage {row['stage']} {row['temperature']:.0f} K"
         return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.config.temperature / row['gamma']:.0f} K"
 
-    def next_stage(self, kl: float | None = None) -> None:
+    @property
+    def kl(self) -> float | None:
+        """Mean estimate of the stage's last batches."""
+        return sum(self._kl) / len(self._kl) if self._kl else None
+
+    def next_stage(self) -> None:
         """Lowers the temperature: never past the target."""
-        super().next_stage(sum(self._kl) / len(self._kl) if kl is None and self._kl else kl)
+        super().next_stage()
         self._kl = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -98,15 +98,17 @@ class Ladder:
         self.n_steps += 1
         self.n_stage_steps += 1
 
-    def next_stage(self, kl: float | None = None) -> None:
-        """Lowers the temperature: never past the target.
+    @property
+    def kl(self) -> float | None:
+        """How far the model is from its target now, nats, where that is known; see ``next_temperature``."""
+        return None
 
-        Arguments:
-            kl: How far the model is from its target now, nats, where that is known; see ``next_temperature``.
-        """
+    def next_stage(self) -> None:
+        """Lowers the temperature: never past the target."""
         energy, variance = (torch.cat(parts) for parts in zip(*self._energies, strict=True))
+        target = self.config.temperature
         self.temperatures.append(
-            next_temperature(self.config.tempering, self.temperature, self.config.temperature, energy, variance, kl)
+            next_temperature(self.config.tempering, self.temperature, target, energy, variance, self.kl)
         )
         self.n_stage_steps = 0
         self._energies = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openmm_cgflow.averaging import RunningAverage
 from openmm_cgflow.meanforce import MeanForce, shortened
-from openmm_cgflow.splines import periodic_features
+from openmm_cgflow.splines import periodic_features, slow_features
 
 __all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "Values", "held_out_error", "squared_aim"]
 
@@ -68,7 +68,7 @@ class PMF(nn.Module):
     def members(self, z: Tensor) -> Tensor:
         """Phi of every member, up to a constant each, shape (n_members, n, n_features) -> (n_members, n), float32."""
         bounded = z[..., self.n_circular :]
-        hidden = torch.cat((periodic_features(z[..., : self.n_circular]), 0.5 * bounded), dim=-1)
+        hidden = slow_features(z, self.n_circular)
         last = len(self.weights) - 1
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, hidden, weight)
@@ -185,14 +185,13 @@ class PMFFitter:
         for group in self.optimizer.param_groups:
             group["lr"] = scale * self.learning_rate
         z, gradient, weights = data["z"], shortened(data["gradient"], _LONGEST), data["weights"]
-        noise = data["variance"].median(0).values + _SMALLEST_ERROR**2
+        noise = data["variance"].median(0).values
         total = 0.0
         for _ in range(n_updates):
             rows = torch.randint(len(z), (min(self.batch_size, len(z)),), generator=generator)
             at = z[rows].expand(self.pmf.n_members, -1, -1).clone().requires_grad_()
             (predicted,) = torch.autograd.grad(self.networks.trained.members(at).sum(), at, create_graph=True)
-            size = predicted.detach().square().mean(-1, keepdim=True)
-            squares = (predicted - gradient[rows]).square() / (noise + _RELATIVE_ERROR**2 * size)
+            squares = (predicted - gradient[rows]).square() / (noise + squared_aim(predicted.detach()))
             loss = (weights[rows].T[..., None] * squares).mean()
             total += float(loss.detach())
             if values is not None:
@@ -218,7 +217,7 @@ class PMFFitter:
 
 
 def squared_aim(predicted: Tensor) -> Tensor:
-    """Squared error that the fit aims at, of predicted mean forces, shape (n, n_features) -> (n, 1)."""
+    """Squared error that the fit aims at, of predicted mean forces, shape (..., n_features) -> (..., 1)."""
     return _SMALLEST_ERROR**2 + _RELATIVE_ERROR**2 * predicted.square().mean(-1, keepdim=True)
 
 

@@ -2,12 +2,12 @@
 
 Every round draws z across barriers from the flow at small gamma and near the basins at larger ones, measures mean
 forces there at the target temperature, learns from their noise how the fast atoms follow the slow ones, which removes
-most of it, fits the PMF to all of them, and trains the flow on that PMF. OpenMM never runs
-hotter than the target: with the slow atoms frozen there is no barrier to cross. When the PMF has converged, free
-energies of some conformations are measured by switching between them: mean forces carry what their chains remember of
-where they started (0.1 kT between right- and left-handed states of alanine dipeptide), switching does not. Then it is
-fitted once more from the start to all of this, because networks keep a memory of the few and cold forces they saw first
-(in one run 0.2 kT of the left-handed state), and the flow alone is trained to the end. Nothing here knows OpenMM.
+most of it, fits the PMF to all of them, and trains the flow on that PMF. OpenMM never runs hotter than the target: with
+the slow atoms frozen there is no barrier to cross. When the PMF has converged, free energies of some conformations are
+measured by switching between them: mean forces carry what their chains remember of where they started (0.1 kT between
+right- and left-handed states of alanine dipeptide), and that adds up along a path; the errors of switching do not. Then
+it is fitted once more from the start to all of this, because networks keep a memory of the few and cold forces they saw
+first (in one run 0.2 kT of the left-handed state), and the flow alone is trained to the end. Nothing here knows OpenMM.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ _SMALLEST_POPULATION = 0.005  # states rarer than this do not count for converge
 _LAG = 3  # rounds over which populations must not have moved
 _POLISH = 50  # flow updates of one step after the last round
 _REFIT = 200  # PMF updates of one step after the last round
-_N_SWITCHES = 16  # to a conformation and back, of one step
-_N_SWITCH_STEPS = 12  # at most
 _SHARE_OF_ROUNDS = 0.8  # of all evaluations, where some are needed for switching
-_SMALLEST_VALUE_ERROR = 0.02  # kT, that a difference counts with
 
 
 def state_populations(samples: WeightedSamples, n_circular: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openmm_cgflow.averaging import RunningAverage
 from openmm_cgflow.meanforce import ChainParts, mean_and_variance
-from openmm_cgflow.splines import periodic_features
+from openmm_cgflow.splines import periodic_features, slow_features
 
 __all__ = ["FastResponse", "ResponseFitter"]
 
@@ -61,8 +61,7 @@ class FastResponse(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """m(z) in thermal widths, shape (..., n_features) -> (..., 3 n_fast), float32."""
         z = z.float()
-        n = self.n_circular
-        return self.network(torch.cat((periodic_features(z[..., :n]), 0.5 * z[..., n:]), dim=-1)) @ self.output
+        return self.network(slow_features(z, self.n_circular)) @ self.output
 
     def correction(self, z: Tensor, balance: Tensor, create_graph: bool = False) -> Tensor:
         """(dm/dz)^T g, shape (B, n_features) and (B, n_parts, 3 n_fast) -> (B, n_parts, n_features), float32."""

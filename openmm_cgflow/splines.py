@@ -11,7 +11,14 @@ from zuko.lazy import LazyTransform
 from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, CouplingTransform, MonotonicRQSTransform, Transform
 
-__all__ = ["N_HARMONICS", "ConditionalLinear", "SplineCoupling", "alternating_masks", "periodic_features"]
+__all__ = [
+    "N_HARMONICS",
+    "ConditionalLinear",
+    "SplineCoupling",
+    "alternating_masks",
+    "periodic_features",
+    "slow_features",
+]
 
 # Of one layer's spline. Steeper or flatter ones make a density so rough that its score, which the path gradient uses,
 # grows without bound during training (zuko's default of 1e-3 does); torsions need more contrast than bonds and angles.
@@ -44,6 +51,11 @@ def periodic_features(angles: Tensor) -> Tensor:
     """Cosines and sines of angles and their first multiples, shape (..., n) -> (..., 6 n)."""
     multiples = (angles[..., None] * torch.arange(1, N_HARMONICS + 1, dtype=angles.dtype)).flatten(-2)
     return torch.cat((torch.cos(multiples), torch.sin(multiples)), dim=-1)
+
+
+def slow_features(z: Tensor, n_circular: int) -> Tensor:
+    """What networks see of slow coordinates: periodic torsions, the others at half their scale, (..., n_features)."""
+    return torch.cat((periodic_features(z[..., :n_circular]), 0.5 * z[..., n_circular:]), dim=-1)
 
 
 class SplineCoupling(LazyTransform):

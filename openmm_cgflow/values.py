@@ -40,6 +40,8 @@ class ValueSwitching:
         self.config = config
         self.n_steps = 0
         self._switches: Switches | None = None
+        # Of the switches so far: their bootstrap takes too long to be done anew for every row of metrics.
+        self._found: Differences | None = None
         self._next: list[int] = []
 
     @property
@@ -58,6 +60,7 @@ class ValueSwitching:
         """Chooses conformations and paths; none where there is no torsion."""
         if self.config.pmf.n_switched and flow.n_circular:
             self._switches = Switches(low_paths(flow, pmf, coordinates, self.config.pmf.n_switched, generator))
+            self._evaluate()
             self._plan(estimator)
 
     def step(self, estimator: MeanForceEstimator, temperature: float) -> None:
@@ -65,26 +68,27 @@ class ValueSwitching:
         assert self._switches is not None
         self._switches.add(lambda paths: estimator.switch(paths, temperature), self._next, _N_SWITCHES)
         self.n_steps += 1
+        self._evaluate()
         self._plan(estimator)
 
+    def _evaluate(self) -> None:
+        if self._switches is not None:
+            self._found = self._switches.differences(derive_seed(self.config.seed, 12))
+
     def _plan(self, estimator: MeanForceEstimator) -> None:
-        assert self._switches is not None
+        assert self._switches is not None and self._found is not None
         stopping = self.config.stopping
-        rough = np.flatnonzero(self._differences().error > stopping.free_energy_error).tolist()
+        rough = np.flatnonzero(self._found.error > stopping.free_energy_error).tolist()
         cost = self._switches.cost(len(rough), _N_SWITCHES)
         affordable = estimator.n_energy_evaluations + cost <= stopping.max_evaluations
         self._next = rough if affordable and self.n_steps < _N_STEPS else []
-
-    def _differences(self) -> Differences:
-        assert self._switches is not None
-        return self._switches.differences(derive_seed(self.config.seed, 12))
 
     def values(self) -> Values | None:
         """What is known; None before the first step."""
         if not self.n_steps:
             return None
-        assert self._switches is not None
-        start, end, found = self._switches.paths[:, 0], self._switches.paths[:, -1], self._differences()
+        assert self._switches is not None and self._found is not None
+        start, end, found = self._switches.paths[:, 0], self._switches.paths[:, -1], self._found
         error = torch.as_tensor(found.error).clamp(min=_SMALLEST_ERROR)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 13))
         weights = torch.empty((len(error), self.config.pmf.n_members)).exponential_(generator=generator)
@@ -109,3 +113,4 @@ class ValueSwitching:
         """Inverse of :meth:`state_dict`."""
         self.n_steps, self._next = state["n_steps"], list(state["next"])
         self._switches = None if state["switches"] is None else Switches.from_state(state["switches"])
+        self._evaluate()

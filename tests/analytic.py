@@ -175,6 +175,16 @@ class AnalyticMeanForce:
         self.n_energy_evaluations = state["n_energy_evaluations"]
 
 
+def advance(trainer: Any, n: int | None = None) -> list[dict[str, float]]:
+    """Steps down the ladder, n of them or to its end; their rows of metrics."""
+    rows: list[dict[str, float]] = []
+    while not trainer.done and (n is None or len(rows) < n):
+        if trainer.stage_done:
+            trainer.next_stage()
+        rows.append(trainer.step())
+    return rows
+
+
 def flattened(state: Any, name: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries, lists and tuples, by their paths."""
     if isinstance(state, dict):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from analytic import assert_identical
+from analytic import advance, assert_identical
 from test_joint import joint_flow, linear
 
 from openmm_cgflow.config import Config
@@ -65,15 +65,6 @@ def config(training=None, tempering=None, seed=0, n_replicas=128):
 def trainer_of(settings, energy=two_wells, broken=(), roughness=0.0, **assembly):
     joint = joint_flow(linear(**assembly), torch.tensor([[0.4]]).double(), roughness=roughness)
     return JointTrainer(settings, joint, ClosedForm(energy, broken))
-
-
-def advance(trainer, n=None):
-    rows = []
-    while not trainer.done and (n is None or len(rows) < n):
-        if trainer.stage_done:
-            trainer.next_stage()
-        rows.append(trainer.step())
-    return rows
 
 
 def test_nothing_is_learned_where_the_density_is_right():

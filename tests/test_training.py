@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from analytic import AnalyticMeanForce, assert_identical
+from analytic import AnalyticMeanForce, advance, assert_identical
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
@@ -355,15 +355,6 @@ def restart_settings(**values):
 def restart_trainer(seed=0, **values):
     estimator = AnalyticMeanForce(free_energy, noise=0.5, invalid=[2], seed=11 + seed)
     return Trainer(restart_settings(**values), Plane(), new_flow(seed), estimator)
-
-
-def advance(trainer, n=None):
-    rows = []
-    while not trainer.done and (n is None or len(rows) < n):
-        if trainer.stage_done:
-            trainer.next_stage()
-        rows.append(trainer.step())
-    return rows
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6, 7, 9, 13])
