@@ -3,9 +3,10 @@
     python benchmarks/reference.py systems/alanine_dipeptide/alanine_dipeptide.yaml -o reference.npz
 
 Umbrella sampling: windows k (1 - cos) on two torsions, on a grid that spreads from the starting structure to wherever
-the free energy is below a cutoff, and the weighted histogram analysis method (WHAM). With --method remd: replica
-exchange and MBAR, for molecules with a third slow coordinate, such as the side chain of valine. The passes share
-nothing but the starting structure, so what they differ by is the error.
+the free energy is below a cutoff, and the weighted histogram analysis method (WHAM). Molecules with a third slow
+coordinate, such as the side chain of valine, need --flatten, which lowers its barriers in all windows and weighs the
+frames back, or --method remd: replica exchange and MBAR. The passes share nothing but the starting structure, so what
+they differ by is the error.
 
 The file holds P (100, 100), the probability of the two torsions on [-180, 180) degrees, its bin centers (100,) in
 radians, P_passes (n_passes, 100, 100), n_evaluations (energy evaluations in all), temperature in K and the names of the
@@ -74,6 +75,10 @@ def by_umbrella(settings: Settings, ps: float, equilibration: float, seed: int, 
     centres = np.array([settings.centre(cell) for cell in sampled])
     odd = settings.molecule.odd_states(np.array([window.xyz for window in sampled.values()]))
     free_energy, weights = unbias(angles[..., :2], centres, settings.strength)
+    frames = angles.reshape(-1, angles.shape[2])
+    if settings.flatten:
+        weights = weights * np.exp(settings.flattening(frames))
+        weights /= weights.sum()
     print(
         f"  {len(centres)} windows up to {np.ptp(free_energy):.1f} kT, {n_evaluations:.3g} energy evaluations; WHAM "
         f"differs from MBAR by up to {_from_mbar(angles[..., :2], centres, settings.strength):.3f} kT",
@@ -81,7 +86,7 @@ def by_umbrella(settings: Settings, ps: float, equilibration: float, seed: int, 
     )
     for name, part in odd.items():
         print(f"  note: {part:.1%} of the windows ended in the state '{name}'", flush=True)
-    return Pass(angles.reshape(-1, angles.shape[2]), weights, n_evaluations)
+    return Pass(frames, weights, n_evaluations)
 
 
 def _from_mbar(angles: np.ndarray, centres: np.ndarray, strength: float) -> float:
@@ -140,6 +145,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--spacing", type=float, default=15.0, help="degrees between windows (15)")
     result.add_argument("--force-constant", type=float, default=60.0, help="kJ/mol, of k (1 - cos) (60)")
     result.add_argument("--cutoff", type=float, default=13.0, help="kT above which windows are left out (13)")
+    result.add_argument(
+        "--flatten", type=float, default=0.0, help="kJ/mol by which umbrella sampling lowers the barriers of χ1 (0)"
+    )
     result.add_argument("--replicas", type=int, default=8, help="temperatures of replica exchange (8)")
     result.add_argument("--hottest", type=float, default=600.0, help="K, the highest of them (600)")
     result.add_argument("--workers", type=int, default=1, help="processes for the windows; the result is the same")
@@ -152,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     molecule = load(options.config, options.torsions, options.platform)
-    settings = Settings(molecule, options.spacing, options.force_constant, options.cutoff)
+    settings = Settings(molecule, options.spacing, options.force_constant, options.cutoff, options.flatten)
     other = load_grid(options.compare, molecule) if options.compare else None
     if options.passes < 2:
         raise CGFlowError(f"--passes {options.passes}: at least 2, their difference is the error")
@@ -185,9 +193,10 @@ def main() -> None:
     print(f"KL(pass 1 || pass 2) {distances(first, second).kl:.5f} and back {distances(second, first).kl:.5f}")
     if "chi1" in arrays:
         print("\n".join(["", *table(ROTAMER, [rotamer_populations(one.angles[:, 2], one.weights) for one in passes])]))
-        if options.method == "umbrella":
+        if options.method == "umbrella" and not options.flatten:
             print(
-                "χ1 is not biased: passes may share an error that they do not show; --method remd crosses its barriers"
+                "χ1 is not biased: passes may share an error that they do not show; --flatten lowers its barriers, and "
+                "--method remd crosses them"
             )
 
 

@@ -18,7 +18,19 @@ from openmm_cgflow.platforms import platform_choice
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["Run", "RunAll", "Settings", "Window", "hold", "restrain", "run_window", "sample", "spread", "unbias"]
+__all__ = [
+    "Run",
+    "RunAll",
+    "Settings",
+    "Window",
+    "hold",
+    "lower_barriers",
+    "restrain",
+    "run_window",
+    "sample",
+    "spread",
+    "unbias",
+]
 
 _APART = 2.5  # thermal widths of a free torsion in a window; a fifth of the frames of two such neighbours are shared
 _FINE = 200  # bins of WHAM along each torsion; the bias hardly changes within one
@@ -37,18 +49,24 @@ class Settings:
         spacing: Degrees between two windows.
         force_constant: Of the bias ``k (1 - cos)`` on each torsion, kJ/mol.
         cutoff: Windows whose free energy is higher are left out, kT.
+        flatten: By how much the barriers of a third torsion, χ1, are lowered in every window, kJ/mol.
     """
 
     molecule: Molecule
     spacing: float = 15.0
     force_constant: float = 60.0
     cutoff: float = 13.0
+    flatten: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.spacing < math.inf or not math.isclose(360 / self.spacing, self.n) or self.n < 3:
             raise CGFlowError(f"--spacing {self.spacing:g}: expected a fraction of 360 degrees, such as 15")
         if not 0 < self.force_constant < math.inf:
             raise CGFlowError(f"--force-constant {self.force_constant:g}: expected a positive number of kJ/mol")
+        if not 0 <= self.flatten < math.inf:
+            raise CGFlowError(f"--flatten {self.flatten:g}: expected a number of kJ/mol, 0 or more")
+        if self.flatten and len(self.molecule.torsions) < 3:
+            raise CGFlowError("--flatten: the molecule has no χ1 whose barriers could be lowered")
         apart = math.radians(self.spacing) * math.sqrt(self.strength)
         if apart > _APART:
             raise CGFlowError(
@@ -69,6 +87,11 @@ class Settings:
     def centre(self, cell: Cell) -> np.ndarray:
         """Where the window ``cell`` holds the torsions, ``(2,)`` in radians."""
         return -np.pi + np.radians(self.spacing) * np.array(cell)
+
+    def flattening(self, angles: np.ndarray) -> np.ndarray:
+        """The bias on χ1, the last of the torsions ``(n_frames, n_torsions)``, ``(n_frames,)`` in kT."""
+        height = self.flatten * thermal_beta(self.molecule.temperature)
+        return -0.5 * height * (1 + np.cos(3 * angles[:, -1]))
 
     def bias(self, cells: list[Cell], angles: np.ndarray) -> np.ndarray:
         """The bias of each window on frames ``(n_frames, 2)``, ``(n_windows, n_frames)`` in kT."""
@@ -121,13 +144,27 @@ def hold(context: openmm.Context, centre: np.ndarray) -> None:
         context.setParameter(f"centre{k}", angle)
 
 
+def lower_barriers(system: openmm.System, torsion: Sequence[int], height: float) -> None:
+    """Lowers the three barriers of a torsion between tetrahedral atoms by ``height`` in kJ/mol."""
+    force = openmm.CustomTorsionForce(f"-{0.5 * height!r}*(1+cos(3*theta))")
+    force.addTorsion(*torsion, [])
+    system.addForce(force)
+
+
 @lru_cache(maxsize=1)
 def _context(
-    xml: str, temperature: float, platform: str, force_constant: float, torsions: tuple[tuple[int, ...], ...]
+    xml: str,
+    temperature: float,
+    platform: str,
+    force_constant: float,
+    flatten: float,
+    torsions: tuple[tuple[int, ...], ...],
 ) -> openmm.Context:
     """One Context of this process, kept from window to window: building it would cost as much as some of them."""
     system = openmm.XmlSerializer.deserialize(xml)
-    restrain(system, torsions, force_constant)
+    restrain(system, torsions[:2], force_constant)
+    if flatten:
+        lower_barriers(system, torsions[-1], flatten)
     return platform_choice(platform).context(system, langevin(temperature, 1))
 
 
@@ -137,14 +174,14 @@ def run_window(run: Run) -> Window:
     Raises:
         CGFlowError: If the dynamics diverges.
     """
-    molecule = run.settings.molecule
-    torsions = tuple(molecule.torsions.values())[:2]
-    strength = run.settings.force_constant
-    context = _context(molecule.system_xml, molecule.temperature, molecule.platform, strength, torsions)
+    settings, molecule = run.settings, run.settings.molecule
+    torsions = tuple(molecule.torsions.values())
+    model = molecule.system_xml, molecule.temperature, molecule.platform
+    context = _context(*model, settings.force_constant, settings.flatten, torsions)
     integrator = context.getIntegrator()
     integrator.setRandomNumberSeed(run.seed)
     context.reinitialize()
-    hold(context, run.settings.centre(run.cell))
+    hold(context, settings.centre(run.cell))
     context.setPositions(run.xyz)
     context.setVelocitiesToTemperature(molecule.temperature, run.seed)
     integrator.step(run.n_settle)

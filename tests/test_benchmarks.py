@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mdtraj
@@ -32,7 +33,7 @@ from estimators import (  # noqa: E402
 )
 from md import Molecule, exit_code, load, parallel_map, steps  # noqa: E402
 from samplers import final_bias, metadynamics, plain_md, replica_exchange  # noqa: E402
-from umbrella import Settings, hold, restrain, sample, spread, unbias  # noqa: E402
+from umbrella import Settings, hold, lower_barriers, restrain, sample, spread, unbias  # noqa: E402
 
 ALANINE = "alanine_dipeptide/alanine_dipeptide.yaml"
 SIGMAS = 5.0
@@ -297,6 +298,11 @@ def test_final_bias_is_the_energy_that_the_frames_felt(chain):
     np.testing.assert_allclose(bias_at(final_bias(meta), chain.angles(frames)), felt, atol=0.02)
 
 
+def with_chi1(chain):
+    """The same chain with its second torsion named a third time, as the one whose barriers are lowered."""
+    return replace(chain, torsions=chain.torsions | {"chi1": TORSIONS[1]})
+
+
 def test_windows_feel_the_bias_that_is_taken_away(chain):
     settings = Settings(chain, spacing=30.0, force_constant=20.0)
     system = chain.system()
@@ -311,13 +317,28 @@ def test_windows_feel_the_bias_that_is_taken_away(chain):
         np.testing.assert_allclose(_energies(context, frames, {0}), wanted, atol=1e-3)
 
 
+def test_barriers_are_lowered_by_the_bias_that_is_taken_away(chain):
+    settings = Settings(with_chi1(chain), flatten=7.0)
+    system = chain.system()
+    for force in system.getForces():
+        force.setForceGroup(1)
+    lower_barriers(system, TORSIONS[1], settings.flatten)
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    frames = plain_md(chain, 10_000, 1).xyz
+    felt = _energies(context, frames, {0})
+    np.testing.assert_allclose(felt, settings.flattening(chain.angles(frames)) / thermal_beta(300.0), atol=1e-3)
+    assert -7.0 <= felt.min() < -3.5 < felt.max() <= 0.0  # whole barriers, and nothing at the staggered states
+    np.testing.assert_allclose(settings.flattening(np.radians([[0, 0, 60], [0, 0, 180], [0, 0, -60]])), 0, atol=1e-9)
+
+
 @pytest.mark.slow
-def test_umbrella_sampling_finds_the_density_of_a_chain(chain):
-    settings = Settings(chain, spacing=30.0, force_constant=20.0)
+@pytest.mark.parametrize("flatten", [0.0, 5.0])
+def test_umbrella_sampling_finds_the_density_of_a_chain(chain, flatten):
+    settings = Settings(with_chi1(chain) if flatten else chain, spacing=30.0, force_constant=20.0, flatten=flatten)
     with parallel_map(1) as run_all:
         passes = [reference.by_umbrella(settings, 1.0, 1.0, seed, run_all) for seed in range(4)]
     assert passes[0].n_evaluations == 144 * 1000
-    _assert_right([populations(one.angles, one.weights) for one in passes], 0.03)
+    _assert_right([populations(one.angles[:, :2], one.weights) for one in passes], 0.03)
 
 
 @pytest.mark.slow
