@@ -18,7 +18,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.splines import N_HARMONICS, ConditionalLinear, SplineCoupling, alternating_masks, periodic_features
+from openmm_cgflow.splines import (
+    N_HARMONICS,
+    ConditionalLinear,
+    SplineCoupling,
+    alternating_masks,
+    inverse_and_ladj,
+    periodic_features,
+)
 
 __all__ = ["N_GAMMA_FEATURES", "CGFlow", "ConditionalFlow", "one_torch_thread"]
 
@@ -107,7 +114,7 @@ class ConditionalFlow(nn.Module):
         if self.linear is not None:
             r, ladj = self.linear.inverse(r, context)
         for layer in reversed(self.splines):
-            r, change = layer(context).inv.call_and_ladj(r)
+            r, change = inverse_and_ladj(layer(context), r)
             ladj = ladj + change.sum(-1)
         return r, ladj
 
@@ -211,7 +218,7 @@ class CGFlow(nn.Module):
         if self.n_circular:
             c = self.gamma_features(gamma, len(angles))
             for layer in reversed(self.torsions):
-                angles, change = layer(c).inv.call_and_ladj(angles)
+                angles, change = inverse_and_ladj(layer(c), angles)
                 ladj = ladj + change.sum(-1)
         return angles, ladj
 
