@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,10 +15,23 @@ from md import STRIDE, Molecule, finite, langevin
 from openmm_cgflow.distances import circle_bins
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.platforms import platform_choice
+from openmm_cgflow.replicate import replicate_system
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["Run", "RunAll", "Settings", "Window", "hold", "restrain", "run_window", "sample", "spread", "unbias"]
+__all__ = [
+    "Run",
+    "RunAll",
+    "Settings",
+    "Window",
+    "hold",
+    "restrain",
+    "run_together",
+    "run_window",
+    "sample",
+    "spread",
+    "unbias",
+]
 
 _APART = 2.5  # thermal widths of a free torsion in a window; a fifth of the frames of two such neighbours are shared
 _FINE = 200  # bins of WHAM along each torsion; the bias hardly changes within one
@@ -102,8 +115,8 @@ class Window:
     free_energy: float = 0.0
 
 
-RunAll = Callable[[Callable[[Run], Window], Iterable[Run]], list[Window]]
-"""``map`` over runs, in their order."""
+RunAll = Callable[[Sequence[Run]], list[Window]]
+"""What runs the windows, in their order: a ``map`` of :func:`run_window`, or :func:`run_together`."""
 
 
 def restrain(system: openmm.System, torsions: Sequence[Sequence[int]], force_constant: float) -> None:
@@ -155,6 +168,33 @@ def run_window(run: Run) -> Window:
     return Window(molecule.angles(frames), frames[-1])
 
 
+def run_together(runs: Sequence[Run]) -> list[Window]:
+    """Runs windows of a molecule whose whole energy takes many structures in one call, in one System.
+
+    Raises:
+        CGFlowError: If the dynamics diverges.
+    """
+    molecule, n_atoms = runs[0].settings.molecule, len(runs[0].xyz)
+    # Copies of such an energy do not see one another, wherever they are, and there is nothing to cut off.
+    giant = replicate_system(molecule.system(), len(runs), cutoff=1.0)
+    for k, atoms in enumerate(list(molecule.torsions.values())[:2]):
+        force = openmm.CustomTorsionForce(f"{runs[0].settings.force_constant!r}*(1-cos(theta-centre))")
+        force.addPerTorsionParameter("centre")
+        for copy, run in enumerate(runs):
+            force.addTorsion(*(copy * n_atoms + i for i in atoms), [run.settings.centre(run.cell)[k]])
+        giant.addForce(force)
+    integrator = langevin(molecule.temperature, derive_seed(*(run.seed for run in runs)))
+    context = platform_choice(molecule.platform).context(giant, integrator)
+    context.setPositions(np.concatenate([run.xyz for run in runs]))
+    context.setVelocitiesToTemperature(molecule.temperature, runs[0].seed)
+    integrator.step(runs[0].n_settle)
+    frames = np.empty((_frames(runs[0].n_steps), len(runs), n_atoms, 3))
+    for frame in frames:
+        integrator.step(STRIDE)
+        frame[:] = finite(context).reshape(frame.shape)
+    return [Window(molecule.angles(frames[:, copy]), frames[-1, copy]) for copy in range(len(runs))]
+
+
 def spread(settings: Settings, n_steps: int, seed: int, run_all: RunAll) -> tuple[dict[Cell, Window], int]:
     """Finds the windows with low free energy, from the starting structure outwards, and equilibrates them.
 
@@ -165,7 +205,7 @@ def spread(settings: Settings, n_steps: int, seed: int, run_all: RunAll) -> tupl
         settings: The windows.
         n_steps: Of each window.
         seed: Of this pass.
-        run_all: ``map`` over runs.
+        run_all: Runs windows.
 
     Returns:
         The kept windows and the number of steps of all that were tried.
@@ -180,7 +220,7 @@ def spread(settings: Settings, n_steps: int, seed: int, run_all: RunAll) -> tupl
             xyz = molecule.positions if parent is None else tried[parent].xyz
             lengths = (n_steps // 2, n_steps - n_steps // 2)
             runs.append(Run(settings, cell, xyz, *lengths, derive_seed(seed, _SPREAD, *cell)))
-        for (cell, parent), window in zip(wave.items(), run_all(run_window, runs), strict=True):
+        for (cell, parent), window in zip(wave.items(), run_all(runs), strict=True):
             guess = 0.0 if parent is None else tried[parent].free_energy
             tried[cell] = replace(window, free_energy=guess)
         tried = _with_free_energies(settings, tried)
@@ -229,7 +269,7 @@ def sample(
 ) -> tuple[dict[Cell, Window], int]:
     """Runs every window for ``n_steps`` from where it is; returns them and the number of steps."""
     runs = [Run(settings, cell, at.xyz, 0, n_steps, derive_seed(seed, _SAMPLE, *cell)) for cell, at in windows.items()]
-    sampled = dict(zip(windows, run_all(run_window, runs), strict=True))
+    sampled = dict(zip(windows, run_all(runs), strict=True))
     return sampled, len(runs) * _frames(n_steps) * STRIDE
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mdtraj
@@ -32,7 +33,7 @@ from estimators import (  # noqa: E402
 )
 from md import Molecule, exit_code, load, parallel_map, steps  # noqa: E402
 from samplers import final_bias, metadynamics, plain_md, replica_exchange  # noqa: E402
-from umbrella import Settings, hold, restrain, sample, spread, unbias  # noqa: E402
+from umbrella import Settings, hold, restrain, run_window, sample, spread, unbias  # noqa: E402
 
 ALANINE = "alanine_dipeptide/alanine_dipeptide.yaml"
 SIGMAS = 5.0
@@ -315,7 +316,7 @@ def test_windows_feel_the_bias_that_is_taken_away(chain):
 def test_umbrella_sampling_finds_the_density_of_a_chain(chain):
     settings = Settings(chain, spacing=30.0, force_constant=20.0)
     with parallel_map(1) as run_all:
-        passes = [reference.by_umbrella(settings, 1.0, 1.0, seed, run_all) for seed in range(4)]
+        passes = [reference.by_umbrella(settings, 1.0, 1.0, seed, partial(run_all, run_window)) for seed in range(4)]
     assert passes[0].n_evaluations == 144 * 1000
     _assert_right([populations(one.angles, one.weights) for one in passes], 0.03)
 
@@ -324,7 +325,7 @@ def test_umbrella_sampling_finds_the_density_of_a_chain(chain):
 def test_windows_spread_to_where_the_free_energy_is_low_and_no_further(chain):
     settings = Settings(chain, spacing=30.0, force_constant=20.0, cutoff=4.0)
     with parallel_map(1) as run_all:
-        kept, n_steps = spread(settings, steps(2.0), 1, run_all)
+        kept, n_steps = spread(settings, steps(2.0), 1, partial(run_all, run_window))
     cells = _cells(360)
     every = [(i, j) for i in range(12) for j in range(12)]
     free_energy = -np.log(np.exp(-_chain_energy(cells) - settings.bias(every, cells)).sum(1))
@@ -344,8 +345,8 @@ def test_umbrella_sampling_is_the_same_with_any_number_of_workers(chain):
     results = []
     for n_workers in (1, 2):
         with parallel_map(n_workers) as run_all:
-            windows, _ = spread(settings, 200, 5, run_all)
-            results.append(sample(settings, windows, 200, 5, run_all)[0])
+            windows, _ = spread(settings, 200, 5, partial(run_all, run_window))
+            results.append(sample(settings, windows, 200, 5, partial(run_all, run_window))[0])
     assert list(results[0]) == list(results[1])
     for cell, window in results[0].items():
         np.testing.assert_array_equal(window.angles, results[1][cell].angles)
