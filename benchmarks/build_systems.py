@@ -19,7 +19,7 @@ from openmm import CustomTorsionForce, LangevinMiddleIntegrator, LocalEnergyMini
 from openmm.app import element
 from PeptideBuilder import Geometry
 
-__all__ = ["build_butane", "build_dipeptide", "dihedral", "place"]
+__all__ = ["build_butane", "build_dipeptide", "build_heavy", "dihedral", "place"]
 
 _PEPTIDES = {
     "alanine_dipeptide": ("A", "ALA", ("amber99sbildn.xml", "amber99_obc.xml")),
@@ -135,6 +135,24 @@ def build_dipeptide(code: str, forcefields: Sequence[str]) -> tuple[app.Topology
     return modeller.topology, xyz
 
 
+def build_heavy(source: Path) -> tuple[app.Topology, np.ndarray]:
+    """The heavy atoms of alanine dipeptide's structure in the order of the paper's potential, side chain before C."""
+    pdb = app.PDBFile(str(source))
+    order = ("CH3", "N", "CA", "CB", "C", "O")
+    topology, kept = app.Topology(), []
+    chain = topology.addChain("A")
+    for residue in pdb.topology.residues():
+        atoms = [atom for atom in residue.atoms() if atom.element != element.hydrogen]
+        if residue.name != "NME":
+            atoms.sort(key=lambda atom: order.index(atom.name))
+        own = topology.addResidue(residue.name, chain, id=residue.id)
+        for atom in atoms:
+            topology.addAtom(atom.name, atom.element, own)
+            kept.append(atom.index)
+    topology.createStandardBonds()
+    return topology, pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)[kept]
+
+
 def build_butane(forcefield: Path) -> tuple[app.Topology, np.ndarray]:
     """Trans n-butane, carbons first, minimised."""
     topology = app.Topology()
@@ -166,6 +184,9 @@ def main() -> None:
     for name, (code, residue, forcefields) in _PEPTIDES.items():
         peptide = build_dipeptide(code, forcefields)
         write(folder / name / f"{name}.pdb", *peptide, remark=f"ACE-{residue}-NME, see SOURCE.md")
+    heavy = build_heavy(folder / "alanine_dipeptide" / "alanine_dipeptide.pdb")
+    name = "alanine_dipeptide_heavy"
+    write(folder / name / f"{name}.pdb", *heavy, remark="ACE-ALA-NME without hydrogens, see SOURCE.md")
     butane = build_butane(source / "butane" / "butane.xml")
     write(folder / "butane" / "butane.pdb", *butane, remark="n-butane, see SOURCE.md")
 

@@ -18,6 +18,7 @@ from mdtraj.geometry.dihedral import indices_chi1, indices_phi, indices_psi
 from openmm import unit
 
 from openmm_cgflow import MolecularSystem, load_config, states
+from openmm_cgflow.batched import batched_energy
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.platforms import available_platforms
 from openmm_cgflow.reference import GridReference, load_reference
@@ -41,7 +42,7 @@ TIMESTEP = 0.002
 FRICTION = 1.0
 """1/ps"""
 HYDROGEN_MASS = 4.0
-"""Da; averages over configurations do not depend on masses."""
+"""Da, of all atoms where there are no hydrogens; averages over configurations do not depend on masses."""
 STRIDE = 50
 """Steps between two frames, 0.1 ps."""
 _TORSIONS = {"phi": indices_phi, "psi": indices_psi, "chi1": indices_chi1}
@@ -71,6 +72,12 @@ class Molecule:
         """A copy of the System."""
         return openmm.XmlSerializer.deserialize(self.system_xml)
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether its whole energy takes many structures in one call."""
+        system = self.system()
+        return all(batched_energy(force) is not None for force in system.getForces())
+
     def angles(self, xyz: np.ndarray) -> np.ndarray:
         """The torsions of frames ``(n_frames, n_atoms, 3)`` in nm, ``(n_frames, n_torsions)`` in radians."""
         frames = mdtraj.Trajectory(xyz, self.topology)
@@ -83,13 +90,16 @@ class Molecule:
         return {name: part for name, part in found.items() if part > 0 and name.startswith(("cis ", "mirror image "))}
 
 
-def load(path: str | Path, torsions: Sequence[str], platform: str = "Reference") -> Molecule:
+def load(
+    path: str | Path, torsions: Sequence[str], platform: str = "Reference", overrides: Sequence[str] = ()
+) -> Molecule:
     """The molecule of a configuration, ready for ordinary dynamics.
 
     Arguments:
         path: A configuration of ``openmm-cgflow``; its ``system`` and ``temperature`` are used.
         torsions: Names of torsions to record: ``phi``, ``psi``, ``chi1``; χ1 is added where the molecule has one.
         platform: OpenMM's name of the platform.
+        overrides: Settings that replace those of the file, ``section.key=value``.
 
     Raises:
         CGFlowError: If the configuration or the molecule cannot be loaded, it has several residues with such a torsion
@@ -97,7 +107,7 @@ def load(path: str | Path, torsions: Sequence[str], platform: str = "Reference")
     """
     if platform not in available_platforms():
         raise CGFlowError(f"--platform {platform}: not here; available: {', '.join(available_platforms())}")
-    config = load_config(path)
+    config = load_config(path, overrides)
     if config.system is None:
         raise CGFlowError(f"{path}: no section 'system'")
     molecule = MolecularSystem.from_files(config.system)
@@ -117,7 +127,7 @@ def load(path: str | Path, torsions: Sequence[str], platform: str = "Reference")
         found[name] = tuple(int(i) for i in rows[0])
     system = openmm.XmlSerializer.clone(molecule.system)
     for i, symbol in enumerate(molecule.elements):
-        if symbol == "H":
+        if symbol == "H" or "H" not in molecule.elements:
             system.setParticleMass(i, HYDROGEN_MASS)
     xml = openmm.XmlSerializer.serialize(system)
     return Molecule(xml, np.array(molecule.positions), topology, config.temperature, found, platform)

@@ -6,7 +6,7 @@ Umbrella sampling: windows k (1 - cos) on two torsions, on a grid that spreads f
 the free energy is below a cutoff, and the weighted histogram analysis method (WHAM). Molecules with a third slow
 coordinate, such as the side chain of valine, need --flatten, which lowers its barriers in all windows and weighs the
 frames back, or --method remd: replica exchange and MBAR. The passes share nothing but the starting structure, so what
-they differ by is the error.
+they differ by is the error. Windows of a potential that takes many structures in one call run all together.
 
 The file holds P (100, 100), the probability of the two torsions on [-180, 180) degrees, its bin centers (100,) in
 radians, P_passes (n_passes, 100, 100), n_evaluations (energy evaluations in all), temperature in K and the names of the
@@ -21,6 +21,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from estimators import (
 )
 from md import STRIDE, TIMESTEP, Molecule, exit_code, load, load_grid, parallel_map, seed_option, steps
 from samplers import replica_exchange
-from umbrella import RunAll, Settings, sample, spread, unbias
+from umbrella import RunAll, Settings, run_together, run_window, sample, spread, unbias
 
 from openmm_cgflow.distances import N_BINS, circle_histogram
 from openmm_cgflow.distances import compare as distances
@@ -66,7 +67,7 @@ def by_umbrella(settings: Settings, ps: float, equilibration: float, seed: int, 
         ps: Recorded of each window.
         equilibration: Of each window before that, ps.
         seed: Of the pass.
-        run_all: ``map`` over windows.
+        run_all: Runs windows.
     """
     windows, n_spread = spread(settings, steps(equilibration), seed, run_all)
     sampled, n_sampled = sample(settings, windows, steps(ps), seed, run_all)
@@ -137,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="YAML file of openmm-cgflow; its system and temperature are used")
     result.add_argument("-o", "--output", type=Path, required=True, help="the npz file to write")
+    result.add_argument("--set", nargs="*", default=(), metavar="SETTING=VALUE", help="instead of the file's")
     result.add_argument("--method", choices=("umbrella", "remd"), default="umbrella")
     result.add_argument("--torsions", nargs=2, default=("phi", "psi"), help="the two of the map (default: phi psi)")
     result.add_argument("--passes", type=int, default=2)
@@ -159,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    molecule = load(options.config, options.torsions, options.platform)
+    molecule = load(options.config, options.torsions, options.platform, options.set)
     settings = Settings(molecule, options.spacing, options.force_constant, options.cutoff, options.flatten)
     other = load_grid(options.compare, molecule) if options.compare else None
     if options.passes < 2:
@@ -171,7 +173,8 @@ def main() -> None:
     with writing(options.output):
         options.output.parent.mkdir(parents=True, exist_ok=True)
     passes = []
-    with parallel_map(options.workers) as run_all:
+    with parallel_map(options.workers) as run_map:
+        run_all: RunAll = run_together if molecule.takes_all else partial(run_map, run_window)
         for k in range(options.passes):
             print(f"pass {k + 1}", flush=True)
             seed = derive_seed(options.seed, k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,6 +15,7 @@ from md import STRIDE, Molecule, finite, langevin
 from openmm_cgflow.distances import circle_bins
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.platforms import platform_choice
+from openmm_cgflow.replicate import replicate_system
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
@@ -26,6 +27,7 @@ __all__ = [
     "hold",
     "lower_barriers",
     "restrain",
+    "run_together",
     "run_window",
     "sample",
     "spread",
@@ -125,8 +127,8 @@ class Window:
     free_energy: float = 0.0
 
 
-RunAll = Callable[[Callable[[Run], Window], Iterable[Run]], list[Window]]
-"""``map`` over runs, in their order."""
+RunAll = Callable[[Sequence[Run]], list[Window]]
+"""What runs the windows, in their order: a ``map`` of :func:`run_window`, or :func:`run_together`."""
 
 
 def restrain(system: openmm.System, torsions: Sequence[Sequence[int]], force_constant: float) -> None:
@@ -144,10 +146,11 @@ def hold(context: openmm.Context, centre: np.ndarray) -> None:
         context.setParameter(f"centre{k}", angle)
 
 
-def lower_barriers(system: openmm.System, torsion: Sequence[int], height: float) -> None:
-    """Lowers the three barriers of a torsion between tetrahedral atoms by ``height`` in kJ/mol."""
+def lower_barriers(system: openmm.System, torsions: Sequence[Sequence[int]], height: float) -> None:
+    """Lowers the three barriers of torsions between tetrahedral atoms by ``height`` in kJ/mol."""
     force = openmm.CustomTorsionForce(f"-{0.5 * height!r}*(1+cos(3*theta))")
-    force.addTorsion(*torsion, [])
+    for torsion in torsions:
+        force.addTorsion(*torsion, [])
     system.addForce(force)
 
 
@@ -164,7 +167,7 @@ def _context(
     system = openmm.XmlSerializer.deserialize(xml)
     restrain(system, torsions[:2], force_constant)
     if flatten:
-        lower_barriers(system, torsions[-1], flatten)
+        lower_barriers(system, torsions[-1:], flatten)
     return platform_choice(platform).context(system, langevin(temperature, 1))
 
 
@@ -192,6 +195,40 @@ def run_window(run: Run) -> Window:
     return Window(molecule.angles(frames), frames[-1])
 
 
+def run_together(runs: Sequence[Run]) -> list[Window]:
+    """Runs windows of a molecule whose whole energy takes many structures in one call, in one System.
+
+    Raises:
+        CGFlowError: If the dynamics diverges.
+    """
+    settings, n_atoms = runs[0].settings, len(runs[0].xyz)
+    molecule, torsions = settings.molecule, list(settings.molecule.torsions.values())
+
+    def of_copy(atoms: Sequence[int], copy: int) -> list[int]:
+        return [copy * n_atoms + i for i in atoms]
+
+    # Copies of such an energy do not see one another, wherever they are, and there is nothing to cut off.
+    giant = replicate_system(molecule.system(), len(runs), cutoff=1.0)
+    for k, atoms in enumerate(torsions[:2]):
+        force = openmm.CustomTorsionForce(f"{settings.force_constant!r}*(1-cos(theta-centre))")
+        force.addPerTorsionParameter("centre")
+        for copy, run in enumerate(runs):
+            force.addTorsion(*of_copy(atoms, copy), [settings.centre(run.cell)[k]])
+        giant.addForce(force)
+    if settings.flatten:
+        lower_barriers(giant, [of_copy(torsions[-1], copy) for copy in range(len(runs))], settings.flatten)
+    integrator = langevin(molecule.temperature, derive_seed(*(run.seed for run in runs)))
+    context = platform_choice(molecule.platform).context(giant, integrator)
+    context.setPositions(np.concatenate([run.xyz for run in runs]))
+    context.setVelocitiesToTemperature(molecule.temperature, runs[0].seed)
+    integrator.step(runs[0].n_settle)
+    frames = np.empty((_frames(runs[0].n_steps), len(runs), n_atoms, 3))
+    for frame in frames:
+        integrator.step(STRIDE)
+        frame[:] = finite(context).reshape(frame.shape)
+    return [Window(molecule.angles(frames[:, copy]), frames[-1, copy]) for copy in range(len(runs))]
+
+
 def spread(settings: Settings, n_steps: int, seed: int, run_all: RunAll) -> tuple[dict[Cell, Window], int]:
     """Finds the windows with low free energy, from the starting structure outwards, and equilibrates them.
 
@@ -202,7 +239,7 @@ def spread(settings: Settings, n_steps: int, seed: int, run_all: RunAll) -> tupl
         settings: The windows.
         n_steps: Of each window.
         seed: Of this pass.
-        run_all: ``map`` over runs.
+        run_all: Runs windows.
 
     Returns:
         The kept windows and the number of steps of all that were tried.
@@ -217,7 +254,7 @@ def spread(settings: Settings, n_steps: int, seed: int, run_all: RunAll) -> tupl
             xyz = molecule.positions if parent is None else tried[parent].xyz
             lengths = (n_steps // 2, n_steps - n_steps // 2)
             runs.append(Run(settings, cell, xyz, *lengths, derive_seed(seed, _SPREAD, *cell)))
-        for (cell, parent), window in zip(wave.items(), run_all(run_window, runs), strict=True):
+        for (cell, parent), window in zip(wave.items(), run_all(runs), strict=True):
             guess = 0.0 if parent is None else tried[parent].free_energy
             tried[cell] = replace(window, free_energy=guess)
         tried = _with_free_energies(settings, tried)
@@ -266,7 +303,7 @@ def sample(
 ) -> tuple[dict[Cell, Window], int]:
     """Runs every window for ``n_steps`` from where it is; returns them and the number of steps."""
     runs = [Run(settings, cell, at.xyz, 0, n_steps, derive_seed(seed, _SAMPLE, *cell)) for cell, at in windows.items()]
-    sampled = dict(zip(windows, run_all(run_window, runs), strict=True))
+    sampled = dict(zip(windows, run_all(runs), strict=True))
     return sampled, len(runs) * _frames(n_steps) * STRIDE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,7 @@ __all__ = [
     "JointConfig",
     "PMFConfig",
     "PartitionConfig",
+    "PotentialConfig",
     "SamplerConfig",
     "SamplingConfig",
     "StoppingConfig",
@@ -53,8 +54,30 @@ class TargetConfig(_Section):
         return {"name": value} if isinstance(value, str) else value
 
 
+class PotentialConfig(_Section):
+    """A machine-learned potential; see ``openmm_cgflow.potentials``."""
+
+    python: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    """``module:factory``; what the factory returns is a torch module, positions (n_atoms, 3) in nm -> energy in
+    kJ/mol. One that takes (n_replicas, n_atoms, 3) as well is called once for all replicas."""
+    files: dict[str, Path] = {}
+    """With python: keyword arguments of the factory."""
+    torchscript: Path | None = None
+    """Such a module, saved by torch.jit; evaluated by openmmtorch where that can be imported."""
+    openmmml: str | None = None
+    """A name that ``openmmml.MLPotential`` knows."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if sum(value is not None for value in (self.python, self.torchscript, self.openmmml)) != 1:
+            raise ValueError("give exactly one of python (module:factory), torchscript (a file) and openmmml (a name)")
+        if self.files and self.python is None:
+            raise ValueError("files are arguments of a python factory; they go with python")
+        return self
+
+
 class SystemConfig(_Section):
-    """The all-atom model: one structure and one description of its energy, or a built-in target."""
+    """The all-atom model: one structure and descriptions of its energy, or a built-in target."""
 
     structure: Path | None = None
     """PDB, mmCIF, Amber inpcrd/rst7 or GROMACS gro file with the starting positions."""
@@ -70,6 +93,8 @@ class SystemConfig(_Section):
     """Implicit solvent for Amber, GROMACS and CHARMM topologies (with XML force fields, name its XML file)."""
     include_dir: Path | None = None
     """Where GROMACS include files live."""
+    potential: PotentialConfig | None = None
+    """A machine-learned potential: the whole energy, or added to what the other settings describe."""
     target: TargetConfig | None = None
     """A synthetic system with exact answers, instead of files."""
 
@@ -82,8 +107,11 @@ class SystemConfig(_Section):
         if self.structure is None:
             raise ValueError("system.structure is required, but missing: the file with the starting positions")
         given = [bool(self.forcefield), self.topology is not None, self.system_xml is not None]
-        if sum(given) != 1:
-            raise ValueError("give exactly one of forcefield (XML names), topology (prmtop, top or psf) and system_xml")
+        if sum(given) > 1 or not (any(given) or self.potential):
+            raise ValueError(
+                "give exactly one of forcefield (XML names), topology (prmtop, top or psf) and system_xml, or a "
+                "potential"
+            )
         if self.implicit_solvent is not None and self.topology is None:
             raise ValueError("implicit_solvent goes with topology; with XML force fields add e.g. implicit/obc2.xml")
         return self
@@ -374,6 +402,10 @@ def _absolute(system: SystemConfig, folder: Path) -> SystemConfig:
             return folder / value
         if isinstance(value, list):
             return [resolve(item) for item in value]
+        if isinstance(value, dict):
+            return {name: resolve(item) for name, item in value.items()}
+        if isinstance(value, PotentialConfig):
+            return value.model_copy(update={name: resolve(item) for name, item in value})
         return value
 
     paths = {name: resolve(value) for name, value in system if name != "forcefield"}
@@ -399,7 +431,9 @@ def _known_keys(sections: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     for section in sections:
         annotation = model.model_fields[section].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        choices = get_args(annotation) or (annotation,)
+        models = [item for item in choices if isinstance(item, type) and issubclass(item, BaseModel)]
+        if not models:
             return []
-        model = annotation
+        model = models[0]
     return list(model.model_fields)

@@ -11,6 +11,7 @@ import networkx as nx
 import numpy as np
 import openmm
 
+from openmm_cgflow.batched import Evaluator
 from openmm_cgflow.chain import (
     Chain,
     Dynamics,
@@ -39,16 +40,20 @@ class Lattice:
     """Where the copies sit.
 
     Attributes:
-        system: The giant System.
+        molecule: The System of one copy.
         sites: Centres of the copies, ``(n_copies, 3)`` in nm, those nearest to the origin first.
         cutoff: Cutoff of the nonbonded forces in nm, larger than the molecule can be.
         radius: No atom may be farther than this from its copy's centre along any axis, in nm.
     """
 
-    system: openmm.System
+    molecule: openmm.System
     sites: np.ndarray
     cutoff: float
     radius: float
+
+    def system(self, n_copies: int) -> openmm.System:
+        """The giant System of the first so many sites."""
+        return replicate_system(self.molecule, n_copies, self.cutoff)
 
 
 def plan_lattice(
@@ -87,7 +92,7 @@ def plan_lattice(
     sites = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     sites = sites[np.argsort((sites**2).sum(axis=1), kind="stable")][:n_copies]
     check_copies(system, positions, np.array([spacing, 0.0, 0.0]), cutoff)
-    return Lattice(replicate_system(system, len(sites), cutoff), sites, cutoff, radius)
+    return Lattice(system, sites, cutoff, radius)
 
 
 def _path_lengths(positions: np.ndarray, bonds: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -102,11 +107,12 @@ def _path_lengths(positions: np.ndarray, bonds: Sequence[tuple[int, int]]) -> np
 
 
 class LatticeEngine:
-    """Steps all replicas together in one giant System; energies and forces of the frames are computed copy by copy.
+    """Steps all replicas together in one giant System, which has no energy of a single copy.
 
-    The giant System has no energy of a single copy, so each frame is evaluated in a single-copy Context, which gives
-    its forces too, in that Context's precision; these evaluations are counted. Batches larger than the lattice are cut
-    in rounds, smaller ones padded; the padding is computed, so it is counted.
+    So each frame is evaluated apart, in a single-copy Context or with all frames at once, which gives its forces too;
+    these evaluations are counted. Batches larger than the lattice are cut in rounds, smaller ones padded; the padding
+    is computed, so it is counted. On CPUs, where it would cost as much as replicas do, a lattice of half, a quarter,
+    ... of the sites takes batches that fit it.
 
     A copy that becomes non-finite or outgrows its place may have disturbed its neighbours' pair lists. Such a
     round is repeated without it, at most three times in all, and the copies taken out are run one at a time by the
@@ -119,6 +125,7 @@ class LatticeEngine:
         platform: Where the giant System runs.
         dynamics: Settings of the integrators.
         contexts: The engine for single copies; it is closed together with this one.
+        evaluator: Of frames; ``contexts`` by default. It is closed as well.
     """
 
     def __init__(
@@ -129,22 +136,25 @@ class LatticeEngine:
         platform: PlatformChoice,
         dynamics: Dynamics,
         contexts: ContextsEngine,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self._lattice = lattice
         self._slow = list(slow)
         self._template = template
-        self._contexts = contexts
-        self._chain: Chain | None = Chain(lattice.system, platform, dynamics)
+        self._contexts, self._evaluator = contexts, evaluator or contexts
+        self._dynamics = dynamics
+        self._chains: dict[int, Chain] | None = {}
         self._n_copy_steps = 0
         self.platform = platform
         self.description = (
             f"lattice engine, {len(lattice.sites)} replicas at once, platform {platform}; "
-            f"frames evaluated by: {contexts.description}"
+            f"frames evaluated by: {self._evaluator.description}"
         )
 
     @property
     def n_energy_evaluations(self) -> int:
-        return self._n_copy_steps + self._contexts.n_energy_evaluations
+        by_evaluator = 0 if self._evaluator is self._contexts else self._evaluator.n_energy_evaluations
+        return self._n_copy_steps + self._contexts.n_energy_evaluations + by_evaluator
 
     def run(
         self,
@@ -198,12 +208,14 @@ class LatticeEngine:
         return result
 
     def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Energies and forces, by single-copy Contexts; see ``ReplicaEngine.evaluate``."""
-        return self._contexts.evaluate(xyz)
+        """Energies and forces; see ``ReplicaEngine.evaluate``."""
+        check_structures(xyz, self._template)
+        return self._evaluator.evaluate(xyz)
 
     def close(self) -> None:
-        """Frees the giant Context and closes the contexts engine."""
-        self._chain = None
+        """Frees the giant Contexts and closes the engines of single copies."""
+        self._chains = None
+        self._evaluator.close()
         self._contexts.close()
 
     def __enter__(self) -> Self:
@@ -227,10 +239,8 @@ class LatticeEngine:
         self, local: np.ndarray, schedule: Schedule, entropy: tuple[int, int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Frames of at most one lattice of replicas about their centres, and which of the replicas did well."""
-        if self._chain is None:
-            raise RuntimeError("the engine is closed")
-        chain, sites = self._chain, self._lattice.sites[:, None]
-        n_copies, n_atoms = len(sites), len(self._template)
+        n_copies, n_atoms = self._n_copies(len(local)), len(self._template)
+        chain, sites = self._chain(n_copies), self._lattice.sites[:n_copies, None]
         padded = local[np.arange(n_copies) % len(local)]
         before = chain.n_evaluations
         chain.reseed(derive_seed(*entropy), schedule.temperature, force=entropy[-1] > 0)
@@ -249,6 +259,20 @@ class LatticeEngine:
             good[:] = False  # OpenMM stopped, but it does not show which copy was to blame
         return frames[: len(local)], self._blame(good, len(local))
 
+    def _n_copies(self, n_replicas: int) -> int:
+        """Copies of the lattice that takes so many replicas."""
+        n_copies = len(self._lattice.sites)
+        while not self.platform.is_gpu and (n_copies + 1) // 2 >= n_replicas and n_copies > 1:
+            n_copies = (n_copies + 1) // 2
+        return n_copies
+
+    def _chain(self, n_copies: int) -> Chain:
+        if self._chains is None:
+            raise RuntimeError("the engine is closed")
+        if n_copies not in self._chains:
+            self._chains[n_copies] = Chain(self._lattice.system(n_copies), self.platform, self._dynamics)
+        return self._chains[n_copies]
+
     @staticmethod
     def _blame(good: np.ndarray, n_replicas: int) -> np.ndarray:
         """Which replicas did well in all their copies, the padding included."""
@@ -261,7 +285,7 @@ class LatticeEngine:
         energy = np.zeros((n_replicas, n_frames))
         forces = np.zeros(positions.shape)
         members = np.flatnonzero(settled)
-        flat_energy, flat_forces = self._contexts.evaluate(positions[members].reshape(-1, n_atoms, 3))
+        flat_energy, flat_forces = self._evaluator.evaluate(positions[members].reshape(-1, n_atoms, 3))
         energy[members] = flat_energy.reshape(-1, n_frames)
         forces[members] = flat_forces.reshape(-1, n_frames, n_atoms, 3)
         valid = settled & np.isfinite(energy).all(axis=1) & np.isfinite(forces).all(axis=(1, 2, 3))

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import openmm
 from openmm import app, unit
 
-from openmm_cgflow.config import SystemConfig
+from openmm_cgflow.batched import python_functions
+from openmm_cgflow.config import PotentialConfig, SystemConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.topology import refuse_explicit_solvent
 
@@ -63,12 +65,17 @@ def load_files(config: SystemConfig) -> Loaded:
 
     Routes: PDB or mmCIF with force-field XML (``openmm.app.ForceField``) or a System XML; Amber prmtop
     (``AmberPrmtopFile``); GROMACS top (``GromacsTopFile``, ParmEd with implicit solvent); CHARMM psf
-    (``CharmmPsfFile``). Implicit solvent by keyword always has the ACE surface term and no salt.
+    (``CharmmPsfFile``). Implicit solvent by keyword always has the ACE surface term and no salt. A machine-learned
+    potential is added to any of these, or to the atoms of a PDB or mmCIF file.
 
     Raises:
         CGFlowError: If a file is missing or unreadable, or the parameters do not fit the molecule.
     """
-    for path in filter(None, [config.structure, config.topology, config.system_xml, *config.parameters]):
+    potential = config.potential
+    files = [config.structure, config.topology, config.system_xml, *config.parameters]
+    if potential is not None:
+        files += [potential.torchscript, *potential.files.values()]
+    for path in filter(None, files):
         if not path.is_file():
             raise CGFlowError(f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file")
     if config.include_dir is not None and not config.include_dir.is_dir():
@@ -76,6 +83,8 @@ def load_files(config: SystemConfig) -> Loaded:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = _follow(config)
+        if potential is not None:
+            loaded = _with_potential(potential, loaded)
     # Each once and in order; how a reader closes its files or calls its libraries is not the user's concern.
     heard = dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, UserWarning))
     return loaded._replace(notes=(*loaded.notes, *heard))
@@ -172,6 +181,8 @@ def _from_structure(config: SystemConfig) -> Loaded:
     notes = () if n_models == 1 else (f"{path.name} holds {n_models} models; the first is used",)
     if config.system_xml is not None:
         return Loaded(structure.topology, read_system_xml(config.system_xml), structure.positions, notes)
+    if not config.forcefield:  # a potential alone
+        return Loaded(structure.topology, _bare_system(structure.topology, path), structure.positions, notes)
     force_field = _force_field(config.forcefield)
     try:
         system = force_field.createSystem(
@@ -184,6 +195,24 @@ def _from_structure(config: SystemConfig) -> Loaded:
     except Exception as error:  # ForceField raises ValueError, KeyError and plain Exception
         raise CGFlowError(_explain_template(error, config, force_field, structure.topology)) from error
     return Loaded(structure.topology, system, structure.positions, notes)
+
+
+def _bare_system(topology: app.Topology, path: Path) -> openmm.System:
+    system = openmm.System()
+    for atom in topology.atoms():
+        if atom.element is None:
+            raise CGFlowError(f"{path}: atom {atom.index} ({atom.name}) has no element, and so no mass")
+        system.addParticle(atom.element.mass)
+    return system
+
+
+def _with_potential(config: PotentialConfig, loaded: Loaded) -> Loaded:
+    from openmm_cgflow.potentials import add_potential  # the only way from here to torch
+
+    system = openmm.XmlSerializer.clone(loaded.system)
+    xyz = np.array(loaded.positions.value_in_unit(unit.nanometer))
+    notes = add_potential(config, loaded.topology, system, xyz)
+    return loaded._replace(system=system, notes=(*loaded.notes, *notes))
 
 
 def _force_field(names: Sequence[str]) -> app.ForceField:
@@ -241,8 +270,19 @@ def _explain_template(
 
 def read_system_xml(path: Path) -> openmm.System:
     try:
-        system = openmm.XmlSerializer.deserialize(path.read_text())
-    except (openmm.OpenMMException, OSError, ValueError, TypeError) as error:
+        text = path.read_text()
+    except (OSError, ValueError) as error:
+        raise CGFlowError(f"{path}: cannot be read: {error}") from error
+    try:
+        python_functions(text)
+    except Exception as error:  # whatever unpickling a user's class raises
+        raise CGFlowError(
+            f"{path}: its potential cannot be read: {type(error).__name__}: {error}; the module it was made with must "
+            "be installed, or its folder be in PYTHONPATH"
+        ) from error
+    try:
+        system = openmm.XmlSerializer.deserialize(text)
+    except (openmm.OpenMMException, ValueError, TypeError) as error:
         raise CGFlowError(
             f"{path}: not a serialized openmm.System: {error}; write one with openmm.XmlSerializer.serialize(system)"
         ) from error

@@ -12,6 +12,7 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
+from openmm_cgflow.batched import BatchEvaluator, split_batched
 from openmm_cgflow.chain import Chain, Dynamics, Frames, Schedule
 from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.contexts import ContextsEngine, default_workers
@@ -111,7 +112,9 @@ class ReplicaEngine(Protocol):
 
 
 def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: SamplerConfig) -> ReplicaEngine:
-    """The engine that suits the platform: small Contexts on the CPU, one giant System on a GPU.
+    """The engine that suits platform and energy: small Contexts on the CPU, one giant System on a GPU.
+
+    A potential that takes all replicas in one call gets the giant System everywhere.
 
     Arguments:
         molecular_system: The molecule (a ``MolecularSystem``); it is not changed.
@@ -124,6 +127,7 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
     system = frozen_system(molecular_system, slow, settings.hydrogen_mass)
     template = np.array(molecular_system.positions, dtype=np.float64)
     dynamics = Dynamics(settings.timestep, settings.friction, settings.force_cap)
+    batched, rest = split_batched(system)
     bonds = [(bond[0].index, bond[1].index) for bond in molecular_system.topology.bonds()]
     plans: list[Lattice | NotReplicableError] = []  # made at most once, and only if some platform asks for it
 
@@ -136,7 +140,7 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
         return plans[0]
 
     def plan_for(platform: PlatformChoice) -> Lattice | NotReplicableError | None:
-        wanted = settings.engine == "lattice" or (settings.engine == "auto" and platform.is_gpu)
+        wanted = settings.engine == "lattice" or (settings.engine == "auto" and (platform.is_gpu or bool(batched)))
         return lattice() if wanted else None
 
     def n_workers(platform: PlatformChoice) -> int:
@@ -147,7 +151,7 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
         plan = plan_for(platform)
         if isinstance(plan, Lattice):
             start = np.concatenate([template - template.mean(axis=0) + site for site in plan.sites])
-            return _time_step(Chain(plan.system, platform, tiny), start) / len(plan.sites)
+            return _time_step(Chain(plan.system(len(plan.sites)), platform, tiny), start) / len(plan.sites)
         return _time_step(Chain(system, platform, tiny), template) / n_workers(platform)
 
     platform = choose_platform(settings.platform, settings.precision, seconds_per_step)
@@ -156,8 +160,12 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
         single = platform
         if platform.is_gpu and len(template) <= _SMALL:
             single = platform_choice("Reference", reason="small molecule")
-        contexts = ContextsEngine(system, template, single, dynamics, n_workers(single))
-        return LatticeEngine(plan, slow, template, platform, dynamics, contexts)
+        if not batched:
+            contexts = ContextsEngine(system, template, single, dynamics, n_workers(single))
+            return LatticeEngine(plan, slow, template, platform, dynamics, contexts)
+        contexts = ContextsEngine(system, template, single, dynamics, n_workers=1)  # for the few that leave the lattice
+        others = ContextsEngine(rest, template, single, dynamics, n_workers(single)) if rest.getNumForces() else None
+        return LatticeEngine(plan, slow, template, platform, dynamics, contexts, BatchEvaluator(batched, others))
     engine = ContextsEngine(system, template, platform, dynamics, n_workers(platform))
     if plan is not None:
         engine.description += f"; no lattice engine, because the System cannot be copied: {plan}"

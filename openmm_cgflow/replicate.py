@@ -11,6 +11,8 @@ import numpy as np
 import openmm
 from openmm import unit
 
+from openmm_cgflow.batched import batched_energy
+
 __all__ = ["NotReplicableError", "check_copies", "replicate_system"]
 
 
@@ -103,6 +105,10 @@ def replicate_system(system: openmm.System, n_copies: int, cutoff: float) -> ope
         for i in range(n_atoms):
             giant.addParticle(system.getParticleMass(i))
     for force in system.getForces():
+        batched = batched_energy(force)
+        if batched is not None:
+            giant.addForce(openmm.PythonForce(batched.replicated(n_copies)))
+            continue
         if type(force) not in _COPIED:
             raise NotReplicableError(f"its {force.getName()} ({type(force).__name__}) is of a kind that is not copied")
         replica = copy.deepcopy(force)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +65,7 @@ class MolecularSystem:
         system_xml: str | Path | None = None,
         implicit_solvent: str | None = None,
         include_dir: str | Path | None = None,
+        potential: Mapping[str, Any] | None = None,
     ) -> Self:
         """Loads a molecule from a validated configuration, or from the same settings given one by one.
 
@@ -76,6 +77,8 @@ class MolecularSystem:
             system_xml: Serialized ``openmm.System``.
             implicit_solvent: ``hct``, ``obc1``, ``obc2``, ``gbn`` or ``gbn2``, with ``topology``.
             include_dir: Where GROMACS include files live.
+            potential: Settings of a ``PotentialConfig``, such as ``{"python": "my_module:factory"}``: alone or added
+                to the force field.
 
         Raises:
             CGFlowError: If a setting is wrong, a file is missing or unreadable, the force field does not fit, or the
@@ -90,6 +93,7 @@ class MolecularSystem:
                 "system_xml": system_xml,
                 "implicit_solvent": implicit_solvent,
                 "include_dir": include_dir,
+                "potential": potential,
             }
             config = validate({"system": settings}, source="MolecularSystem.from_files")
             assert config.system is not None
@@ -163,7 +167,7 @@ class MolecularSystem:
         _refuse_geometry(own_topology, xyz, labels, source)
         _refuse_energy(clean, xyz, source)
         xyz.setflags(write=False)
-        if not any(isinstance(force, _IMPLICIT_SOLVENT) for force in clean.getForces()):
+        if not any(isinstance(force, _IMPLICIT_SOLVENT) or _is_learned(force) for force in clean.getForces()):
             added = [*added, "the System has no implicit solvent: the molecule is in vacuum"]
         return cls(own_topology, clean, xyz, tuple([*notes, *changes, *added]))
 
@@ -213,6 +217,11 @@ class MolecularSystem:
         energy = re.sub(r' openmmVersion="[^"]*"', "", self.to_xml())
         atoms = " ".join(self.labels) + " " + " ".join(self.elements)
         return hashlib.sha256("\n".join([energy, atoms, str(self.bonds.tolist())]).encode()).hexdigest()
+
+
+def _is_learned(force: openmm.Force) -> bool:
+    """Whether it may stand for solvent, too."""
+    return type(force).__name__ in ("PythonForce", "TorchForce")
 
 
 @contextmanager

@@ -48,7 +48,11 @@ def bond_graph(n_atoms: int, bonds: Iterable[Sequence[int]]) -> nx.Graph:
 
 
 def amide_bonds(graph: nx.Graph, elements: Sequence[str]) -> set[frozenset[int]]:
-    """C-N bonds of amides, peptide bonds among them: a carbonyl carbon and a nitrogen of three neighbours each."""
+    """C-N bonds of amides, peptide bonds among them: a carbonyl carbon and a nitrogen of three neighbours each.
+
+    In a molecule without hydrogens two neighbours of the nitrogen are enough.
+    """
+    nitrogen_degrees = (3,) if "H" in elements else (2, 3)
 
     def is_carbonyl(atom: int) -> bool:
         oxygens = [i for i in graph[atom] if elements[i] == "O" and graph.degree(i) == 1]
@@ -58,7 +62,7 @@ def amide_bonds(graph: nx.Graph, elements: Sequence[str]) -> set[frozenset[int]]
         frozenset((c, n))
         for edge in graph.edges
         for c, n in (edge, edge[::-1])
-        if is_carbonyl(c) and elements[n] == "N" and graph.degree(n) == 3
+        if is_carbonyl(c) and elements[n] == "N" and graph.degree(n) in nitrogen_degrees
     }
 
 
@@ -138,6 +142,9 @@ def reference_triple(graph: nx.Graph, slow: Sequence[int]) -> tuple[int, int, in
 def stereocentres(graph: nx.Graph, elements: Sequence[str]) -> np.ndarray:
     """Atoms with four neighbours that differ within 16 bonds, with these neighbours.
 
+    In a molecule without hydrogens, a carbon with three such neighbours, none of them a carbonyl's oxygen, is one too:
+    it stands in for its own hydrogen.
+
     Returns:
         Rows of (n1, n2, n3, n4), shape (n_centres, 4); the handedness is the sign of their signed volume.
     """
@@ -149,6 +156,9 @@ def stereocentres(graph: nx.Graph, elements: Sequence[str]) -> np.ndarray:
     rows = []
     for atom in graph:
         around = sorted(graph[atom])
+        if "H" not in elements and len(around) == 3 and elements[atom] == "C":
+            carbonyl = any(elements[i] == "O" and graph.degree(i) == 1 for i in around)
+            around = [] if carbonyl else [*around, atom]
         if len(around) == 4 and len({tuple(colours[i]) for i in around}) == 4:
             rows.append(around)
     return np.array(rows, dtype=np.int64).reshape(-1, 4)

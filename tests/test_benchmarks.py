@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mdtraj
@@ -33,7 +34,7 @@ from estimators import (  # noqa: E402
 )
 from md import Molecule, exit_code, load, parallel_map, steps  # noqa: E402
 from samplers import final_bias, metadynamics, plain_md, replica_exchange  # noqa: E402
-from umbrella import Settings, hold, lower_barriers, restrain, sample, spread, unbias  # noqa: E402
+from umbrella import Settings, hold, lower_barriers, restrain, run_window, sample, spread, unbias  # noqa: E402
 
 ALANINE = "alanine_dipeptide/alanine_dipeptide.yaml"
 SIGMAS = 5.0
@@ -322,7 +323,7 @@ def test_barriers_are_lowered_by_the_bias_that_is_taken_away(chain):
     system = chain.system()
     for force in system.getForces():
         force.setForceGroup(1)
-    lower_barriers(system, TORSIONS[1], settings.flatten)
+    lower_barriers(system, TORSIONS[1:], settings.flatten)
     context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
     frames = plain_md(chain, 10_000, 1).xyz
     felt = _energies(context, frames, {0})
@@ -336,7 +337,7 @@ def test_barriers_are_lowered_by_the_bias_that_is_taken_away(chain):
 def test_umbrella_sampling_finds_the_density_of_a_chain(chain, flatten):
     settings = Settings(with_chi1(chain) if flatten else chain, spacing=30.0, force_constant=20.0, flatten=flatten)
     with parallel_map(1) as run_all:
-        passes = [reference.by_umbrella(settings, 1.0, 1.0, seed, run_all) for seed in range(4)]
+        passes = [reference.by_umbrella(settings, 1.0, 1.0, seed, partial(run_all, run_window)) for seed in range(4)]
     assert passes[0].n_evaluations == 144 * 1000
     _assert_right([populations(one.angles[:, :2], one.weights) for one in passes], 0.03)
 
@@ -345,7 +346,7 @@ def test_umbrella_sampling_finds_the_density_of_a_chain(chain, flatten):
 def test_windows_spread_to_where_the_free_energy_is_low_and_no_further(chain):
     settings = Settings(chain, spacing=30.0, force_constant=20.0, cutoff=4.0)
     with parallel_map(1) as run_all:
-        kept, n_steps = spread(settings, steps(2.0), 1, run_all)
+        kept, n_steps = spread(settings, steps(2.0), 1, partial(run_all, run_window))
     cells = _cells(360)
     every = [(i, j) for i in range(12) for j in range(12)]
     free_energy = -np.log(np.exp(-_chain_energy(cells) - settings.bias(every, cells)).sum(1))
@@ -365,8 +366,8 @@ def test_umbrella_sampling_is_the_same_with_any_number_of_workers(chain):
     results = []
     for n_workers in (1, 2):
         with parallel_map(n_workers) as run_all:
-            windows, _ = spread(settings, 200, 5, run_all)
-            results.append(sample(settings, windows, 200, 5, run_all)[0])
+            windows, _ = spread(settings, 200, 5, partial(run_all, run_window))
+            results.append(sample(settings, windows, 200, 5, partial(run_all, run_window))[0])
     assert list(results[0]) == list(results[1])
     for cell, window in results[0].items():
         np.testing.assert_array_equal(window.angles, results[1][cell].angles)

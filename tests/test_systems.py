@@ -8,6 +8,7 @@ import pytest
 from openmm import app, unit
 
 from openmm_cgflow.config import load_config
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.system import MolecularSystem
@@ -21,10 +22,12 @@ def _positions(pdb):
 SIZES = [
     ("alanine_dipeptide", 22, 21),
     ("alanine_dipeptide_ff96", 22, 21),
+    ("alanine_dipeptide_heavy", 10, 9),
     ("butane", 14, 13),
     ("glycine_dipeptide", 19, 18),
     ("valine_dipeptide", 28, 27),
 ]
+HEAVY = "alanine_dipeptide_heavy"  # its energy needs files that are not in the repository
 TARGETS = ["double_well", "gmm_10d", "gmm_2d"]
 
 
@@ -61,7 +64,7 @@ def test_data_without_code(systems, name):
     assert (systems / name / "SOURCE.md").is_file()
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in SIZES])
+@pytest.mark.parametrize("name", [name for name, *_ in SIZES if name != HEAVY])
 def test_configuration_loads_and_names_its_own_run(systems, name):
     path = systems / name / f"{name}.yaml"
     config = load_config(path)
@@ -93,6 +96,28 @@ def test_slow_atoms(systems, name, slow):
     assert {molecule.atom_label(i) for i in partition.slow} == set(slow.split())
 
 
+def test_the_heavy_atoms_of_the_paper(systems, root):
+    path = systems / HEAVY / f"{HEAVY}.yaml"
+    assert f"openmm-cgflow train systems/{HEAVY}/{HEAVY}.yaml" in path.read_text()
+    with pytest.raises(CGFlowError, match=r"params\.npz: no such file|prior\.json: no such file"):
+        MolecularSystem.from_files(load_config(path).system)
+    folder = root.parent / "shared" / "reference" / "dimenet"
+    if not folder.is_dir():
+        pytest.skip("the weights of the paper's potential do not lie beside the checkout")
+    files = {"weights": "params.npz", "prior": "prior.json"}
+    config = load_config(path, [f"system.potential.files.{key}={folder / name}" for key, name in files.items()])
+    assert config.temperature == 330.0
+    molecule = MolecularSystem.from_files(config.system)
+    partition = Partition.resolve(molecule, config.partition.slow)
+    expected = "ACE1:CH3 ACE1:C ALA2:N ALA2:CA ALA2:C NME3:N NME3:C"
+    assert [molecule.atom_label(i) for i in partition.slow] == expected.split()
+    vectors = np.load(folder / "vectors.npz")
+    energy, _ = energy_and_forces(molecule.system, vectors["positions"][0])
+    assert energy == pytest.approx(vectors["energy"][0], abs=0.01)
+    mirrored, _ = energy_and_forces(molecule.system, -vectors["positions"][0])
+    assert mirrored - energy > 1000.0  # by the prior's improper
+
+
 def _residue(systems, name, residue):
     pdb = app.PDBFile(str(systems / name / f"{name}.pdb"))
     xyz = _positions(pdb)
@@ -101,12 +126,13 @@ def _residue(systems, name, residue):
 
 @pytest.mark.parametrize(
     ("name", "residue"),
-    [("alanine_dipeptide", "ALA"), ("alanine_dipeptide_ff96", "ALA"), ("valine_dipeptide", "VAL")],
+    [("alanine_dipeptide", "ALA"), ("alanine_dipeptide_ff96", "ALA"), (HEAVY, "ALA"), ("valine_dipeptide", "VAL")],
 )
 def test_amino_acids_are_left_handed(systems, name, residue):
     at = _residue(systems, name, residue)
-    # Seen from HA, CO, R and N follow each other clockwise.
-    away = at["CA"] - at["HA"]
+    # Seen from HA, CO, R and N follow each other clockwise; without hydrogens it is opposite to the others.
+    others = (at["C"] + at["CB"] + at["N"]) / 3
+    away = at["CA"] - at["HA"] if "HA" in at else others - at["CA"]
     assert np.dot(away, np.cross(at["C"] - at["CA"], at["CB"] - at["CA"])) > 0
     assert np.dot(away, np.cross(at["CB"] - at["CA"], at["N"] - at["CA"])) > 0
 

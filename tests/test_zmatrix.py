@@ -146,6 +146,25 @@ def test_a_difference_far_away_makes_a_stereocentre():
     assert stereocentres(bond_graph(10, longer), [*elements, "C"]).tolist() == [[1, 2, 3, 6]]
 
 
+def without_hydrogens(graph, elements):
+    """The molecule with its heavy atoms alone, and their indices in it."""
+    heavy = [i for i, element in enumerate(elements) if element != "H"]
+    place = {atom: k for k, atom in enumerate(heavy)}
+    bonds = [(place[i], place[j]) for i, j in graph.edges if i in place and j in place]
+    return bond_graph(len(heavy), bonds), [elements[i] for i in heavy], heavy
+
+
+def test_alanine_dipeptide_without_hydrogens(alanine):
+    """CA stands in for HA; carbonyl carbons are flat; peptide bonds are still amides."""
+    names, graph, elements = alanine
+    heavy_graph, heavy_elements, heavy = without_hydrogens(graph, elements)
+    (centre,) = stereocentres(heavy_graph, heavy_elements).tolist()
+    assert {names[heavy[i]] for i in centre} == {"ALA:N", "ALA:CB", "ALA:C", "ALA:CA"}
+    assert names[heavy[centre[3]]] == "ALA:CA"
+    found = {frozenset(names[heavy[i]] for i in bond) for bond in amide_bonds(heavy_graph, heavy_elements)}
+    assert found == {frozenset(("ACE:C", "ALA:N")), frozenset(("ALA:C", "NME:N"))}
+
+
 # ---------------------------------------------------------------- amide bonds
 
 

@@ -1,0 +1,105 @@
+"""Potentials that take the structures of all replicas in one call: what marks them, and energies of many structures."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+import openmm
+
+__all__ = ["BatchEvaluator", "BatchedEnergy", "Evaluator", "batched_energy", "python_functions", "split_batched"]
+
+_CHUNK = 1024  # structures of one call; more would only take more memory
+
+
+@runtime_checkable
+class BatchedEnergy(Protocol):
+    """The function of a ``PythonForce`` that can take many copies of its molecule at once."""
+
+    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]: ...
+
+    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Energies ``(n,)`` in kJ/mol and forces in kJ/mol/nm of structures ``(n, n_atoms, 3)`` in nm."""
+        ...
+
+    def replicated(self, n_copies: int) -> Self:
+        """The function for a System of so many copies, one after another."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Energies and forces of structures; see ``ReplicaEngine.evaluate``."""
+
+    @property
+    def n_energy_evaluations(self) -> int: ...
+    @property
+    def description(self) -> str: ...
+    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def close(self) -> None: ...
+
+
+def python_functions(xml: str) -> list[Any]:
+    """The functions of all ``PythonForce`` in OpenMM's XML; reading them runs code, as OpenMM's own reading of it does.
+
+    Where a function cannot be read this raises what ``pickle.loads`` does; OpenMM 8.6 ends the process.
+    """
+    forces = re.findall(r"<Force\b[^>]*>", xml)
+    pickled = [re.search(r'\bfunction="([0-9a-f]*)"', tag) for tag in forces if 'type="PythonForce"' in tag]
+    return [pickle.loads(bytes.fromhex(found.group(1))) for found in pickled if found is not None]
+
+
+def batched_energy(force: openmm.Force) -> BatchedEnergy | None:
+    """The function of a ``PythonForce`` if it can take many copies at once, otherwise None."""
+    if not isinstance(force, openmm.PythonForce) or force.getParticles():
+        return None
+    (function,) = python_functions(openmm.XmlSerializer.serialize(force))  # OpenMM gives it to its serializer alone
+    return function if isinstance(function, BatchedEnergy) else None
+
+
+def split_batched(system: openmm.System) -> tuple[list[BatchedEnergy], openmm.System]:
+    """The batched energies of a System, and a copy of it with its other forces."""
+    rest = openmm.XmlSerializer.clone(system)
+    energies = []
+    for i in reversed(range(system.getNumForces())):
+        energy = batched_energy(system.getForce(i))
+        if energy is not None:
+            energies.append(energy)
+            rest.removeForce(i)
+    return energies, rest
+
+
+class BatchEvaluator:
+    """Energies and forces of many structures, those of batched energies in one call.
+
+    Arguments:
+        energies: Their sum counts.
+        rest: Evaluates all other forces, structure by structure; None where there are none.
+    """
+
+    def __init__(self, energies: Sequence[BatchedEnergy], rest: Evaluator | None) -> None:
+        self._energies, self._rest = energies, rest
+        self.n_energy_evaluations = 0
+        self.description = "one call for all" + (f", other forces by {rest.description}" if rest else "")
+
+    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``ReplicaEngine.evaluate``."""
+        if self._rest is None:
+            energy, forces = np.zeros(len(xyz)), np.zeros(xyz.shape)
+        else:
+            energy, forces = self._rest.evaluate(xyz)
+        for batched in self._energies:
+            for first in range(0, len(xyz), _CHUNK):
+                part = slice(first, first + _CHUNK)
+                more_energy, more_forces = batched.evaluate(xyz[part])
+                energy[part] += more_energy
+                forces[part] += more_forces
+        self.n_energy_evaluations += len(xyz)
+        return energy, forces
+
+    def close(self) -> None:
+        """Closes the evaluator of the other forces."""
+        if self._rest is not None:
+            self._rest.close()

@@ -1,0 +1,116 @@
+"""Torch energies as OpenMM forces: numbers against autograd, through every mechanism and platform."""
+
+import pickle
+import sys
+
+import numpy as np
+import openmm
+import pytest
+import torch
+from torch import nn
+
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.torchforce import TorchEnergy, python_force, torch_force
+
+_N_ATOMS, _CHOSEN = 5, [4, 0, 2]
+
+
+class Springs(nn.Module):
+    """Anharmonic springs between atoms of different strengths, so that no two atoms can be taken for each other."""
+
+    def __init__(self, n_atoms: int):
+        super().__init__()
+        strength = torch.arange(1.0, 1 + n_atoms**2, dtype=torch.float64).reshape(n_atoms, n_atoms)
+        self.strength = nn.Parameter(strength)
+
+    def forward(self, xyz: torch.Tensor) -> torch.Tensor:
+        squares = (xyz[:, None] - xyz[None, :]).square().sum(-1)
+        return (self.strength * (squares + torch.sin(squares))).sum()
+
+
+def positions(seed=0):
+    return np.random.default_rng(seed).normal(size=(_N_ATOMS, 3))
+
+
+def expected(module, atoms, xyz):
+    at = torch.tensor(xyz, requires_grad=True)
+    energy = module(at[atoms])
+    (gradient,) = torch.autograd.grad(energy, at)
+    return energy.item(), -gradient.numpy()
+
+
+def context_of(force, platform="Reference", n_atoms=_N_ATOMS):
+    system = openmm.System()
+    for _ in range(n_atoms):
+        system.addParticle(1.0)
+    system.addForce(force)
+    return openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName(platform))
+
+
+def evaluate(context, xyz):
+    context.setPositions(xyz)
+    state = context.getState(energy=True, forces=True)
+    return state.getPotentialEnergy()._value, state.getForces(asNumpy=True)._value
+
+
+mechanisms = pytest.mark.parametrize(
+    "make",
+    [
+        python_force,
+        pytest.param(lambda module, atoms=None: python_force(torch.jit.script(module), atoms), id="scripted"),
+        pytest.param(
+            lambda module, atoms=None: torch_force(torch.jit.script(module), atoms),
+            marks=pytest.mark.torchforce,
+            id="torch_force",
+        ),
+    ],
+)
+
+
+@mechanisms
+@pytest.mark.parametrize("atoms", [None, _CHOSEN])
+@pytest.mark.parametrize("platform", ["Reference", "CPU"])
+def test_equals_autograd(make, atoms, platform):
+    module = Springs(_N_ATOMS if atoms is None else len(atoms))
+    energy, forces = evaluate(context_of(make(module, atoms), platform), positions())
+    true_energy, true_forces = expected(module, slice(None) if atoms is None else atoms, positions())
+    assert energy == pytest.approx(true_energy, rel=1e-5)
+    np.testing.assert_allclose(forces, true_forces, atol=1e-5 * np.abs(true_forces).max())
+
+
+@mechanisms
+def test_forces_are_slopes(make):
+    context, xyz, step = context_of(make(Springs(3), _CHOSEN)), positions(), 1e-5
+    forces = evaluate(context, xyz)[1]
+    moved = np.random.default_rng(1).normal(size=xyz.shape)
+    up, down = (evaluate(context, xyz + sign * step * moved)[0] for sign in (1, -1))
+    assert -(up - down) / (2 * step) == pytest.approx((forces * moved).sum(), rel=1e-6)
+
+
+@mechanisms
+@pytest.mark.parametrize("atoms", [None, _CHOSEN])
+def test_survives_xml(make, atoms):
+    force = make(Springs(_N_ATOMS if atoms is None else len(atoms)), atoms)
+    again = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(force))
+    before, after = (evaluate(context_of(one), positions()) for one in (force, again))
+    assert before[0] == after[0]
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_runs_where_gradients_are_off():
+    context = context_of(python_force(Springs(_N_ATOMS)))
+    with torch.no_grad():
+        _, forces = evaluate(context, positions())
+    assert np.abs(forces).max() > 0
+
+
+def test_read_back_on_the_cpu():
+    again = pickle.loads(pickle.dumps(TorchEnergy(Springs(3), _CHOSEN)))
+    assert again.module.strength.device.type == "cpu"
+    np.testing.assert_array_equal(again.atoms, _CHOSEN)
+
+
+def test_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openmmtorch", None)
+    with pytest.raises(CGFlowError, match=r"openmmtorch .*pip install 'openmm_cgflow\[torchforce\]'.* PythonForce"):
+        torch_force(torch.jit.script(Springs(3)))
