@@ -323,7 +323,7 @@ def test_energies_of_absolute_positions_are_found_out():
 def test_lattice_keeps_copies_apart():
     toy = make_toy("C" * N_ATOMS, BONDS, zigzag(), nonbonded())
     plan = plan_lattice(toy.system, toy.positions, BONDS, [2, 3, 4], 100)
-    assert plan.sites.shape == (100, 3) and plan.system.getNumParticles() == 100 * N_ATOMS
+    assert plan.sites.shape == (100, 3) and plan.system(100).getNumParticles() == 100 * N_ATOMS
     apart = np.abs(plan.sites[:, None] - plan.sites).max(axis=-1) + 1e9 * np.eye(100)
     assert apart.min() > plan.cutoff + 2 * plan.radius
     assert np.abs(plan.sites).max() + plan.radius < 20.0
@@ -390,13 +390,14 @@ def test_forces_and_energies_belong_to_the_frames():
 
 
 def test_evaluations_are_counted_with_padding():
+    """Eleven replicas on eight sites: a full round, and one of three on half of the sites."""
     bath = HarmonicBath()
-    start = np.repeat(bath.toy.positions[None], 10, axis=0)
+    start = np.repeat(bath.toy.positions[None], 11, axis=0)
     with create_engine(bath.toy, bath.slow, settings(n_replicas=8)) as engine:
         engine.run(start, 300.0, seed=1, **SCHEDULE)
-        assert engine.n_energy_evaluations == 2 * 8 * (3 + 5 + 2 * 4) + 10 * 2
+        assert engine.n_energy_evaluations == (8 + 4) * (3 + 5 + 2 * 4) + 11 * 2
         engine.evaluate(start)
-        assert engine.n_energy_evaluations == 2 * 8 * (3 + 5 + 2 * 4) + 10 * 2 + 10
+        assert engine.n_energy_evaluations == (8 + 4) * (3 + 5 + 2 * 4) + 11 * 2 + 11
 
 
 def clashing():
