@@ -39,6 +39,7 @@ class Coordinates(nn.Module):
         atoms: Slow atom indices in the order of the positions, shape (n_slow,).
         circular: Which features are torsions, shape (n_features,) bool; they come first.
         names: One name per feature.
+        n_circular: Number of torsions.
         bound: Half-width of the interval of bounded features.
     """
 
@@ -58,7 +59,7 @@ class Coordinates(nn.Module):
         super().__init__()
         self.atoms = tuple(int(i) for i in atoms)
         self.names = tuple(names)
-        self.bound = float(bound)
+        self.bound, self.n_circular = float(bound), int(circular.sum())
         self.register_buffer("circular", torch.as_tensor(circular))
         self.register_buffer("low", torch.as_tensor(low, dtype=torch.float64))
         self.register_buffer("high", torch.as_tensor(high, dtype=torch.float64))
@@ -66,10 +67,6 @@ class Coordinates(nn.Module):
     @property
     def n_features(self) -> int:
         return len(self.names)
-
-    @property
-    def n_circular(self) -> int:
-        return int(self.circular.sum())
 
     @property
     def scale(self) -> Tensor:
@@ -126,6 +123,7 @@ class InternalCoordinates(Coordinates):
     references: Tensor
     slot_atom: Tensor
     slot_kind: Tensor
+    slot: Tensor
     stiff: Tensor
     row: Tensor
 
@@ -159,10 +157,16 @@ class InternalCoordinates(Coordinates):
         self.zmatrix = zmatrix
         self.placement = Placement(zmatrix.without_first_three(), zmatrix.atoms[:3])
         position = {int(atom): k for k, atom in enumerate(zmatrix.atoms)}
-        references = [[position.get(r, 0) for r in row] for row in zmatrix.references.tolist()]
+        references = []
+        for k, row in enumerate(zmatrix.references.tolist()):
+            # The first three atoms have others where they have no reference: of an angle between an atom and itself the
+            # gradient is nan, and times zero it still is.
+            known = [position[r] for r in row if r >= 0]
+            references.append([*known, *(j for j in range(n) if j != k and j not in known), k][:3])
         self.register_buffer("references", torch.tensor(references))
         self.register_buffer("slot_atom", torch.tensor([k for k, _ in slots]))
         self.register_buffer("slot_kind", torch.tensor([kind for _, kind in slots]))
+        self.register_buffer("slot", self.slot_atom * 3 + self.slot_kind, persistent=False)
         self.register_buffer("stiff", (self.slot_kind == 2) & ~self.circular)
         order = {int(atom): k for k, atom in enumerate(self.placement.order)}
         self.register_buffer("row", torch.tensor([order[int(atom)] for atom in zmatrix.atoms]))
@@ -170,12 +174,11 @@ class InternalCoordinates(Coordinates):
     def table(self, z: Tensor) -> Tensor:
         """Bond, angle, dihedral of each slow atom, shape (..., n_slow, 3); entries that do not exist are zero."""
         values = z.new_zeros(*z.shape[:-1], len(self.atoms) * 3)
-        index = (self.slot_atom * 3 + self.slot_kind).expand(z.shape)
-        return values.scatter(-1, index, self.to_physical(z)).unflatten(-1, (-1, 3))
+        return values.scatter(-1, self.slot.expand(z.shape), self.to_physical(z)).unflatten(-1, (-1, 3))
 
     def from_table(self, table: Tensor) -> Tensor:
         """Inverse of :meth:`table`; stiff dihedrals are unwrapped into their interval."""
-        values = table[..., self.slot_atom, self.slot_kind]
+        values = table.flatten(-2).index_select(-1, self.slot)
         middle = (self.low + self.high) / 2
         turned = torch.remainder(values - middle + math.pi, 2 * math.pi) - math.pi + middle
         return self.from_physical(torch.where(self.slot_kind == 2, turned, values))

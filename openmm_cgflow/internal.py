@@ -22,12 +22,13 @@ def bond_angle_dihedral(xyz: Tensor, atoms: Tensor, references: Tensor) -> Tenso
     Returns:
         nm, radians in (0, pi), radians in (-pi, pi] (IUPAC sign), shape (..., n, 3).
     """
-    i, a, b, c = (xyz[..., index, :] for index in (atoms, *references.unbind(-1)))
-    ai, ab, bc = i - a, b - a, c - b
-    bond = ai.norm(dim=-1)
-    angle = torch.atan2(torch.linalg.cross(ai, ab).norm(dim=-1), (ai * ab).sum(-1))
-    normal_1, normal_2 = torch.linalg.cross(-ai, ab), torch.linalg.cross(ab, bc)
-    sine = (-ai * normal_2).sum(-1) * ab.norm(dim=-1)
+    quadruples = torch.cat((atoms, references.T.flatten()))
+    i, a, b, c = xyz.index_select(-2, quadruples).unflatten(-2, (4, -1)).unbind(-3)
+    ia, ab, bc = a - i, b - a, c - b
+    normal_1, normal_2 = torch.linalg.cross(ia, ab), torch.linalg.cross(ab, bc)
+    bond = ia.norm(dim=-1)
+    angle = torch.atan2(normal_1.norm(dim=-1), -(ia * ab).sum(-1))
+    sine = (ia * normal_2).sum(-1) * ab.norm(dim=-1)
     dihedral = torch.atan2(sine, (normal_1 * normal_2).sum(-1))
     return torch.stack((bond, angle, dihedral), dim=-1)
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mdtraj
 import numpy as np
+import openmm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmm_cgflow.assembly import LinearAssembly
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.deploy import CGSystem, Mechanism, bead_system, new_force
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow, one_torch_thread
+from openmm_cgflow.freeenergy import Energy, FlowPotential, FreeEnergy, PMFPotential, TorsionPotential
 from openmm_cgflow.joint import JointFlow
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
@@ -208,6 +211,81 @@ class CGModel:
             )
         z = torch.as_tensor(z, dtype=torch.float64)
         return (self.coordinates.log_volume(z) - self.pmf(z) - self.flow.log_prob(z)).numpy()
+
+    def energy_of_positions(self, scale: float = 1.0, energy: Energy | None = None) -> FreeEnergy:
+        """A free energy as a torch module: positions of the slow atoms, nm, shape (..., n_slow, 3) -> (...), kJ/mol.
+
+        The atoms are in the order of ``partition.slow``, in any frame.
+
+        Arguments:
+            scale: Factor; negative for a bias.
+            energy: ``pmf``, ``flow`` or ``torsions``, see :mod:`openmm_cgflow.freeenergy`; by default the fitted
+                potential of mean force where there is one, otherwise the flow's.
+
+        Raises:
+            CGFlowError: If the model has no potential of mean force or no torsions and these are asked for, or its
+                slow coordinates are combinations of all particles.
+        """
+        if isinstance(self.scaffold.assembly, LinearAssembly):
+            raise CGFlowError(
+                "this model's slow coordinates are combinations of all particles (training.method: joint on a target): "
+                "there is no force on slow atoms alone"
+            )
+        coordinates = self.coordinates
+        if energy not in (None, "pmf", "flow", "torsions"):
+            raise CGFlowError(f"energy: got {energy!r}, expected 'pmf', 'flow' or 'torsions'")
+        if energy == "pmf" and self.pmf is None:
+            raise CGFlowError("energy: this model has no potential of mean force, it was trained by another method")
+        if energy == "torsions" and not coordinates.n_circular:
+            raise CGFlowError("energy: this model has no torsions among its slow coordinates")
+        potential: nn.Module
+        if energy == "flow" or self.pmf is None:
+            potential = FlowPotential(self.flow, coordinates, self.gamma)
+        else:
+            potential = PMFPotential(self.pmf)
+        if energy == "torsions":
+            potential = TorsionPotential(potential, self.flow, coordinates)
+        return FreeEnergy(coordinates, self.partition.slow, potential, scale / thermal_beta(self.temperature))
+
+    def create_force(
+        self,
+        *,
+        scale: float = 1.0,
+        atoms: Sequence[int] | None = None,
+        energy: Energy | None = None,
+        mechanism: Mechanism = "python",
+    ) -> openmm.Force:
+        """The coarse-grained free energy as an OpenMM force, kJ/mol, on the slow atoms of a System.
+
+        With a negative ``scale`` and ``energy="torsions"`` it is a bias that flattens barriers; frames then have the
+        weight exp(beta V) of its energy V. A ``PythonForce`` that goes through ``XmlSerializer`` holds the model as a
+        pickle: reading it runs code, and needs this package.
+
+        Arguments:
+            scale: Factor of the energy.
+            atoms: Indices of the slow atoms in the System, in the order of ``partition.slow``; by default the System
+                is that of the training.
+            energy: See :meth:`energy_of_positions`.
+            mechanism: ``python`` for ``openmm.PythonForce``, ``torchforce`` for ``openmmtorch.TorchForce``.
+
+        Raises:
+            CGFlowError: If the atoms are not as many, the energy is not there, or openmmtorch is not.
+        """
+        slow = self.partition.slow
+        chosen = slow if atoms is None else [int(i) for i in atoms]
+        if len(set(chosen)) != len(slow) or min(chosen) < 0 or len(chosen) != len(slow):
+            names = " ".join(self.molecular_system.labels[i] for i in slow)
+            raise CGFlowError(f"atoms: got {list(chosen)}, expected {len(slow)} different indices, of {names}")
+        return new_force(self.energy_of_positions(scale, energy), chosen, mechanism)
+
+    def create_cg_system(self, *, scale: float = 1.0, energy: Energy | None = None) -> CGSystem:
+        """Beads in place of the slow atoms, with masses, topology and positions, under the free energy alone.
+
+        Arguments:
+            scale: Factor of the energy.
+            energy: See :meth:`energy_of_positions`.
+        """
+        return bead_system(self.molecular_system, self.partition, self.energy_of_positions(scale, energy))
 
     def read(self, xyz: np.ndarray) -> np.ndarray:
         """z of all-atom positions, nm, shape (n, n_atoms, 3) -> (n, n_features)."""

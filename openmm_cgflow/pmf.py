@@ -66,7 +66,10 @@ class PMF(nn.Module):
         self.register_buffer("precision", precision.float())
 
     def members(self, z: Tensor) -> Tensor:
-        """Phi of every member, up to a constant each, shape (n_members, n, n_features) -> (n_members, n), float32."""
+        """Phi of every member, up to a constant each, shape (n_members, n, n_features) -> (n_members, n).
+
+        float32 as the networks are, unless these were made float64.
+        """
         bounded = z[..., self.n_circular :]
         hidden = slow_features(z, self.n_circular)
         last = len(self.weights) - 1
@@ -78,7 +81,7 @@ class PMF(nn.Module):
 
     def each(self, z: Tensor) -> Tensor:
         """Phi of every member at the same z, shape (n, n_features) -> (n_members, n), float64."""
-        return self.members(z.float()[None].expand(self.n_members, -1, -1)).double()
+        return self.members(z.to(self.precision.dtype)[None].expand(self.n_members, -1, -1)).double()
 
     def forward(self, z: Tensor) -> Tensor:
         """Phi(z), the members' mean, shape (n, n_features) -> (n,), float64."""

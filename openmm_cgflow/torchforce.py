@@ -1,8 +1,8 @@
 """PyTorch energies as OpenMM forces: ``openmm.PythonForce``, or openmmtorch's ``TorchForce`` where it is installed.
 
 Either way the energy is a torch module, positions (n_atoms, 3) in nm -> energy in kJ/mol, a scalar; forces are its
-autograd gradient. A ``PythonForce`` takes any module and is all that a plain installation needs; a ``TorchForce`` takes
-TorchScript only and calls it without Python.
+autograd gradient, or what the module returns beside the energy. A ``PythonForce`` takes any module and is all that a
+plain installation needs; a ``TorchForce`` takes TorchScript only and calls it without Python.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["TorchEnergy", "python_force", "torch_force"]
+__all__ = ["TorchEnergy", "of_all_atoms", "python_force", "torch_force"]
 
 
 class TorchEnergy:
@@ -31,10 +31,12 @@ class TorchEnergy:
     Arguments:
         module: Positions of the chosen atoms, nm, shape (n, 3), float64 and on the module's device -> energy, kJ/mol.
         atoms: 0-based indices of the atoms it acts on, in the module's order; all by default.
+        outputs_forces: Whether the module returns the energy and the forces, kJ/mol/nm, shape (n, 3), instead of the
+            energy alone.
     """
 
-    def __init__(self, module: nn.Module, atoms: Sequence[int] | None = None) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, atoms: Sequence[int] | None = None, outputs_forces: bool = False) -> None:
+        self.module, self.outputs_forces = module, outputs_forces
         self.atoms = None if atoms is None else np.array(atoms, dtype=np.int64)
         self._device = _device(module)
 
@@ -42,28 +44,34 @@ class TorchEnergy:
         """Energy, kJ/mol, and forces on all atoms of the System, kJ/mol/nm, shape (n_atoms, 3)."""
         positions = state.getPositions(asNumpy=True)._value  # in nm; the public way takes as long as a small network
         chosen = positions if self.atoms is None else positions[self.atoms]
-        with torch.enable_grad():  # OpenMM may call from a thread of its own, where the mode is another
-            xyz = torch.tensor(chosen, dtype=torch.float64, device=self._device, requires_grad=True)
-            energy = self.module(xyz)
-            (gradient,) = torch.autograd.grad(energy, xyz)
-        forces = -gradient.cpu().numpy()
-        if self.atoms is not None:
-            chosen_forces, forces = forces, np.zeros_like(positions)
-            forces[self.atoms] = chosen_forces
-        return energy.item(), forces
+        energy, forces = self._evaluate(torch.from_numpy(chosen).to(self._device))
+        if self.atoms is None:
+            return energy, forces
+        everywhere = np.zeros_like(positions)
+        everywhere[self.atoms] = forces
+        return energy, everywhere
 
-    def __getstate__(self) -> tuple[bool, bytes, np.ndarray | None]:
+    def _evaluate(self, xyz: Tensor) -> tuple[float, np.ndarray]:
+        if self.outputs_forces:
+            with torch.inference_mode():
+                energy, forces = self.module(xyz)
+        else:
+            with torch.enable_grad():  # OpenMM may call from a thread of its own, where the mode is another
+                energy = self.module(xyz.requires_grad_())
+                forces = -torch.autograd.grad(energy, xyz)[0]
+        return energy.item(), forces.cpu().numpy()
+
+    def __getstate__(self) -> tuple[bytes, bool, np.ndarray | None, bool]:
         buffer, scripted = io.BytesIO(), isinstance(self.module, torch.jit.ScriptModule)
         (torch.jit.save if scripted else torch.save)(self.module, buffer)
-        return scripted, buffer.getvalue(), self.atoms
+        return buffer.getvalue(), scripted, self.atoms, self.outputs_forces
 
-    def __setstate__(self, state: tuple[bool, bytes, np.ndarray | None]) -> None:
-        scripted, data, self.atoms = state
-        buffer = io.BytesIO(data)
+    def __setstate__(self, state: tuple[bytes, bool, np.ndarray | None, bool]) -> None:
+        data, scripted, self.atoms, self.outputs_forces = state
         if scripted:
-            self.module = torch.jit.load(buffer, map_location="cpu")
+            self.module = torch.jit.load(io.BytesIO(data), map_location="cpu")
         else:
-            self.module = torch.load(buffer, map_location="cpu", weights_only=False)
+            self.module = torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
         self._device = _device(self.module)
 
 
@@ -73,43 +81,57 @@ def _device(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def python_force(module: nn.Module, atoms: Sequence[int] | None = None) -> openmm.PythonForce:
-    """A torch module as ``openmm.PythonForce``; it runs on every platform.
-
-    Arguments:
-        module: See :class:`TorchEnergy`.
-        atoms: 0-based indices of the atoms it acts on, in the module's order; all by default.
-    """
-    return openmm.PythonForce(TorchEnergy(module, atoms))
+def python_force(
+    module: nn.Module, atoms: Sequence[int] | None = None, outputs_forces: bool = False
+) -> openmm.PythonForce:
+    """A torch module as ``openmm.PythonForce``, which runs on every platform; see :class:`TorchEnergy`."""
+    return openmm.PythonForce(TorchEnergy(module, atoms, outputs_forces))
 
 
-class _ChosenAtoms(nn.Module):
-    """A module that sees only some atoms: ``TorchForce`` gives it all."""
-
-    atoms: Tensor
-
-    def __init__(self, module: nn.Module, atoms: Sequence[int]) -> None:
-        super().__init__()
-        self.module = module
-        self.register_buffer("atoms", torch.tensor(atoms))
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return self.module(positions[self.atoms])
-
-
-def torch_force(module: torch.jit.ScriptModule, atoms: Sequence[int] | None = None) -> openmm.Force:
+def torch_force(
+    module: torch.jit.ScriptModule, atoms: Sequence[int] | None = None, outputs_forces: bool = False
+) -> openmm.Force:
     """A TorchScript module as ``openmmtorch.TorchForce``.
 
     Arguments:
         module: Positions of the chosen atoms, nm, shape (n, 3) -> energy, kJ/mol. On GPUs the positions are float32
             unless the Context computes in double precision.
         atoms: 0-based indices of the atoms it acts on, in the module's order; all by default.
+        outputs_forces: Whether the module returns the energy and the forces, kJ/mol/nm, shape (n, 3).
 
     Raises:
         CGFlowError: If openmmtorch is not installed, or does not fit the torch that is.
     """
     library = _openmmtorch()
-    return library.TorchForce(module if atoms is None else torch.jit.script(_ChosenAtoms(module, atoms)))
+    force = library.TorchForce(module if atoms is None else of_all_atoms(module, atoms, outputs_forces))
+    force.setOutputsForces(outputs_forces)
+    return force
+
+
+class _ChosenAtoms(nn.Module):
+    # TorchScript cannot read an annotation of the buffer here, which mypy would want below.
+    def __init__(self, module: nn.Module, atoms: Sequence[int]) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("atoms", torch.tensor(atoms))
+
+
+class _EnergyOfChosenAtoms(_ChosenAtoms):
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.module(positions[self.atoms])  # type: ignore[index]
+
+
+class _ForcesOfChosenAtoms(_ChosenAtoms):
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        energy, forces = self.module(positions[self.atoms])  # type: ignore[index]
+        return energy, torch.zeros_like(positions).index_copy(0, self.atoms, forces.to(positions))  # type: ignore[arg-type]
+
+
+def of_all_atoms(
+    module: torch.jit.ScriptModule, atoms: Sequence[int], outputs_forces: bool = False
+) -> torch.jit.ScriptModule:
+    """A TorchScript module of some atoms as one that is given the positions of all; see :func:`torch_force`."""
+    return torch.jit.script((_ForcesOfChosenAtoms if outputs_forces else _EnergyOfChosenAtoms)(module, atoms))
 
 
 def _openmmtorch() -> ModuleType:
