@@ -11,7 +11,9 @@ they differ by is the error. Windows of a potential that takes many structures i
 The file holds P (100, 100), the probability of the two torsions on [-180, 180) degrees, its bin centers (100,) in
 radians, P_passes (n_passes, 100, 100), n_evaluations (energy evaluations in all), temperature in K and the names of the
 torsions; with a side chain also chi1 (36,), the probability of χ1, and chi1_passes. `openmm-cgflow evaluate RUN
---reference FILE` reads it. Errors are standard errors of the mean of the passes.
+--reference FILE` reads it. Errors are standard errors of the mean of the passes. With --frames FILE.dcd the frames of
+all passes are kept, for sizes and side chains, and their weights beside them: `openmm-cgflow evaluate RUN --reference
+FILE.dcd --weights FILE.npy`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mdtraj
 import numpy as np
 from estimators import (
     bin_centres,
@@ -52,8 +55,16 @@ _CHECKED = 8000  # frames on which WHAM is compared with MBAR
 
 @dataclass(frozen=True)
 class Pass:
-    """Weighted frames of one pass: torsions ``(n_frames, n_torsions)`` in radians, weights of sum 1."""
+    """Weighted frames of one pass in the order of time.
 
+    Attributes:
+        xyz: ``(n_frames, n_atoms, 3)`` in nm.
+        angles: Torsions, ``(n_frames, n_torsions)`` in radians.
+        weights: Of sum 1, ``(n_frames,)``.
+        n_evaluations: Energy evaluations.
+    """
+
+    xyz: np.ndarray
     angles: np.ndarray
     weights: np.ndarray
     n_evaluations: int
@@ -87,7 +98,10 @@ def by_umbrella(settings: Settings, ps: float, equilibration: float, seed: int, 
     )
     for name, part in odd.items():
         print(f"  note: {part:.1%} of the windows ended in the state '{name}'", flush=True)
-    return Pass(frames, weights, n_evaluations)
+    # Frames of all windows at one time follow each other, so that a part of the frames is a part of the time.
+    in_time = np.arange(len(frames)).reshape(angles.shape[:2]).T.ravel()
+    xyz = np.concatenate([window.frames for window in sampled.values()])
+    return Pass(xyz[in_time], frames[in_time], weights[in_time], n_evaluations)
 
 
 def _from_mbar(angles: np.ndarray, centres: np.ndarray, strength: float) -> float:
@@ -106,7 +120,7 @@ def by_replica_exchange(molecule: Molecule, ps: float, seed: int, n_replicas: in
     print(f"  {n_replicas} replicas to {hottest:g} K, {sampled.n_evaluations:.3g} energy evaluations", flush=True)
     for name, part in molecule.odd_states(sampled.xyz, sampled.weights).items():
         print(f"  note: the state '{name}' has the population {part:.2g}", flush=True)
-    return Pass(molecule.angles(sampled.xyz), sampled.weights, sampled.n_evaluations)
+    return Pass(sampled.xyz, molecule.angles(sampled.xyz), sampled.weights, sampled.n_evaluations)
 
 
 def table(names: Sequence[str], populations_of_passes: Sequence[np.ndarray]) -> list[str]:
@@ -155,6 +169,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--workers", type=int, default=1, help="processes for the windows; the result is the same")
     result.add_argument("--platform", default="Reference", help="OpenMM platform (Reference)")
     result.add_argument("--seed", type=seed_option, default=2025)
+    result.add_argument(
+        "--frames", type=Path, metavar="FILE.dcd", help="keep the frames, too, and FILE.npy, their weights"
+    )
     result.add_argument("--compare", type=Path, metavar="FILE.npz", help="another reference")
     return result
 
@@ -185,6 +202,9 @@ def main() -> None:
     arrays = collect(passes, molecule)
     with atomic_path(options.output) as temporary:
         np.savez_compressed(temporary, **arrays)
+    if options.frames is not None:
+        mdtraj.Trajectory(np.concatenate([one.xyz for one in passes]), molecule.topology).save(str(options.frames))
+        np.save(options.frames.with_suffix(".npy"), np.concatenate([one.weights for one in passes]))
     print(f"wrote {options.output}\n\n{' '.join(options.torsions)} at {molecule.temperature:g} K, ", end="")
     print(f"{arrays['n_evaluations']:.3g} energy evaluations")
     if list(options.torsions) == ["phi", "psi"]:

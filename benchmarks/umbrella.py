@@ -118,11 +118,13 @@ class Window:
 
     Attributes:
         angles: All torsions of its frames, ``(n_frames, n_torsions)`` in radians.
+        frames: ``(n_frames, n_atoms, 3)`` in nm, float32.
         xyz: Its last positions, ``(n_atoms, 3)`` in nm.
         free_energy: Relative to the first window, kT; set by ``spread``.
     """
 
     angles: np.ndarray
+    frames: np.ndarray
     xyz: np.ndarray
     free_energy: float = 0.0
 
@@ -192,7 +194,7 @@ def run_window(run: Run) -> Window:
     for frame in frames:
         integrator.step(STRIDE)
         frame[:] = finite(context)
-    return Window(molecule.angles(frames), frames[-1])
+    return Window(molecule.angles(frames), frames.astype(np.float32), frames[-1])
 
 
 def run_together(runs: Sequence[Run]) -> list[Window]:
@@ -226,7 +228,8 @@ def run_together(runs: Sequence[Run]) -> list[Window]:
     for frame in frames:
         integrator.step(STRIDE)
         frame[:] = finite(context).reshape(frame.shape)
-    return [Window(molecule.angles(frames[:, copy]), frames[-1, copy]) for copy in range(len(runs))]
+    each = frames.swapaxes(0, 1)
+    return [Window(molecule.angles(own), own.astype(np.float32), own[-1]) for own in each]
 
 
 def spread(settings: Settings, n_steps: int, seed: int, run_all: RunAll) -> tuple[dict[Cell, Window], int]:

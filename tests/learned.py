@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from toys import HarmonicBath
+
+from openmm_cgflow.internal import bond_angle_dihedral
+from openmm_cgflow.prior import BondedPrior
 
 _ALL_PAIRS = [(i, j, 20.0) for i in range(14) for j in range(i)]
 
@@ -70,6 +74,25 @@ class Field(Springs):
 
     def forward(self, positions: Tensor) -> Tensor:
         return super().forward(positions) + 10 * positions[..., 0].sum(-1)
+
+
+class Chain(BondedPrior):
+    """A chain of atoms with a phase in every term of its torsions."""
+
+    def __init__(self, terms: list[tuple[tuple[int, float, float], ...]]) -> None:
+        degree = math.degrees(1.0)
+        n_atoms = len(terms) + 3
+        bonds = [(i, i + 1, 0.15, 1e5) for i in range(n_atoms - 1)]
+        angles = [(i, i + 1, i + 2, 1.9 * degree, 300.0 / degree**2) for i in range(n_atoms - 2)]
+        super().__init__(bonds, angles, [], [])
+        rows = [(first, *term) for first, of_torsion in enumerate(terms) for term in of_torsion]
+        first, self.order, self.phase, self.strength = (torch.tensor(column) for column in zip(*rows, strict=True))
+        self.ends, self.references = first + 3, first[:, None] + torch.tensor([2, 1, 0])
+
+    def forward(self, positions: Tensor) -> Tensor:
+        torsions = bond_angle_dihedral(positions, self.ends, self.references)[..., 2]
+        terms = self.strength * (1 + torch.cos(self.order * torsions - self.phase))
+        return super().forward(positions) + terms.sum(-1)
 
 
 class PerAtom(Springs):

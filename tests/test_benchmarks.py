@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import learned
 import mdtraj
 import numpy as np
 import openmm
@@ -15,6 +16,7 @@ from openmm import app, unit
 from scipy.special import erfc
 
 from openmm_cgflow.distances import circle_histogram
+from openmm_cgflow.potentials import ReplicaEnergy
 from openmm_cgflow.reference import GridReference, load_frames, load_reference
 from openmm_cgflow.units import thermal_beta
 
@@ -34,7 +36,17 @@ from estimators import (  # noqa: E402
 )
 from md import Molecule, exit_code, load, parallel_map, steps  # noqa: E402
 from samplers import final_bias, metadynamics, plain_md, replica_exchange  # noqa: E402
-from umbrella import Settings, hold, lower_barriers, restrain, run_window, sample, spread, unbias  # noqa: E402
+from umbrella import (  # noqa: E402
+    Settings,
+    hold,
+    lower_barriers,
+    restrain,
+    run_together,
+    run_window,
+    sample,
+    spread,
+    unbias,
+)
 
 ALANINE = "alanine_dipeptide/alanine_dipeptide.yaml"
 SIGMAS = 5.0
@@ -332,14 +344,39 @@ def test_barriers_are_lowered_by_the_bias_that_is_taken_away(chain):
     np.testing.assert_allclose(settings.flattening(np.radians([[0, 0, 60], [0, 0, 180], [0, 0, -60]])), 0, atol=1e-9)
 
 
+@pytest.fixture(scope="module")
+def learned_chain(chain):
+    """The same chain as a torch module that takes many of them at once."""
+    system = openmm.System()
+    for _ in range(5):
+        system.addParticle(12.0)
+    system.addForce(openmm.PythonForce(ReplicaEnergy(learned.Chain(list(TERMS)))))
+    return replace(chain, system_xml=openmm.XmlSerializer.serialize(system))
+
+
+def test_the_learned_chain_is_the_same(chain, learned_chain):
+    assert learned_chain.takes_all and not chain.takes_all
+    frames = plain_md(chain, 10_000, 1).xyz
+    reference_platform = openmm.Platform.getPlatformByName("Reference")
+    energies = [
+        _energies(openmm.Context(one.system(), openmm.VerletIntegrator(0.001), reference_platform), frames, -1)
+        for one in (chain, learned_chain)
+    ]
+    np.testing.assert_allclose(*energies, rtol=1e-6)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flatten", [0.0, 5.0])
-def test_umbrella_sampling_finds_the_density_of_a_chain(chain, flatten):
-    settings = Settings(with_chi1(chain) if flatten else chain, spacing=30.0, force_constant=20.0, flatten=flatten)
-    with parallel_map(1) as run_all:
-        passes = [reference.by_umbrella(settings, 1.0, 1.0, seed, partial(run_all, run_window)) for seed in range(4)]
+@pytest.mark.parametrize(("together", "flatten"), [(False, 0.0), (True, 0.0), (False, 5.0), (True, 5.0)])
+def test_umbrella_sampling_finds_the_density_of_a_chain(chain, learned_chain, together, flatten):
+    molecule = learned_chain if together else chain
+    settings = Settings(with_chi1(molecule) if flatten else molecule, 30.0, 20.0, flatten=flatten)
+    with parallel_map(1) as run_map:
+        run_all = run_together if together else partial(run_map, run_window)
+        passes = [reference.by_umbrella(settings, 1.0, 1.0, seed, run_all) for seed in range(4)]
     assert passes[0].n_evaluations == 144 * 1000
     _assert_right([populations(one.angles[:, :2], one.weights) for one in passes], 0.03)
+    for one in passes:
+        np.testing.assert_allclose(chain.angles(one.xyz), one.angles[:, :2], atol=1e-3)
 
 
 @pytest.mark.slow
