@@ -205,6 +205,36 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    output: Path = options.output
+    for_openmmml = options.format == "openmmml"
+    if for_openmmml and (options.beads or options.energy or options.scale != 1.0):
+        raise CGFlowError(
+            "--format openmmml copies the model: give scale and energy to MLPotential, beads as a topology"
+        )
+    if output.exists() and (for_openmmml or not options.overwrite):
+        raise CGFlowError(
+            f"{output}: exists already; choose another name" + ("" if for_openmmml else ", or give --overwrite")
+        )
+    from openmm_cgflow.deploy import copy_model, save_force, save_torchscript
+    from openmm_cgflow.runner import load
+
+    model = load(options.run_directory, stage=options.stage)
+    beads = list(range(len(model.partition.slow))) if options.beads else None
+    if for_openmmml:
+        copy_model(options.run_directory, model.stage, output)
+        usage = f"openmmml.MLPotential('cgflow', modelPath='{output}')"
+    elif options.format == "python-force":
+        save_force(model.create_force(scale=options.scale, atoms=beads, energy=options.energy), output)
+        usage = f"openmm.XmlSerializer.deserialize(open('{output}').read()); it runs code: read only files you trust"
+    else:
+        atoms = None if options.beads else model.partition.slow
+        save_torchscript(model.energy_of_positions(options.scale, options.energy), output, atoms)
+        usage = f"torch.jit.load('{output}') or openmmtorch.TorchForce('{output}')"
+    print(f"wrote {output}, of {model.temperature:g} K. Use it with:\n  {usage}")
+    return 0
+
+
 def _info(options: argparse.Namespace) -> int:
     from openmm_cgflow.rundir import RunDirectory
 
@@ -286,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sample(commands)
     _add_evaluate(commands)
+    _add_export(commands)
     _add_info(commands)
     return parser
 
@@ -391,6 +422,30 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--residue", metavar="NAME", help="the only residue whose (phi, psi) to compare, such as ALA2 (default: all)"
     )
     parser.add_argument("--seed", type=_count, metavar="N", help="of errors and floors (default: the configuration's)")
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="write the coarse-grained free energy as a force for OpenMM")
+    parser.set_defaults(run=_export)
+    parser.add_argument("run_directory", type=Path, metavar="RUN")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("python-force", "torchscript", "openmmml"),
+        help="an openmm.PythonForce as XML; TorchScript, positions in nm -> kJ/mol; a folder for openmm-ml",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--beads", action="store_true", help="for a System of the slow atoms alone (default: of all)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="factor, negative for a bias (default: 1)"
+    )
+    parser.add_argument(
+        "--energy",
+        choices=("pmf", "flow", "torsions"),
+        help="the fitted free energy, the flow's, or that of the torsions alone (default: pmf where there is one)",
+    )
+    parser.add_argument("--stage", type=_count, metavar="K", help="tempering stage, 0 the hottest (default: the last)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:

@@ -150,17 +150,17 @@ def save_torchscript(energy: FreeEnergy, path: Path, atoms: Sequence[int] | None
         torch.jit.save(module, str(temporary))
 
 
-def copy_model(run: RunDirectory, stage: int, path: Path) -> None:
+def copy_model(run_directory: Path, stage: int, path: Path) -> None:
     """Copies what ``load`` and openmm-ml's ``MLPotential("cgflow", modelPath=...)`` need of a run, and no more.
 
     Raises:
-        CGFlowError: If the folder is there already or cannot be written.
+        CGFlowError: If the folder is there already, as a run's might be, or cannot be written.
     """
     if path.exists():
-        raise CGFlowError(f"{path}: exists already; choose another name")
-    copy = RunDirectory(path)
+        raise CGFlowError(f"{path}: exists already, and a folder is never replaced; choose another name")
+    run, copy = RunDirectory.open(run_directory), RunDirectory(path)
     with writing(path):
         copy.models.mkdir(parents=True)
         for name in ("config", "system_xml", "slow_atoms", "topology", "provenance"):
-            shutil.copy(getattr(run, name), getattr(copy, name))
+            shutil.copyfile(getattr(run, name), getattr(copy, name))
         shutil.copy(run.models / f"stage_{stage:02d}.pt", copy.models)

@@ -230,6 +230,43 @@ def test_check_names_what_ends_the_training(butane, capsys):
     assert re.search(r"estimated wall time: \d", text)
 
 
+def test_export(finished, tmp_path, capsys):
+    """Each format, read as its users read it; the numbers are those of the model."""
+    files = {
+        "python-force": tmp_path / "force.xml",
+        "torchscript": tmp_path / "model.pt",
+        "openmmml": tmp_path / "copy",
+    }
+    for name, path in files.items():
+        options = [] if name == "openmmml" else ["--scale", "-0.5", "--beads"]
+        assert main(["export", str(finished), "--format", name, "-o", str(path), *options]) == 0
+        assert str(path) in capsys.readouterr().out
+        assert main(["export", str(finished), "--format", name, "-o", str(path), *options]) == 2
+        assert "exists already" in capsys.readouterr().err
+    model = runner.load(files["openmmml"])
+    assert {path.name for path in files["openmmml"].iterdir()} == {
+        "config.yaml", "models", "provenance.json", "slow_atoms.json", "system.xml", "topology.pdb",
+    }  # fmt: skip
+    xyz = torch.tensor(model.molecular_system.positions[list(model.partition.slow)])
+    expected = model.energy_of_positions(-0.5)(xyz).item()
+    assert expected == runner.load(finished).energy_of_positions(-0.5)(xyz).item()
+    assert torch.jit.load(files["torchscript"])(xyz).item() == pytest.approx(expected, rel=1e-9)
+    system = openmm.System()
+    for _ in range(4):
+        system.addParticle(1.0)
+    system.addForce(openmm.XmlSerializer.deserialize(files["python-force"].read_text()))
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(xyz.numpy())
+    energy = context.getState(energy=True).getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
+    assert energy == pytest.approx(expected, rel=1e-9)
+
+
+def test_export_for_openmmml_takes_no_options(finished, tmp_path, capsys):
+    command = ["export", str(finished), "--format", "openmmml", "-o", str(tmp_path / "copy"), "--scale", "2"]
+    assert main(command) == 2
+    assert "give scale and energy to MLPotential" in capsys.readouterr().err
+
+
 def test_info(finished, capsys):
     text = output_of(capsys, "info", finished)
     assert "finished" in text.splitlines()[0]

@@ -14,7 +14,7 @@ import yaml
 import openmm_cgflow
 
 # Where conda-forge, or the module to import, has another name than PyPI.
-_CONDA = {"torch": "pytorch", "openmmtorch": "openmm-torch", "matplotlib": "matplotlib-base"}
+_CONDA = {"torch": "pytorch", "openmmtorch": "openmm-torch", "openmmml": "openmm-ml", "matplotlib": "matplotlib-base"}
 _MODULES = {"pyyaml": "yaml"}
 _OPTIONAL = {"openmmtorch", "openmmml"}  # imported where they are asked for, or by themselves
 _CONDA_ONLY = {"python", "pip", "setuptools", "openmm-torch"}
