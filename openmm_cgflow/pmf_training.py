@@ -180,7 +180,8 @@ class PMFTrainer:
         row |= {"energy": float(force.energy[force.valid].median())}
         self.ended_by = self._reason_to_end(row)
         if self.ended_by:
-            self.values.start(self.flow, self.pmf, self.coordinates, self.estimator, self.generator)
+            gamma = min(self.gamma, self.flow_fitter.reach)
+            self.values.start(self.flow, self.pmf, self.coordinates, self.estimator, self.generator, gamma)
         return self._ordered(row)
 
     def _measure_values(self) -> dict[str, float]:
