@@ -41,8 +41,10 @@ class Coordinates(nn.Module):
         names: One name per feature.
         n_circular: Number of torsions.
         bound: Half-width of the interval of bounded features.
+        periodic: Whether the energy is a function on the circle of the circular features.
     """
 
+    periodic = True
     circular: Tensor
     low: Tensor
     high: Tensor
@@ -253,13 +255,15 @@ class BoxCoordinates(Coordinates):
     """The x of particles in a box whose two walls are one point, so that z is a point on a torus.
 
     What explores and weighs the torsions of molecules then does the same for a target of several modes. The density
-    must have vanished before the walls. y and z of the particles are zero.
+    must have vanished before the walls; the energy is not the same at both. y and z of the particles are zero.
 
     Arguments:
         atoms: Slow particles.
         labels: A label per particle of the topology.
         half_edge: The box is [-half_edge, half_edge), nm.
     """
+
+    periodic = False
 
     def __init__(self, atoms: Sequence[int], labels: Sequence[str], half_edge: float) -> None:
         n = len(atoms)

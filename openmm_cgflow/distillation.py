@@ -26,7 +26,7 @@ _FROM_SAME = 0.7  # fraction of the updates whose proposals have the gamma that 
 _LARGEST_WEIGHT = 30.0  # over the mean weight; a single sample must not be the whole gradient
 _LARGEST_NORM = 10.0  # of the gradient
 _AVERAGING = 0.98  # of the running average of the flow, per update
-_FIRST_REACH = 0.02  # gamma that the training starts with
+_FIRST_REACH, _SMALLEST_REACH = 0.02, 0.001  # gamma that the training starts with, and where it may fall to
 _RISE = 1.15  # of the reach in an update, or its inverse
 _ENOUGH, _TOO_FEW = 0.3, 0.1  # relative effective sample sizes of a batch at which the reach rises or falls
 _LARGEST_FORCE = 5.0  # over the batch's median
@@ -170,7 +170,7 @@ class FlowFitter:
         if ess > _ENOUGH:
             self.reach = min(1.0, _RISE * self.reach)
         elif ess < _TOO_FEW:
-            self.reach = max(_FIRST_REACH, self.reach / _RISE)
+            self.reach = max(_SMALLEST_REACH, self.reach / _RISE)
 
     def state_dict(self) -> dict[str, Any]:
         networks, optimizer = self.networks.state_dict(), self.optimizer.state_dict()

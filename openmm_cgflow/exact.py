@@ -29,7 +29,7 @@ from openmm_cgflow.units import thermal_beta
 __all__ = ["ExactEvaluation", "evaluate_exactly"]
 
 _N_DRAWS = 100_000
-_N_MARGINAL = 1_000_000  # draws for histograms, those of single coordinates on so many bins:
+_N_MARGINAL = 1_000_000  # draws for histograms, over all slow coordinates; those of single ones on so many bins:
 _N_MARGINAL_BINS = 50
 _N_BINS = 36  # on each axis of the map of a slow and a fast coordinate
 _FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at by its gamma
@@ -224,7 +224,8 @@ def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
 def _level(target: Target, beta: float, draw: Draw, log_density: LogDensity, rng: np.random.Generator) -> Level:
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     normaliser = target.log_normaliser(beta, rng)
-    drawn = np.concatenate([draw(_N_DRAWS, generator) for _ in range(_N_MARGINAL // _N_DRAWS)])
+    n_batches = max(1, _N_MARGINAL // (_N_DRAWS * target.n_slow))
+    drawn = np.concatenate([draw(_N_DRAWS, generator) for _ in range(n_batches)])
     n_columns, first = drawn.shape[1], drawn[:_N_DRAWS]
     exact = target.sample(_N_MARGINAL, beta, rng)[:, :n_columns]
     log_model = log_density(exact[:_N_DRAWS])

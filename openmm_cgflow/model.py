@@ -83,17 +83,24 @@ def new_pmf(config: Config, scaffold: Scaffold) -> PMF:
         raise CGFlowError("a potential of mean force needs coordinates: internal")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 9))
-        settings, n_circular = config.pmf, scaffold.assembly.coordinates.n_circular
-        return PMF(n_circular, torch.linalg.inv(covariance), settings.hidden_features, settings.n_members)
+        settings, coordinates = config.pmf, scaffold.assembly.coordinates
+        return PMF(
+            coordinates.n_circular,
+            torch.linalg.inv(covariance),
+            settings.hidden_features,
+            settings.n_members,
+            coordinates.periodic,
+        )
 
 
 def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
     """A response of the fast atoms that is zero, its networks from the configuration's seed."""
-    n_circular, n_features = scaffold.assembly.coordinates.n_circular, scaffold.assembly.coordinates.n_features
+    coordinates = scaffold.assembly.coordinates
+    n_circular, n_bounded = coordinates.n_circular, coordinates.n_features - coordinates.n_circular
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 10))
         widths = scaffold.fast_widths(config.temperature)
-        return FastResponse(n_circular, n_features - n_circular, widths, config.pmf.hidden_features)
+        return FastResponse(n_circular, n_bounded, widths, config.pmf.hidden_features, coordinates.periodic)
 
 
 _BATCH_SIZE = 1024  # samples drawn at once, at least, where so many are wanted

@@ -27,14 +27,19 @@ _SPACING = math.radians(8.0)  # of the torsions, between two points of a path
 
 @torch.no_grad()
 def low_paths(
-    flow: CGFlow, pmf: PMF, coordinates: Coordinates, n_conformations: int, generator: torch.Generator
+    flow: CGFlow,
+    pmf: PMF,
+    coordinates: Coordinates,
+    n_conformations: int,
+    generator: torch.Generator,
+    gamma: float = 0.1,
 ) -> Tensor:
     """Paths of equally many points from the lowest conformation to those that differ most from it and each other.
 
     Fewer than asked for where fewer conformations lie within a few kT of the lowest.
 
     They follow the flow's samples at several gamma along the least resistance, length times exp(free energy). Bounded
-    coordinates are those that the flow gives to its base's centre.
+    coordinates are those that the flow gives to its base's centre. Positions in a box do not pass through its walls.
 
     Arguments:
         flow: Has at least one torsion.
@@ -42,19 +47,20 @@ def low_paths(
         coordinates: For log J.
         n_conformations: How many paths at most.
         generator: Source of all randomness.
+        gamma: Of a third of the samples, another third has its root: barriers must be low there.
 
     Returns:
         Shape (n_paths, n_points, n_features), float64.
     """
     flow, n = copy.deepcopy(flow).double(), flow.n_circular
-    gamma = torch.ones(_N_POINTS, dtype=torch.float64)
-    gamma[_N_POINTS // 3 :] = 0.3
-    gamma[2 * _N_POINTS // 3 :] = 0.1
-    torsions = flow.sample(_N_POINTS, generator, gamma)[0][:, :n]
+    gammas = torch.ones(_N_POINTS, dtype=torch.float64)
+    gammas[_N_POINTS // 3 :] = math.sqrt(gamma)
+    gammas[2 * _N_POINTS // 3 :] = gamma
+    torsions = flow.sample(_N_POINTS, generator, gammas)[0][:, :n]
     z = _centre(flow, torsions)
     energy = (pmf(z) - coordinates.log_volume(z) + flow.log_prob_bounded(z)).numpy()
-    on_circle = torch.cat((torsions.cos(), torsions.sin()), dim=-1).numpy()
-    distance, neighbour = cKDTree(on_circle).query(on_circle, _N_NEIGHBOURS + 1)
+    points = (torch.cat((torsions.cos(), torsions.sin()), dim=-1) if coordinates.periodic else torsions).numpy()
+    distance, neighbour = cKDTree(points).query(points, _N_NEIGHBOURS + 1)
     rows = np.repeat(np.arange(_N_POINTS), _N_NEIGHBOURS)
     columns = neighbour[:, 1:].ravel()
     above = np.minimum(energy - energy.min(), 50.0)
@@ -67,11 +73,12 @@ def low_paths(
     if not n_conformations:
         return z.new_zeros((0, 1, z.shape[1]))
     curves = []
-    for target in _farthest_first(on_circle, candidates, start, n_conformations):
+    for target in _farthest_first(points, candidates, start, n_conformations):
         vertices = [target]
         while vertices[-1] != start:
             vertices.append(int(previous[vertices[-1]]))
-        curves.append(np.unwrap(torsions.numpy()[vertices[::-1]], axis=0))
+        curve = torsions.numpy()[vertices[::-1]]
+        curves.append(np.unwrap(curve, axis=0) if coordinates.periodic else curve)
     lengths = [np.linalg.norm(np.diff(curve, axis=0), axis=1) for curve in curves]
     n_steps = 1 + max(math.ceil(length.sum() / _SPACING) for length in lengths)
     resampled = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openmm_cgflow.averaging import RunningAverage
 from openmm_cgflow.meanforce import MeanForce, shortened
-from openmm_cgflow.splines import periodic_features, slow_features
+from openmm_cgflow.splines import n_slow_features, slow_features
 
 __all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "Values", "held_out_error", "squared_aim"]
 
@@ -34,11 +34,14 @@ _LONGEST = 30.0
 _SHARE_OF_VALUES = 0.001
 _AVERAGING = 0.995  # of the running average of the networks, per update
 _MEDIAN_OF_NORMAL = 0.6745  # of |x|, x a standard normal
-_SCALE = 3.0  # kT, of what the networks add to the harmonic prior
+_SCALE = 3.0  # kT, of what the networks add to the harmonic prior in a molecule
 
 
 class PMF(nn.Module):
     """Phi(z) = beta A(z) as an ensemble: harmonic in the stiff coordinates plus networks periodic in the torsions.
+
+    In a box nothing is periodic, and energies at its walls may be thousands of kT: there Phi is networks around a
+    parabola that was measured, in units of the forces that it leaves.
 
     The density of z is exp(-Phi(z)) J(z). Each member is fitted with its own random weights of the data (the Bayesian
     bootstrap, Rubin 1981), so the members differ by the statistical error of the fit; their mean is the estimate.
@@ -48,22 +51,50 @@ class PMF(nn.Module):
         precision: Inverse covariance of the other features in a harmonic molecule, shape (n_bounded, n_bounded).
         hidden_features: Hidden layers of every member.
         n_members: Size of the ensemble.
+        periodic: Whether the first features are torsions, not positions in a box.
     """
 
     precision: Tensor
+    curvature: Tensor
+    slope: Tensor
+    scale: Tensor
 
     def __init__(
-        self, n_circular: int, precision: Tensor, hidden_features: Sequence[int] = (96, 96), n_members: int = 4
+        self,
+        n_circular: int,
+        precision: Tensor,
+        hidden_features: Sequence[int] = (96, 96),
+        n_members: int = 4,
+        periodic: bool = True,
     ) -> None:
         super().__init__()
-        self.n_circular, self.n_members = n_circular, n_members
-        n_inputs = periodic_features(torch.zeros(1, n_circular)).shape[-1] + len(precision)
-        sizes = [n_inputs, *hidden_features, 1]
+        self.n_circular, self.n_members, self.periodic = n_circular, n_members, periodic
+        sizes = [n_slow_features(n_circular, len(precision), periodic), *hidden_features, 1]
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([torch.randn(n_members, a, b) / math.sqrt(a) for a, b in pairs])
         self.biases = nn.ParameterList([torch.zeros(n_members, 1, b) for _, b in pairs])
         self.weights[-1].data.mul_(0.1)
         self.register_buffer("precision", precision.float())
+        self.register_buffer("curvature", torch.zeros(n_circular, n_circular))
+        self.register_buffer("slope", torch.zeros(n_circular))
+        self.register_buffer("scale", torch.tensor(_SCALE))
+
+    def measure_background(self, z: Tensor, gradient: Tensor) -> None:
+        """In a box, the parabola whose slopes are nearest to mean forces, and the scale of what it leaves of them.
+
+        Arguments:
+            z: Shape (n, n_features).
+            gradient: d Phi/dz there, of the same shape.
+        """
+        if self.periodic:
+            return
+        n = self.n_circular
+        at = torch.cat((z[:, :n], torch.ones_like(z[:, :1])), dim=-1)
+        linear = torch.linalg.lstsq(at, gradient[:, :n]).solution
+        left = gradient[:, :n] - at @ linear
+        self.curvature.copy_((linear[:n] + linear[:n].T) / 2)
+        self.slope.copy_(linear[n])
+        self.scale.copy_(left.square().mean().sqrt().clamp(min=_SCALE))
 
     def members(self, z: Tensor) -> Tensor:
         """Phi of every member, up to a constant each, shape (n_members, n, n_features) -> (n_members, n).
@@ -71,13 +102,17 @@ class PMF(nn.Module):
         float32 as the networks are, unless these were made float64.
         """
         bounded = z[..., self.n_circular :]
-        hidden = slow_features(z, self.n_circular)
+        hidden = slow_features(z, self.n_circular, self.periodic)
         last = len(self.weights) - 1
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, hidden, weight)
             if k < last:
                 hidden = nn.functional.silu(hidden)
-        return _SCALE * hidden[..., 0] + 0.5 * ((bounded @ self.precision) * bounded).sum(-1)
+        phi = self.scale * hidden[..., 0] + 0.5 * ((bounded @ self.precision) * bounded).sum(-1)
+        if self.periodic:
+            return phi
+        position = z[..., : self.n_circular]
+        return phi + ((0.5 * position @ self.curvature + self.slope) * position).sum(-1)
 
     def each(self, z: Tensor) -> Tensor:
         """Phi of every member at the same z, shape (n, n_features) -> (n_members, n), float64."""
@@ -189,6 +224,9 @@ class PMFFitter:
             group["lr"] = scale * self.learning_rate
         z, gradient, weights = data["z"], shortened(data["gradient"], _LONGEST), data["weights"]
         noise = data["variance"].median(0).values
+        if self.networks.n_updates == 0:
+            for pmf in (self.networks.average, self.networks.trained):
+                pmf.measure_background(z, gradient)
         total = 0.0
         for _ in range(n_updates):
             rows = torch.randint(len(z), (min(self.batch_size, len(z)),), generator=generator)

@@ -33,7 +33,7 @@ __all__ = ["PMFTrainer", "state_populations"]
 
 _N_TEST = 16384  # flow samples behind every effective sample size and population
 _N_PROBE = 512  # flow samples at each gamma of the search for the exploring one
-_GAMMAS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.23, 0.32, 0.45, 0.64)
+_GAMMAS = (0.005, 0.007, 0.01, 0.014, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.23, 0.32, 0.45, 0.64)
 _SMALLEST_POPULATION = 0.005  # states rarer than this do not count for convergence
 _LAG = 3  # rounds over which populations must not have moved
 _POLISH = 50  # flow updates of one step after the last round
@@ -126,8 +126,8 @@ class PMFTrainer:
         if not self.ended_by or self.n_polish == 0 or self.n_polish % self._polish_cycle:
             return False
         stopping, cycles = self.config.stopping, self._best_ess
-        gained = len(cycles) < 2 or cycles[-1] > cycles[-2] + 0.005
-        return cycles[-1] >= stopping.ess or not gained or len(cycles) >= stopping.max_polish_cycles
+        gaining = len(cycles) < 2 or cycles[-1] > cycles[-2] + 0.005 or self.flow_fitter.reach < 1
+        return cycles[-1] >= stopping.ess or not gaining or len(cycles) >= stopping.max_polish_cycles
 
     @property
     def done(self) -> bool:
@@ -180,7 +180,8 @@ class PMFTrainer:
         row |= {"energy": float(force.energy[force.valid].median())}
         self.ended_by = self._reason_to_end(row)
         if self.ended_by:
-            self.values.start(self.flow, self.pmf, self.coordinates, self.estimator, self.generator)
+            gamma = min(self.gamma, self.flow_fitter.reach)
+            self.values.start(self.flow, self.pmf, self.coordinates, self.estimator, self.generator, gamma)
         return self._ordered(row)
 
     def _measure_values(self) -> dict[str, float]:
@@ -229,6 +230,8 @@ class PMFTrainer:
         for k in range(_POLISH):
             progress = (self.n_polish % self._polish_cycle * _POLISH + k) / cycle
             scale = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+            if self.flow_fitter.reach < 1:  # still on its way to the model
+                scale = 1.0
             self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9)
         self.n_polish += 1
         row = self._test()
@@ -243,16 +246,19 @@ class PMFTrainer:
 
     @torch.no_grad()
     def _explore(self) -> Tensor:
-        """z of the next round: three fifths at the exploring gamma, a fifth at its root, a fifth of the model."""
+        """z of the next round: three fifths at the exploring gamma, a fifth at its root, a fifth of the model.
+
+        None at a gamma that the flow has not been trained at yet.
+        """
         n = self._round_size
         gamma = torch.ones(n)
         gamma[: 3 * n // 5] = self.gamma
         gamma[3 * n // 5 : 4 * n // 5] = math.sqrt(self.gamma)
-        return self.flow.sample(n, self.generator, gamma)[0]
+        return self.flow.sample(n, self.generator, gamma.clamp(max=self.flow_fitter.reach))[0]
 
     @torch.no_grad()
     def _choose_gamma(self) -> None:
-        """The largest gamma whose samples lie ``explore_height`` kT above the model's in free energy."""
+        """The largest gamma whose samples lie ``explore_height`` kT above the model's, as far as it is trained."""
         if not self.flow.n_circular:
             return
 
@@ -260,9 +266,9 @@ class PMFTrainer:
             samples = weighted_samples(self.flow, self.pmf, self.coordinates, _N_PROBE, self.generator, gamma)
             return float((samples.energy + self.flow.log_prob_bounded(samples.z)).median())
 
-        lowest = height(1.0)
-        above = [gamma for gamma in _GAMMAS if height(gamma) - lowest > self.config.pmf.explore_height]
-        self.gamma = max(above, default=_GAMMAS[0])
+        lowest = height(self.flow_fitter.reach)
+        above = (gamma for gamma in reversed(_GAMMAS) if height(gamma) - lowest > self.config.pmf.explore_height)
+        self.gamma = next(above, _GAMMAS[0])
 
     def _test(self) -> dict[str, float]:
         samples = weighted_samples(self.flow, self.pmf, self.coordinates, _N_TEST, self.generator)

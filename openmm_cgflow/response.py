@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openmm_cgflow.averaging import RunningAverage
 from openmm_cgflow.meanforce import ChainParts, mean_and_variance
-from openmm_cgflow.splines import periodic_features, slow_features
+from openmm_cgflow.splines import n_slow_features, slow_features
 
 __all__ = ["FastResponse", "ResponseFitter"]
 
@@ -41,17 +41,23 @@ class FastResponse(nn.Module):
         n_bounded: Number of the other features.
         widths: Thermal widths of bond, angle and dihedral of each fast atom, nm and radians, shape (n_fast, 3).
         hidden_features: Hidden layers.
+        periodic: Whether the first features are torsions, not positions in a box.
     """
 
     widths: Tensor
 
     def __init__(
-        self, n_circular: int, n_bounded: int, widths: Tensor, hidden_features: Sequence[int] = (96, 96)
+        self,
+        n_circular: int,
+        n_bounded: int,
+        widths: Tensor,
+        hidden_features: Sequence[int] = (96, 96),
+        periodic: bool = True,
     ) -> None:
         super().__init__()
-        self.n_circular = n_circular
+        self.n_circular, self.periodic = n_circular, periodic
         self.register_buffer("widths", widths.float().flatten())
-        sizes = [periodic_features(torch.zeros(1, n_circular)).shape[-1] + n_bounded, *hidden_features]
+        sizes = [n_slow_features(n_circular, n_bounded, periodic), *hidden_features]
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.SiLU()]
@@ -61,7 +67,7 @@ class FastResponse(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """m(z) in thermal widths, shape (..., n_features) -> (..., 3 n_fast), float32."""
         z = z.float()
-        return self.network(slow_features(z, self.n_circular)) @ self.output
+        return self.network(slow_features(z, self.n_circular, self.periodic)) @ self.output
 
     def correction(self, z: Tensor, balance: Tensor, create_graph: bool = False) -> Tensor:
         """(dm/dz)^T g, shape (B, n_features) and (B, n_parts, 3 n_fast) -> (B, n_parts, n_features), float32."""

@@ -17,6 +17,7 @@ __all__ = [
     "SplineCoupling",
     "alternating_masks",
     "inverse_and_ladj",
+    "n_slow_features",
     "periodic_features",
     "slow_features",
 ]
@@ -54,9 +55,19 @@ def periodic_features(angles: Tensor) -> Tensor:
     return torch.cat((torch.cos(multiples), torch.sin(multiples)), dim=-1)
 
 
-def slow_features(z: Tensor, n_circular: int) -> Tensor:
-    """What networks see of slow coordinates: periodic torsions, the others at half their scale, (..., n_features)."""
-    return torch.cat((periodic_features(z[..., :n_circular]), 0.5 * z[..., n_circular:]), dim=-1)
+def slow_features(z: Tensor, n_circular: int, periodic: bool = True) -> Tensor:
+    """What networks see of slow coordinates: periodic torsions, the others at half their scale, (..., n_features).
+
+    Not ``periodic`` are positions in a box, whose energy is not the same at both walls: half a circle has two ends.
+    """
+    circular, others = z[..., :n_circular], 0.5 * z[..., n_circular:]
+    waves = periodic_features(circular) if periodic else torch.cat((circular, periodic_features(circular / 2)), dim=-1)
+    return torch.cat((waves, others), dim=-1)
+
+
+def n_slow_features(n_circular: int, n_bounded: int, periodic: bool = True) -> int:
+    """How many :func:`slow_features` there are."""
+    return (2 * N_HARMONICS + (not periodic)) * n_circular + n_bounded
 
 
 class SplineCoupling(LazyTransform):

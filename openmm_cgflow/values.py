@@ -56,10 +56,12 @@ class ValueSwitching:
         coordinates: Coordinates,
         estimator: MeanForceEstimator,
         generator: torch.Generator,
+        gamma: float = 0.1,
     ) -> None:
-        """Chooses conformations and paths; none where there is no torsion."""
+        """Chooses conformations and paths; none where there is no torsion. See ``paths.low_paths``."""
         if self.config.pmf.n_switched and flow.n_circular:
-            self._switches = Switches(low_paths(flow, pmf, coordinates, self.config.pmf.n_switched, generator))
+            n = self.config.pmf.n_switched
+            self._switches = Switches(low_paths(flow, pmf, coordinates, n, generator, gamma))
             self._evaluate()
             self._plan(estimator)
 

@@ -241,6 +241,21 @@ def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
         assert samples.ess < 0.01
 
 
+def test_the_reach_falls_where_even_its_start_is_too_far():
+    """Energies of thousands of kT, as in ten dimensions: a flat flow has no weight at the gamma of the start."""
+    steep = Known(lambda z: -400 * z.square().sum(-1), BoxCoordinates(range(4), "abcd", math.pi))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        flow = CGFlow(4, 0, BOUND, 2, 2, 4, (8,), torch.zeros((0, 0))).float()
+    fitter, generator = FlowFitter(flow, steep.coordinates, 1e-6, 128), torch.Generator().manual_seed(1)
+    start = fitter.reach
+    for _ in range(40):
+        fitter.update(steep, generator)
+    samples = weighted_samples(flow, steep, steep.coordinates, 4000, generator)
+    assert fitter.reach < 0.5 * start
+    assert relative_ess(-fitter.reach * samples.energy) > 3 * relative_ess(-start * samples.energy)
+
+
 def test_a_fitter_continues_from_its_reach():
     fitter = FlowFitter(new_flow(), SPACE, 1e-3, 64)
     fitter.reach = 0.37

@@ -18,12 +18,14 @@ def test_farthest_first():
     assert paths._farthest_first(points, np.array([1, 2, 3]), 4, 1) == [1]
 
 
-def two_torsions():
-    """Flow and coordinates of nothing but two torsions, its flow untrained."""
+def two_torsions(periodic=True):
+    """Flow and coordinates of nothing but two torsions, or positions in a box, its flow untrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flow = CGFlow(2, 0, 5.0, 2, 2, 8, [8])
-    coordinates = SimpleNamespace(n_circular=2, log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64))
+    coordinates = SimpleNamespace(
+        n_circular=2, periodic=periodic, log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64)
+    )
     return flow, coordinates
 
 
@@ -48,6 +50,23 @@ def test_paths_go_around_barriers(monkeypatch):
     over = found[:, -1, 0].cos() < -0.7
     assert over.any()
     assert float(energy(found.flatten(0, 1)).max()) < 8  # the wall is 25
+
+
+def test_paths_do_not_pass_through_the_walls_of_a_box(monkeypatch):
+    """Minima near both walls, and a barrier between them that a torsion would go around."""
+    monkeypatch.setattr(paths, "_N_POINTS", 1500)
+
+    def energy(z):
+        return 4 * (1 + torch.cos(z[:, 0])) + 5 * (1 - torch.cos(z[:, 1]))
+
+    for periodic in (True, False):
+        flow, coordinates = two_torsions(periodic)
+        found = low_paths(flow, energy, coordinates, 6, torch.Generator().manual_seed(1))
+        other_side = found[found[:, 0, 0].sign() != found[:, -1, 0].sign()]
+        assert len(other_side)
+        jumps = float(other_side.diff(dim=1).abs().max()) > math.pi
+        assert jumps == periodic
+        assert (float(other_side[..., 0].abs().min()) > 1.5) == periodic  # the barrier is at 0
 
 
 def test_fewer_conformations_than_wanted(monkeypatch):

@@ -113,6 +113,76 @@ def test_members_start_apart_and_small(generator):
     assert float(away.std(0).median()) > 0.01
 
 
+# ---------------------------------------------------------------- positions in a box
+
+
+def in_a_box(n, generator):
+    return (2 * torch.rand((n, 2), generator=generator, dtype=torch.float64) - 1) * math.pi
+
+
+def box_pmf(periodic):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PMF(2, torch.zeros((0, 0)), (32, 32), 2, periodic)
+
+
+def mixture(z):
+    """Two modes of widths 0.16 and unequal weights, 40 kT apart from each other and a thousand from the walls, kT."""
+    means = torch.tensor([[-1.2, 0.4], [1.2, 0.9]], dtype=z.dtype)
+    exponents = -20.0 * (z[..., None, :] - means).square().sum(-1)
+    return -torch.logsumexp(exponents + torch.tensor([0.2, 0.8]).log(), dim=-1)
+
+
+def mixture_forces(n, generator):
+    """Mean forces everywhere and near the modes, with their variance."""
+    z = in_a_box(n, generator)
+    z[n // 2 :] *= 0.5
+    at = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixture(at).sum(), at)
+    data = {"z": z, "gradient": gradient, "variance": torch.full_like(gradient, 0.01)}
+    return {name: tensor.float() for name, tensor in data.items()} | {"weights": torch.ones(n, 2)}
+
+
+def test_the_walls_of_a_box_are_not_one_point():
+    wall = torch.tensor([[math.pi, 0.3]], dtype=torch.float64)
+    for periodic in (True, False):
+        pmf = box_pmf(periodic)
+        apart = float((pmf(wall) - pmf(wall * torch.tensor([-1.0, 1.0]))).detach().abs())
+        assert (apart < 1e-5) == periodic
+
+
+def test_the_background_of_a_box_is_the_nearest_parabola(generator):
+    pmf, z = box_pmf(False), in_a_box(500, generator).float()
+    curvature, slope = torch.tensor([[80.0, 5.0], [5.0, 50.0]]), torch.tensor([30.0, -7.0])
+    pmf.measure_background(z, z @ curvature + slope)
+    torch.testing.assert_close(pmf.curvature, curvature, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(pmf.slope, slope, rtol=1e-4, atol=1e-2)
+    assert float(pmf.scale) == float(box_pmf(False).scale)
+    pmf.measure_background(z, z @ curvature + slope + 100 * torch.sign(z))
+    assert 20 < float(pmf.scale) < 80  # of the part of the step that is not linear
+
+
+def test_torsions_have_no_background(generator):
+    pmf, z = box_pmf(True), in_a_box(500, generator).float()
+    before = {name: tensor.clone() for name, tensor in pmf.state_dict().items()}
+    pmf.measure_background(z, 100 * z)
+    assert_identical(before, pmf.state_dict())
+
+
+def test_forces_of_hundreds_of_kt_in_a_box_are_fitted(generator):
+    """Networks that must be equal at both walls spend all they have on the walls."""
+    data, modes, misfit = mixture_forces(3000, generator), torch.tensor([[-1.2, 0.4], [1.2, 0.9]]).double(), {}
+    for periodic in (False, True):
+        pmf = box_pmf(periodic)
+        fitter = PMFFitter(pmf, 1e-2, batch_size=512)
+        for k in range(4):
+            misfit[periodic] = fitter.fit(data, 100, generator, 1 - k / 4)
+        if not periodic:
+            away = pmf(modes).detach() - mixture(modes)
+            assert float((away[1] - away[0]).abs()) < 1
+    assert misfit[False] < 0.3 * misfit[True]
+
+
 # ---------------------------------------------------------------- a closed form to fit
 
 

@@ -247,3 +247,5 @@ def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys, 
     synthetic.main()
     printed = capsys.readouterr().out
     assert printed.startswith("seed 3, pmf:") and "300 samples" in printed and "mode 3" in printed
+    header, row = printed.splitlines()[-2:]
+    assert header.split()[:3] == ["seed", "modes", "found"] and row.split()[:1] == ["3"] and " of 3" in row

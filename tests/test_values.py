@@ -15,7 +15,9 @@ from openmm_cgflow.values import ValueSwitching
 
 TEMPERATURE = 300.0
 BETA = thermal_beta(TEMPERATURE)
-COORDINATES = SimpleNamespace(n_circular=2, log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64))
+COORDINATES = SimpleNamespace(
+    n_circular=2, periodic=True, log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64)
+)
 
 
 def phi(z):
