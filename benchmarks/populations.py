@@ -4,8 +4,8 @@
         --seeds 1 2 3 -o runs/ala2 [--set SETTING=VALUE ...] [--keep]
 
 A row for each seed and ensemble: `samples` are the frames on disk, as the flow draws them; `weighted` the same frames
-with their importance weights. Free energies of basins are those of the samples minus the reference's, kT, relative to
-the reference's main basin, with the bootstrap error of a run's frames; KL(reference || samples) is in nats on 36 x 36
+with their importance weights. Free energies of basins, -ln(population), are those of the samples minus the reference's,
+kT, with the bootstrap error of a run's frames; KL(reference || samples) is in nats on 36 x 36
 bins, and `floor` is what as many perfect samples would score. `energy evaluations` are all of a run, those of the final
 samples and checks included; `training` are those until training ended. With --keep, runs that are there are not made
 again. Without a reference the populations alone are printed.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import mdtraj
@@ -23,6 +24,7 @@ import torch
 from mdtraj.geometry.dihedral import indices_phi, indices_psi
 
 import openmm_cgflow as cgf
+from openmm_cgflow.basins import Basin
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.states import RAMACHANDRAN, ramachandran_basin
 
@@ -49,6 +51,14 @@ def describe(folder: RunDirectory) -> str:
             f"\n  switching differs by {check['rms_difference']:.2f} kT rms, by its own errors {check['rms_error']:.2f}"
         )
     return text
+
+
+def free_energy(state: Basin, reference: Basin | None) -> str:
+    """A basin's free energy minus the reference's and its sampling error; blank where one of them is not known."""
+    if reference is None or reference is state or not state.population or not reference.population:
+        return " " * 16
+    error = math.nan if state.population_error is None else state.population_error / state.population
+    return f"{-math.log(state.population / reference.population):+9.3f} ±{error:5.3f}"
 
 
 def draws(folder: RunDirectory) -> str | None:
@@ -100,9 +110,7 @@ def main() -> None:
                 text = f"{residue:6s} {seed:4d} {ensemble:10s}"
                 for basin in basins.values():
                     state = basin[ensemble]
-                    text += f"{state.population:10.4f}"
-                    known = state.difference_kT is not None and ensemble != "reference"
-                    text += f"{state.difference_kT:+9.3f} ±{state.difference_error_kT:5.3f}" if known else " " * 16
+                    text += f"{state.population:10.4f}" + free_energy(state, basin.get("reference"))
                 distance = density.distances.get(ensemble) if density is not None else None
                 if distance is not None:
                     text += f"   {distance.kl:.4f} {density.noise_floor[ensemble].kl:.4f}"
