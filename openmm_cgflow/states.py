@@ -153,7 +153,7 @@ def mirrored(trajectory: mdtraj.Trajectory, structure: mdtraj.Trajectory) -> dic
     rows = stereocentres(graph, _elements(topology))
     result = {}
     for row in rows:
-        (centre,) = set.intersection(*(set(graph[int(i)]) for i in row))
+        (centre,) = set.intersection(*({int(i), *graph[int(i)]} for i in row))  # without hydrogens it is in the row
         name = _label(topology, (centre,))
         result[name] = _signed_volume(trajectory.xyz, row) * _signed_volume(structure.xyz[:1], row) < 0
     return result

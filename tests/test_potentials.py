@@ -189,6 +189,16 @@ def test_not_torchscript(butane, tmp_path):
         molecule(butane, "torchscript", path)
 
 
+def test_functions_that_cannot_be_pickled(butane):
+    found = molecule(butane)
+    system = openmm.System()
+    for mass in found.masses:
+        system.addParticle(mass)
+    system.addForce(openmm.PythonForce(lambda state: (0.0, np.zeros((14, 3)))))
+    with pytest.raises(CGFlowError, match="its function could not be pickled"):
+        MolecularSystem.from_openmm(found.topology, system, found.positions)
+
+
 def test_an_energy_is_needed(butane):
     with pytest.raises(CGFlowError, match="or a potential"):
         MolecularSystem.from_files(**butane)

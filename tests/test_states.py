@@ -135,6 +135,15 @@ def test_mirror_images_are_found(alanine):
     assert not states.mirrored(mdtraj.Trajectory(turn, alanine.topology), alanine)["ALA2:CA"].any()
 
 
+def test_states_without_hydrogens(alanine):
+    heavy = alanine.atom_slice(alanine.topology.select("not element H"))
+    frames = repeated(heavy, 10)
+    frames.xyz[:3, :, 0] *= -1
+    found = states.find(frames, heavy)
+    assert found["mirror image ALA2:CA"] == pytest.approx(0.3)
+    assert found["trans ACE1-ALA2"] == found["trans ALA2-NME3"] == 1.0
+
+
 def test_handedness_is_that_of_the_sampler(alanine):
     rng = np.random.default_rng(3)
     frames = repeated(alanine, 50)
