@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -93,6 +95,9 @@ def torch_force(
 ) -> openmm.Force:
     """A TorchScript module as ``openmmtorch.TorchForce``.
 
+    With openmmtorch 1.5 and OpenMM 8.6, ``XmlSerializer`` writes it but crashes when it reads it: keep a
+    ``PythonForce`` for what goes through XML.
+
     Arguments:
         module: Positions of the chosen atoms, nm, shape (n, 3) -> energy, kJ/mol. On GPUs the positions are float32
             unless the Context computes in double precision.
@@ -134,16 +139,29 @@ def of_all_atoms(
     return torch.jit.script((_ForcesOfChosenAtoms if outputs_forces else _EnergyOfChosenAtoms)(module, atoms))
 
 
+@cache
 def _openmmtorch() -> ModuleType:
     try:
         import openmmtorch
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "openmmtorch":
-            problem = "is not installed"
-        else:  # a shared library of another torch, or of CUDA, that is not there
-            problem = f"does not fit torch {torch.__version__} ({error})"
-        raise CGFlowError(
-            f"openmmtorch {problem}: install it with the torch it was built for, pip install "
-            "'openmm_cgflow[torchforce]', or use a PythonForce, which needs neither"
-        ) from error
+            raise _unusable("is not installed") from error
+        # A shared library of another torch, or of CUDA, that is not there.
+        raise _unusable(f"does not fit torch {torch.__version__} ({error})") from error
+    # Where openmm was imported before torch, OpenMM met its plugins before the libraries that torch brings.
+    for failure in openmm.Platform.getPluginLoadFailures():
+        path = Path(failure.removeprefix("Error loading library ").split(": ")[0])
+        if "Torch" in path.name:
+            try:
+                openmm.Platform.loadPluginLibrary(str(path))
+            except openmm.OpenMMException as error:
+                if "Reference" in path.name:  # the others are of GPUs that are not here
+                    raise _unusable(f"does not fit torch {torch.__version__} ({error})") from error
     return openmmtorch
+
+
+def _unusable(problem: str) -> CGFlowError:
+    return CGFlowError(
+        f"openmmtorch {problem}: install it with the torch it was built for, pip install 'openmm_cgflow[torchforce]', "
+        "or use a PythonForce, which needs neither"
+    )

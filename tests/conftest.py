@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="the extra [torchforce] is not installed or cannot be loaded"))
 
 
+@cache
 def _has_gpu():
     from openmm import Context, OpenMMException, Platform, System, VerletIntegrator
 
@@ -59,6 +61,7 @@ def _has_gpu():
     return False
 
 
+@cache
 def _has_torchforce():
     # In a process of its own: a failed import of the plugin can leave the libraries half loaded.
     command = [sys.executable, "-c", "import torch, openmm, openmmtorch"]

@@ -103,10 +103,9 @@ def test_other_atoms_of_another_system(model, mechanism):
     close(evaluate(system_of(force, 12), positions), expected(model, positions, atoms))
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_added_to_the_force_field_it_survives_xml(model, mechanism):
+def test_added_to_the_force_field_it_survives_xml(model):
     system = openmm.XmlSerializer.clone(model.molecular_system.system)
-    bias = model.create_force(scale=-0.5, mechanism=mechanism)
+    bias = model.create_force(scale=-0.5)
     bias.setForceGroup(3)
     system.addForce(bias)
     again = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from openmm_cgflow import torchforce
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.torchforce import TorchEnergy, python_force, torch_force
 
@@ -39,11 +40,19 @@ def expected(module, atoms, xyz):
     return energy.item(), -gradient.numpy()
 
 
-def context_of(force, platform="Reference", n_atoms=_N_ATOMS):
+def system_of(force, n_atoms=_N_ATOMS):
     system = openmm.System()
     for _ in range(n_atoms):
         system.addParticle(1.0)
     system.addForce(force)
+    return system
+
+
+def context_of(force, platform="Reference"):
+    return context_in(system_of(force), platform)
+
+
+def context_in(system, platform="Reference"):
     return openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName(platform))
 
 
@@ -87,12 +96,13 @@ def test_forces_are_slopes(make):
     assert -(up - down) / (2 * step) == pytest.approx((forces * moved).sum(), rel=1e-6)
 
 
-@mechanisms
+@pytest.mark.parametrize("scripted", [False, True])
 @pytest.mark.parametrize("atoms", [None, _CHOSEN])
-def test_survives_xml(make, atoms):
-    force = make(Springs(_N_ATOMS if atoms is None else len(atoms)), atoms)
-    again = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(force))
-    before, after = (evaluate(context_of(one), positions()) for one in (force, again))
+def test_survives_xml(scripted, atoms):
+    module = Springs(_N_ATOMS if atoms is None else len(atoms))
+    system = system_of(python_force(torch.jit.script(module) if scripted else module, atoms))
+    again = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
+    before, after = (evaluate(context_in(one), positions()) for one in (system, again))
     assert before[0] == after[0]
     np.testing.assert_array_equal(before[1], after[1])
 
@@ -112,5 +122,15 @@ def test_read_back_on_the_cpu():
 
 def test_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openmmtorch", None)
+    torchforce._openmmtorch.cache_clear()
     with pytest.raises(CGFlowError, match=r"openmmtorch .*pip install 'openmm_cgflow\[torchforce\]'.* PythonForce"):
+        torch_force(torch.jit.script(Springs(3)))
+
+
+def test_library_of_another_torch_is_named(monkeypatch, tmp_path):
+    (tmp_path / "openmmtorch.py").write_text("raise ImportError('libnvrtc.so.12: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "openmmtorch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    torchforce._openmmtorch.cache_clear()
+    with pytest.raises(CGFlowError, match=r"does not fit torch \d.*libnvrtc.*PythonForce"):
         torch_force(torch.jit.script(Springs(3)))
