@@ -14,35 +14,38 @@ lines are a table of all seeds. Without tempering and without a potential of mea
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import openmm_cgflow as cgf
-from openmm_cgflow.exact import ExactEvaluation, evaluate_exactly
+from openmm_cgflow.exact import ExactEvaluation, Mode, evaluate_exactly
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.runner import save_samples
 
 
-def modes_found(found: ExactEvaluation) -> int:
+def modes_found(modes: dict[str, Mode]) -> int:
     """How many modes hold a tenth of what they should."""
-    return sum(mode.population > 0.1 * mode.exact for mode in found.modes.values())
+    return sum(mode.population > 0.1 * mode.exact for mode in modes.values())
 
 
 def summary(found: dict[int, ExactEvaluation], seconds: dict[int, float]) -> str:
-    """A row for each seed: what is off by most."""
+    """A row for each seed: what is off by most, and the same with importance weights where there are any."""
     lines = [
         f"{'seed':>4s}{'modes found':>13s}{'weight off by':>15s}{'mean off by, nm':>17s}{'spread / exact':>16s}"
         f"{'ESS':>8s}{'evaluations':>13s}{'s':>7s}"
     ]
     for seed, one in found.items():
-        modes = one.modes.values()
-        weight = max(abs(mode.population - mode.exact) for mode in modes)
-        away = max(mode.mean_error for mode in modes)
-        spread = max((mode.spread_ratio for mode in modes), key=lambda ratio: abs(ratio - 1))
         ess = list(one.levels.values())[-1].ess
-        lines.append(
-            f"{seed:4d}{f'{modes_found(one)} of {len(modes)}':>13s}{weight:15.4f}{away:17.4f}{spread:16.3f}{ess:8.3f}"
-            f"{one.energy_evaluations:13.3g}{seconds[seed]:7.0f}"
-        )
+        for modes in filter(None, (one.modes, one.weighted_modes)):
+            weight = max(abs(mode.population - mode.exact) for mode in modes.values())
+            visited = [mode for mode in modes.values() if math.isfinite(mode.spread_ratio)]
+            away = max((mode.mean_error for mode in visited), default=math.nan)
+            spread = max((mode.spread_ratio for mode in visited), key=lambda ratio: abs(ratio - 1), default=math.nan)
+            lines.append(
+                f"{seed:4d}{f'{modes_found(modes)} of {len(modes)}':>13s}{weight:15.4f}{away:17.4f}{spread:16.3f}"
+                f"{ess:8.3f}{one.energy_evaluations:13.3g}{seconds[seed]:7.0f}"
+                + ("  weighted" if modes is one.weighted_modes else "")
+            )
     return "\n".join(lines)
 
 

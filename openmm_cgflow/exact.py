@@ -26,7 +26,7 @@ from openmm_cgflow.targets import Target, new_target
 from openmm_cgflow.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["ExactEvaluation", "evaluate_exactly"]
+__all__ = ["ExactEvaluation", "Mode", "evaluate_exactly"]
 
 _N_DRAWS = 100_000
 _N_MARGINAL = 1_000_000  # draws for histograms, over all slow coordinates; those of single ones on so many bins:
@@ -84,6 +84,7 @@ class ExactEvaluation:
         run: The run directory.
         samples: The trajectory, and its number of frames.
         modes: Of the frames, by name.
+        weighted_modes: The same with importance weights; empty without a potential of mean force.
         kl_joint: KL(exact || frames) of the first slow and the first fast coordinate on 36 x 36 bins, nats.
         kl_joint_floor: What as many exact samples score.
         levels: The model by beta, mol/kJ, the target last.
@@ -94,6 +95,7 @@ class ExactEvaluation:
     run: str
     samples: dict[str, Any]
     modes: dict[str, Mode]
+    weighted_modes: dict[str, Mode]
     kl_joint: float
     kl_joint_floor: float
     levels: dict[str, Level]
@@ -111,7 +113,8 @@ class ExactEvaluation:
             "evaluations of training",
             f"{'mode':26s}{'population':>12s}{'exact':>10s}{'mean off by, nm':>18s}{'spread / exact':>16s}",
         ]
-        for name, mode in self.modes.items():
+        weighted = {f"{name}, weighted": mode for name, mode in self.weighted_modes.items()}
+        for name, mode in (self.modes | weighted).items():
             lines.append(
                 f"{name:26s}{mode.population:12.5f}{mode.exact:10.5f}{mode.mean_error:18.4f}{mode.spread_ratio:16.3f}"
             )
@@ -153,12 +156,14 @@ def evaluate_exactly(
     rng = np.random.default_rng(derive_seed(config.seed, 8))
     path = run.samples if samples is None else Path(samples)
     x = load_frames(path, load_structure(run.topology)).xyz[..., 0].astype(float)
+    slow, beta = x[:, : target.n_slow], thermal_beta(model.temperature)
     levels = {f"{beta:.4g}": _level(target, beta, draw, density, rng) for beta, draw, density in _models(run, model)}
     found = ExactEvaluation(
         str(run.path),
         {"file": str(path), "n_frames": len(x)},
-        _modes(target, x[:, : target.n_slow], thermal_beta(model.temperature), rng),
-        *_joint(target, x, thermal_beta(model.temperature), rng),
+        _modes(target, slow, np.ones(len(slow)), beta, rng),
+        _modes(target, slow, _weights(model, slow), beta, rng) if model.pmf is not None else {},
+        *_joint(target, x, beta, rng),
         levels,
         model.describe_map(),
         int(run.read_provenance()["energy_evaluations"]),
@@ -251,19 +256,28 @@ def _marginal(exact: np.ndarray, drawn: np.ndarray) -> float:
     return float(entropy(theirs, ours))
 
 
-def _modes(target: Target, z: np.ndarray, beta: float, rng: np.random.Generator) -> dict[str, Mode]:
+def _weights(model: CGModel, slow: np.ndarray) -> np.ndarray:
+    """Importance weights of frames, from their slow coordinates, nm, shape (n, n_slow) -> (n,)."""
+    logs = model.log_weights(model.coordinates.from_xyz(along_x(torch.as_tensor(slow))))
+    return np.exp(logs - logs.max())
+
+
+def _modes(
+    target: Target, z: np.ndarray, weights: np.ndarray, beta: float, rng: np.random.Generator
+) -> dict[str, Mode]:
     exact = target.sample_slow(_N_DRAWS, beta, rng)
     populations = target.populations(beta, rng)
     of_ours, of_exact = target.modes(z), target.modes(exact)
     result = {}
     for k, name in enumerate(target.mode_names):
-        ours, theirs = z[of_ours == k], exact[of_exact == k]
+        ours, own, theirs = z[of_ours == k], weights[of_ours == k], exact[of_exact == k]
         mean_error = spread = math.nan
         if len(ours) > 1:
-            mean_error = float(np.abs(ours.mean(0) - theirs.mean(0)).max())
-            ratios = ours.std(0) / theirs.std(0)
+            mean = np.average(ours, axis=0, weights=own)
+            mean_error = float(np.abs(mean - theirs.mean(0)).max())
+            ratios = np.sqrt(np.average((ours - mean) ** 2, axis=0, weights=own)) / theirs.std(0)
             spread = float(ratios[np.abs(np.log(ratios)).argmax()])
-        result[name] = Mode(len(ours) / len(z), float(populations[k]), mean_error, spread)
+        result[name] = Mode(float(own.sum() / weights.sum()), float(populations[k]), mean_error, spread)
     return result
 
 

@@ -220,6 +220,8 @@ def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_
     assert "x1 > top of the barrier" in printed and "KL(exact || model)" in printed
     found = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert sum(mode["population"] for mode in found["modes"].values()) == pytest.approx(1)
+    weighted = [mode["population"] for mode in found["weighted_modes"].values()]
+    assert sum(weighted) == pytest.approx(1) if method == "pmf" else not weighted
     assert list(found["modes"].values())[1]["exact"] == pytest.approx(0.00835, abs=1e-5)
     assert list(found["levels"])[-1] == "1" and len(found["levels"]) > 1
     assert all(level["kl"] > -3 * level["kl_error"] and level["outside"] < 0.05 for level in found["levels"].values())
@@ -247,5 +249,6 @@ def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys, 
     synthetic.main()
     printed = capsys.readouterr().out
     assert printed.startswith("seed 3, pmf:") and "300 samples" in printed and "mode 3" in printed
-    header, row = printed.splitlines()[-2:]
-    assert header.split()[:3] == ["seed", "modes", "found"] and row.split()[:1] == ["3"] and " of 3" in row
+    header, drawn, weighted = printed.splitlines()[-3:]
+    assert header.split()[:3] == ["seed", "modes", "found"] and weighted.endswith("weighted")
+    assert all(row.split()[0] == "3" and " of 3" in row for row in (drawn, weighted))
