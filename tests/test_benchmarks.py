@@ -245,7 +245,7 @@ def _ladder(molecule, n_evaluations, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "n_evaluations"), [(plain_md, 500_000), (_ladder, 300_000), (metadynamics, 120_000)]
+    ("method", "n_evaluations"), [(plain_md, 500_000), (_ladder, 300_000), (metadynamics, 240_000)]
 )
 def test_samplers_find_the_density_of_a_chain(chain, method, n_evaluations):
     found = []
