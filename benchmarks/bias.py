@@ -3,11 +3,10 @@
     python benchmarks/bias.py runs/ala2 --reference FILE.npz
 
 Runs ordinary Langevin dynamics of the run's molecule twice, with and without the force that
-``CGModel.create_force(scale=-S, energy=...)`` makes, for the same number of steps of 2 fs. The bias is evaluated every
-``--every`` steps (``openmm.MTSLangevinIntegrator``; the dynamics without bias uses the same). Prints how often phi went
-through 0, how often it went from one side of it to the other for good (beyond 30 degrees), the effective number of
-frames that the weights exp(beta V) leave, and populations beside a gridded reference's, with errors from blocks of the
-trajectory.
+``CGModel.create_force(scale=-S, energy=..., mechanism=...)`` makes, for the same number of steps of 2 fs. Prints how
+often phi went through 0, how often it went from one side of it to the other for good (beyond 30 degrees), the effective
+number of frames that the weights exp(beta V) leave, and populations beside a gridded reference's, with errors from
+blocks of the trajectory.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 import mdtraj
 import numpy as np
 import openmm
-from md import FRICTION, HYDROGEN_MASS, STRIDE, TIMESTEP, exit_code
+from md import HYDROGEN_MASS, STRIDE, TIMESTEP, exit_code, langevin
 from openmm import unit
 
 import openmm_cgflow as cgf
@@ -43,27 +42,24 @@ class Run:
     seconds: float
 
 
-def simulate(model: cgf.CGModel, force: openmm.Force | None, n_steps: int, every: int, seed: int) -> Run:
+def simulate(model: cgf.CGModel, force: openmm.Force | None, n_steps: int, seed: int) -> Run:
     molecule = model.molecular_system
     system = openmm.XmlSerializer.clone(molecule.system)
     for i, symbol in enumerate(molecule.elements):
         if symbol == "H":
             system.setParticleMass(i, HYDROGEN_MASS)
-    groups = [(0, every)]
     if force is not None:
         force.setForceGroup(_BIAS)
         system.addForce(force)
-        groups.append((_BIAS, 1))
-    integrator = openmm.MTSLangevinIntegrator(model.temperature, FRICTION, every * TIMESTEP, groups)
-    integrator.setRandomNumberSeed(seed)
+    integrator = langevin(model.temperature, seed)
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
     context.setPositions(molecule.positions)
     context.setVelocitiesToTemperature(model.temperature, seed)
-    integrator.step(_EQUILIBRATION // every)
+    integrator.step(_EQUILIBRATION)
     xyz, bias = [], []
     started = time.process_time()
     for _ in range(n_steps // STRIDE):
-        integrator.step(STRIDE // every)
+        integrator.step(STRIDE)
         xyz.append(context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer))
         energy = context.getState(energy=True, groups={_BIAS}).getPotentialEnergy()
         bias.append(energy.value_in_unit(unit.kilojoule_per_mole))
@@ -108,21 +104,21 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.8)
     parser.add_argument("--energy", default="torsions", choices=("pmf", "flow", "torsions"))
     parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--every", type=int, default=2, help="steps between two evaluations of the bias")
+    parser.add_argument("--mechanism", default="table", choices=("table", "python", "torchforce"))
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     model = cgf.load(arguments.run)
     beta = thermal_beta(model.temperature)
-    force = model.create_force(scale=-arguments.scale, energy=arguments.energy)
+    force = model.create_force(scale=-arguments.scale, energy=arguments.energy, mechanism=arguments.mechanism)
     print(
-        f"{arguments.steps} steps of {1000 * TIMESTEP:g} fs; bias: -{arguments.scale:g} x {arguments.energy}, every "
-        f"{arguments.every} steps"
+        f"{arguments.steps} steps of {1000 * TIMESTEP:g} fs; bias: -{arguments.scale:g} x {arguments.energy}, "
+        f"{arguments.mechanism}"
     )
     print(
         f"{'':12s}{'phi = 0':>9s}{'30 deg':>9s}{'ESS':>9s}{'us/step':>9s}" + "".join(f"{n:>18s}" for n in RAMACHANDRAN)
     )
     for name, bias in (("with bias", force), ("without", None)):
-        run = simulate(model, bias, arguments.steps, arguments.every, arguments.seed)
+        run = simulate(model, bias, arguments.steps, arguments.seed)
         found, error, size = populations(run, beta)
         passed, transitions = crossings(run.phi)
         print(

@@ -5,7 +5,8 @@
 Prints, for each energy that ``CGModel.create_force`` offers, milliseconds of processor time for one call: as the
 module under autograd, float64 and float32, as the traced module under autograd, and as what the force calls, the
 traced module with its forces; then for a step of the run's molecule on the Reference platform, with one thread: the
-force field alone, the force added to it, and added but evaluated every fourth step (``MTSLangevinIntegrator``).
+force field alone, with the torsions as a table, with each energy as a ``PythonForce``, and with that evaluated every
+fourth step (``MTSLangevinIntegrator``).
 """
 
 import argparse
@@ -99,6 +100,9 @@ def main() -> None:
             print(f"{energy:16s}" + "".join(f"{value:14.2f}" for value in rows), flush=True)
         plain = step(model, None)
         print(f"\n{'a step, ms':32s}{'':8s}{'of a plain one':>16s}\n{'force field alone':32s}{plain:8.3f}{1:16.1f}")
+        table = model.create_force(scale=-0.8, energy="torsions", mechanism="table")
+        cost = step(model, table)
+        print(f"{'with torsions as a table':32s}{cost:8.3f}{cost / plain:16.1f}", flush=True)
         for energy in energies:
             for every in (1, 4):
                 cost = step(model, openmm.XmlSerializer.clone(forces[energy]), every)

@@ -24,12 +24,13 @@ from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import copy_topology
 from openmm_cgflow.torchforce import of_all_atoms, python_force, torch_force
+from openmm_cgflow.torsiontable import torsion_table
 from openmm_cgflow.zmatrix import bond_graph
 
 __all__ = ["CGSystem", "Mechanism", "bead_system", "copy_model", "new_force", "save_force", "save_torchscript"]
 
-Mechanism = Literal["python", "torchforce"]
-"""``openmm.PythonForce``, or openmmtorch's ``TorchForce``, which needs the extra [torchforce]."""
+Mechanism = Literal["python", "torchforce", "table"]
+"""``openmm.PythonForce``; openmmtorch's ``TorchForce``, which needs the extra [torchforce]; or splines of torsions."""
 
 
 class CGSystem(NamedTuple):
@@ -52,14 +53,16 @@ def new_force(energy: FreeEnergy, atoms: Sequence[int], mechanism: Mechanism) ->
     Raises:
         CGFlowError: If the mechanism is not there.
     """
-    if mechanism not in ("python", "torchforce"):
-        raise CGFlowError(f"mechanism: got {mechanism!r}, expected 'python' or 'torchforce'")
-    module = traced_with_forces(energy)
-    force = (
-        python_force(torch.jit.freeze(module), atoms, outputs_forces=True)
-        if mechanism == "python"
-        else torch_force(torch.jit.freeze(of_all_atoms(module, atoms, outputs_forces=True).eval()), outputs_forces=True)
-    )
+    force: openmm.Force
+    if mechanism == "table":
+        force = torsion_table(energy, atoms)
+    elif mechanism == "python":
+        force = python_force(torch.jit.freeze(traced_with_forces(energy)), atoms, outputs_forces=True)
+    elif mechanism == "torchforce":
+        module = of_all_atoms(traced_with_forces(energy), atoms, outputs_forces=True).eval()
+        force = torch_force(torch.jit.freeze(module), outputs_forces=True)
+    else:
+        raise CGFlowError(f"mechanism: got {mechanism!r}, expected 'python', 'torchforce' or 'table'")
     force.setName("CGFreeEnergy")
     return force
 

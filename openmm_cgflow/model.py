@@ -273,7 +273,8 @@ class CGModel:
             atoms: Indices of the slow atoms in the System, in the order of ``partition.slow``; by default the System
                 is that of the training.
             energy: See :meth:`energy_of_positions`.
-            mechanism: ``python`` for ``openmm.PythonForce``, ``torchforce`` for ``openmmtorch.TorchForce``.
+            mechanism: ``python`` for ``openmm.PythonForce``, ``torchforce`` for ``openmmtorch.TorchForce``; ``table``
+                for splines of up to three torsions inside OpenMM, without Python and pickles, at hardly any cost.
 
         Raises:
             CGFlowError: If the atoms are not as many, the energy is not there, or openmmtorch is not.

@@ -220,8 +220,8 @@ class MolecularSystem:
 
 
 def _is_learned(force: openmm.Force) -> bool:
-    """Whether it may stand for solvent, too."""
-    return type(force).__name__ in ("PythonForce", "TorchForce")
+    """Whether it may stand for solvent, too. What a plugin adds, such as a TorchForce, comes back as a mere Force."""
+    return type(force) in (openmm.PythonForce, openmm.Force)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ plain installation needs; a ``TorchForce`` takes TorchScript only and calls it w
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 from collections.abc import Sequence
 from functools import cache
@@ -95,9 +96,6 @@ def torch_force(
 ) -> openmm.Force:
     """A TorchScript module as ``openmmtorch.TorchForce``.
 
-    With openmmtorch 1.5 and OpenMM 8.6, ``XmlSerializer`` writes it but crashes when it reads it: keep a
-    ``PythonForce`` for what goes through XML.
-
     Arguments:
         module: Positions of the chosen atoms, nm, shape (n, 3) -> energy, kJ/mol. On GPUs the positions are float32
             unless the Context computes in double precision.
@@ -105,7 +103,7 @@ def torch_force(
         outputs_forces: Whether the module returns the energy and the forces, kJ/mol/nm, shape (n, 3).
 
     Raises:
-        CGFlowError: If openmmtorch is not installed, or does not fit the torch that is.
+        CGFlowError: If openmmtorch is not installed, or does not fit the torch or the OpenMM that are.
     """
     library = _openmmtorch()
     force = library.TorchForce(module if atoms is None else of_all_atoms(module, atoms, outputs_forces))
@@ -148,6 +146,9 @@ def _openmmtorch() -> ModuleType:
             raise _unusable("is not installed") from error
         # A shared library of another torch, or of CUDA, that is not there.
         raise _unusable(f"does not fit torch {torch.__version__} ({error})") from error
+    if _version("openmmtorch") == "1.5" and not openmm.version.version.startswith("8.5"):
+        # It was built against 8.5, and a System that is read from XML would end the process.
+        raise _unusable(f"1.5 does not fit OpenMM {openmm.version.version}, but 8.5")
     # Where openmm was imported before torch, OpenMM met its plugins before the libraries that torch brings.
     for failure in openmm.Platform.getPluginLoadFailures():
         path = Path(failure.removeprefix("Error loading library ").split(": ")[0])
@@ -160,8 +161,16 @@ def _openmmtorch() -> ModuleType:
     return openmmtorch
 
 
+def _version(distribution: str) -> str | None:
+    """None where it did not come as a Python package: conda builds it for its own OpenMM."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _unusable(problem: str) -> CGFlowError:
     return CGFlowError(
-        f"openmmtorch {problem}: install it with the torch it was built for, pip install 'openmm_cgflow[torchforce]', "
-        "or use a PythonForce, which needs neither"
+        f"openmmtorch {problem}: install it with the torch and the OpenMM it was built for, "
+        "pip install 'openmm_cgflow[torchforce]', or use a PythonForce, which needs neither"
     )

@@ -64,5 +64,5 @@ def _has_gpu():
 @cache
 def _has_torchforce():
     # In a process of its own: a failed import of the plugin can leave the libraries half loaded.
-    command = [sys.executable, "-c", "import torch, openmm, openmmtorch"]
+    command = [sys.executable, "-c", "from openmm_cgflow.torchforce import _openmmtorch; _openmmtorch()"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

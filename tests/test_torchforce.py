@@ -1,7 +1,9 @@
 """Torch energies as OpenMM forces: numbers against autograd, through every mechanism and platform."""
 
+import importlib.metadata
 import pickle
 import sys
+from types import ModuleType
 
 import numpy as np
 import openmm
@@ -96,11 +98,10 @@ def test_forces_are_slopes(make):
     assert -(up - down) / (2 * step) == pytest.approx((forces * moved).sum(), rel=1e-6)
 
 
-@pytest.mark.parametrize("scripted", [False, True])
+@mechanisms
 @pytest.mark.parametrize("atoms", [None, _CHOSEN])
-def test_survives_xml(scripted, atoms):
-    module = Springs(_N_ATOMS if atoms is None else len(atoms))
-    system = system_of(python_force(torch.jit.script(module) if scripted else module, atoms))
+def test_survives_xml(make, atoms):
+    system = system_of(make(Springs(_N_ATOMS if atoms is None else len(atoms)), atoms))
     again = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
     before, after = (evaluate(context_in(one), positions()) for one in (system, again))
     assert before[0] == after[0]
@@ -133,4 +134,13 @@ def test_library_of_another_torch_is_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     torchforce._openmmtorch.cache_clear()
     with pytest.raises(CGFlowError, match=r"does not fit torch \d.*libnvrtc.*PythonForce"):
+        torch_force(torch.jit.script(Springs(3)))
+
+
+def test_crash_with_openmm_8_6_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openmmtorch", ModuleType("openmmtorch"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.5")
+    monkeypatch.setattr(openmm.version, "version", "8.6.1")
+    torchforce._openmmtorch.cache_clear()
+    with pytest.raises(CGFlowError, match=r"openmmtorch 1.5 does not fit OpenMM 8.6.1, but 8.5"):
         torch_force(torch.jit.script(Springs(3)))
