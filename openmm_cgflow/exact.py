@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import entropy
+from torch import Tensor
 
 from openmm_cgflow.coordinates import along_x
 from openmm_cgflow.distances import compare
 from openmm_cgflow.files import atomic_write, writing
+from openmm_cgflow.joint import JointFlow
 from openmm_cgflow.model import CGModel
 from openmm_cgflow.reference import load_frames, load_structure
 from openmm_cgflow.rundir import RunDirectory
@@ -58,6 +60,8 @@ class Level:
 
     Attributes:
         populations: Of the modes.
+        weighted: The same with the model's own importance weights, of the fitted potential of mean force or, after a
+            joint training, of the energies; empty where it has none.
         exact: The same of the target.
         kl: KL(exact || model) of all coordinates the model has, from exact samples in the box and the model's density,
             nats.
@@ -68,6 +72,7 @@ class Level:
     """
 
     populations: list[float]
+    weighted: list[float]
     exact: list[float]
     kl: float
     kl_error: float
@@ -123,11 +128,13 @@ class ExactEvaluation:
             f"nats; as many exact samples score {self.kl_joint_floor:.5f}",
             "",
             f"{'model at beta, mol/kJ':24s}{'KL(exact || model)':>24s}{'KL slow':>10s}{'ESS':>8s}{'outside':>10s}   "
-            "populations (exact)",
+            "populations of modes",
         ]
         for beta, level in self.levels.items():
-            pairs = zip(level.populations, level.exact, strict=True)
-            shares = ", ".join(f"{share:.5f} ({exact:.5f})" for share, exact in pairs)
+            of_modes = {"": level.populations, " weighted": level.weighted, " exact": level.exact}
+            shares = "; ".join(
+                ", ".join(f"{share:.5f}" for share in shares) + name for name, shares in of_modes.items() if shares
+            )
             lines.append(
                 f"{beta:24s}{level.kl:15.5f} ±{level.kl_error:.5f}{level.kl_slow:10.5f}{level.ess:8.3f}"
                 f"{level.outside:10.5f}   {shares}"
@@ -157,7 +164,7 @@ def evaluate_exactly(
     path = run.samples if samples is None else Path(samples)
     x = load_frames(path, load_structure(run.topology)).xyz[..., 0].astype(float)
     slow, beta = x[:, : target.n_slow], thermal_beta(model.temperature)
-    levels = {f"{beta:.4g}": _level(target, beta, draw, density, rng) for beta, draw, density in _models(run, model)}
+    levels = {f"{one.beta:.4g}": _level(target, one, rng) for one in _densities(run, model, target)}
     found = ExactEvaluation(
         str(run.path),
         {"file": str(path), "n_frames": len(x)},
@@ -176,42 +183,59 @@ def evaluate_exactly(
     return found
 
 
-Draw = Callable[[int, torch.Generator], np.ndarray]
-LogDensity = Callable[[np.ndarray], np.ndarray]
+@dataclass(frozen=True)
+class _Density:
+    """A model at one temperature, as functions of x, nm, shape (n, n_coordinates) -> (n,).
+
+    Attributes:
+        beta: mol/kJ.
+        draw: Samples, from their number and a generator.
+        log_density: Normalised in the box; -inf outside.
+        log_target: Log of the density that its importance weights lead to, up to a constant; None where it has none.
+    """
+
+    beta: float
+    draw: Callable[[int, torch.Generator], np.ndarray]
+    log_density: Callable[[np.ndarray], np.ndarray]
+    log_target: Callable[[np.ndarray], np.ndarray] | None
 
 
-def _models(run: RunDirectory, model: CGModel) -> list[tuple[float, Draw, LogDensity]]:
-    """beta, samples and log density, from hot to the target: stages of a ladder, or gammas of one model.
+def _densities(run: RunDirectory, model: CGModel, target: Target) -> list[_Density]:
+    """From hot to the target: stages of a ladder, or gammas of one model.
 
     With a potential of mean force the model at gamma has exp(-gamma beta A): the target's density at gamma beta, where
     the entropy of the fast coordinates does not depend on the slow ones, as in these systems.
     """
-    target_beta = thermal_beta(model.temperature)
     if model.pmf is None and model.joint is None:
         models = [load(run.path, stage) for stage in range(model.stage + 1)]
-        return [(thermal_beta(one.temperature), *_functions(one, 1.0)) for one in models]
-    functions = _functions if model.joint is None else _joint_functions
-    return [(gamma * target_beta, *functions(model, gamma)) for gamma in (*_FRACTIONS, 1.0)]
+        return [_slow_density(one, thermal_beta(one.temperature), 1.0) for one in models]
+    beta, gammas = thermal_beta(model.temperature), (*_FRACTIONS, 1.0)
+    if model.joint is not None:
+        return [_joint_density(model.joint, target, gamma * beta, gamma) for gamma in gammas]
+    return [_slow_density(model, gamma * beta, gamma) for gamma in gammas]
 
 
-def _joint_functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
-    joint = model.joint
-    assert joint is not None
-
+def _joint_density(joint: JointFlow, target: Target, beta: float, gamma: float) -> _Density:
     @torch.no_grad()
     def draw(n: int, generator: torch.Generator) -> np.ndarray:
         z, r = joint(joint.draw_base(n, generator), gamma)
-        return joint.build(z, r, gamma)[..., 0].numpy()
+        return joint.build(z, r)[..., 0].numpy()
 
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:
         return joint.log_prob_xyz(along_x(torch.as_tensor(x)), gamma).numpy()
 
-    return draw, log_density
+    def log_target(x: np.ndarray) -> np.ndarray:
+        return target.log_density(x, beta, 0.0)
+
+    return _Density(beta, draw, log_density, log_target)
 
 
-def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
-    coordinates = model.coordinates
+def _slow_density(model: CGModel, beta: float, gamma: float) -> _Density:
+    coordinates, box = model.coordinates, model.scaffold.config.coordinates.box
+
+    def read(x: np.ndarray) -> Tensor:
+        return coordinates.from_xyz(along_x(torch.as_tensor(x)))
 
     def draw(n: int, generator: torch.Generator) -> np.ndarray:
         z, _ = model.flow.sample(n, generator, gamma)
@@ -219,33 +243,48 @@ def _functions(model: CGModel, gamma: float) -> tuple[Draw, LogDensity]:
 
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:
-        z, box = coordinates.from_xyz(along_x(torch.as_tensor(x))), model.scaffold.config.coordinates.box
+        z = read(x)
         log_q = (model.flow.log_prob(z, gamma) - coordinates.log_volume(z)).numpy()
         return np.where((np.abs(x) < box).all(1), log_q, -math.inf)
 
-    return draw, log_density
+    @torch.no_grad()
+    def log_target(x: np.ndarray) -> np.ndarray:
+        assert model.pmf is not None
+        return (-gamma * model.pmf(read(x))).numpy()
+
+    return _Density(beta, draw, log_density, log_target if model.pmf is not None else None)
 
 
-def _level(target: Target, beta: float, draw: Draw, log_density: LogDensity, rng: np.random.Generator) -> Level:
+def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    normaliser = target.log_normaliser(beta, rng)
+    normaliser = target.log_normaliser(model.beta, rng)
     n_batches = max(1, _N_MARGINAL // (_N_DRAWS * target.n_slow))
-    drawn = np.concatenate([draw(_N_DRAWS, generator) for _ in range(n_batches)])
+    drawn = np.concatenate([model.draw(_N_DRAWS, generator) for _ in range(n_batches)])
     n_columns, first = drawn.shape[1], drawn[:_N_DRAWS]
-    exact = target.sample(_N_MARGINAL, beta, rng)[:, :n_columns]
-    log_model = log_density(exact[:_N_DRAWS])
+    exact = target.sample(_N_MARGINAL, model.beta, rng)[:, :n_columns]
+    log_model = model.log_density(exact[:_N_DRAWS])
     inside = np.isfinite(log_model)
-    log_exact = target.log_density(exact[:_N_DRAWS], beta, normaliser)
+    log_exact = target.log_density(exact[:_N_DRAWS], model.beta, normaliser)
     difference = (log_exact - log_model)[inside] - math.log(inside.mean())
-    found = np.bincount(target.modes(drawn[:, : target.n_slow]), minlength=len(target.mode_names)) / len(drawn)
+    modes = target.modes(drawn[:, : target.n_slow])
+
+    def shares(log_weights: np.ndarray) -> list[float]:
+        weights = np.exp(log_weights - log_weights.max())
+        return (np.bincount(modes, weights, len(target.mode_names)) / weights.sum()).tolist()
+
+    weighted = []
+    if model.log_target is not None:
+        log_q = model.log_density(drawn)
+        weighted = shares(np.where(np.isfinite(log_q), model.log_target(drawn) - log_q, -math.inf))
     return Level(
-        found.tolist(),
-        target.populations(beta, rng).tolist(),
+        shares(np.zeros(len(drawn))),
+        weighted,
+        target.populations(model.beta, rng).tolist(),
         float(difference.mean()),
         float(difference.std() / math.sqrt(_N_DRAWS)),
         max(_marginal(exact[:, k], drawn[:, k]) for k in range(target.n_slow)),
         float(1 - inside.mean()),
-        relative_ess(torch.as_tensor(target.log_density(first, beta, normaliser) - log_density(first))),
+        relative_ess(torch.as_tensor(target.log_density(first, model.beta, normaliser) - model.log_density(first))),
     )
 
 

@@ -225,6 +225,10 @@ def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_
     assert list(found["modes"].values())[1]["exact"] == pytest.approx(0.00835, abs=1e-5)
     assert list(found["levels"])[-1] == "1" and len(found["levels"]) > 1
     assert all(level["kl"] > -3 * level["kl_error"] and level["outside"] < 0.05 for level in found["levels"].values())
+    for level in found["levels"].values():
+        assert len(level["weighted"]) == (0 if method == "reverse_kl" else 2)
+        if method == "joint":  # the weights are those of the energies: exact, whatever was learned
+            assert level["weighted"] == pytest.approx(level["exact"], abs=0.15)
     model = load(run)
     samples = model.sample(20, seed=1)
     coordinates = model.coordinates
