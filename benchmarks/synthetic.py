@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import openmm_cgflow as cgf
 from openmm_cgflow.exact import ExactEvaluation, Mode, evaluate_exactly
@@ -49,11 +51,24 @@ def summary(found: dict[int, ExactEvaluation], seconds: dict[int, float]) -> str
     return "\n".join(lines)
 
 
+def train_and_evaluate(
+    config: str, folder: str, seed: int, settings: Sequence[str], n_samples: int, keep: bool
+) -> tuple[ExactEvaluation, dict[str, Any]]:
+    """Trains, unless that run is to be kept, and compares many samples with what is known; also the run's provenance."""
+    run = RunDirectory(Path(folder))
+    if not (keep and run.samples.exists()):
+        changed = [*settings, f"seed={seed}", "sampling.plots=false", "sampling.n_samples=1000"]
+        cgf.train(cgf.load_config(config, changed), run.path, overwrite=run.path.exists(), progress=False)
+    model, many = cgf.load(run.path), run.path / "many.dcd"
+    save_samples(model, model.sample(n_samples, seed=seed), many)
+    return evaluate_exactly(run.path, many), run.read_provenance()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE")
+    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE", default=[])
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("-o", "--output", required=True)
@@ -61,15 +76,15 @@ def main() -> None:
     found: dict[int, ExactEvaluation] = {}
     seconds: dict[int, float] = {}
     for seed in arguments.seeds:
-        run = RunDirectory(Path(f"{arguments.output}-seed{seed}"))
-        if not (arguments.keep and run.samples.exists()):
-            settings = [*(arguments.set or []), f"seed={seed}", "sampling.plots=false", "sampling.n_samples=1000"]
-            config = cgf.load_config(arguments.config, settings)
-            cgf.train(config, run.path, overwrite=run.path.exists(), progress=False)
-        model, many = cgf.load(run.path), run.path / "many.dcd"
-        save_samples(model, model.sample(arguments.samples, seed=seed), many)
-        record = run.read_provenance()
-        found[seed], seconds[seed] = evaluate_exactly(run.path, many), record["wall_time_s"]
+        found[seed], record = train_and_evaluate(
+            arguments.config,
+            f"{arguments.output}-seed{seed}",
+            seed,
+            arguments.set,
+            arguments.samples,
+            arguments.keep,
+        )
+        seconds[seed] = record["wall_time_s"]
         print(f"seed {seed}, {record['method']}: {seconds[seed]:.0f} s; {record['ended_by']}")
         print(found[seed].table() + "\n", flush=True)
     print(summary(found, seconds))
