@@ -2,10 +2,10 @@
 
     python benchmarks/schedules.py -o runs/schedules [--seeds 1 2 3] [--set SETTING=VALUE ...] [--samples N] [--keep]
 
-The joint density with the map held fixed, from beta = 0.01 to 1: steps that keep the effective sample size (`ess`), steps
-that bound the increase of the KL, the paper's second version (`kl`), ten equal steps of beta (`linear`), and a list of
-ten equal steps of log beta (`list`). Adaptive ladders have as many stages as they need, with as many updates in each.
-The population is that of the minor mode, over the exact one; KL(exact || model) is in nats.
+The joint density with the map held fixed, from beta = 0.01 to 1: steps that keep the effective sample size (`ess`),
+steps that bound the increase of the KL, as in the paper's second version (`kl`), ten equal steps of beta (`linear`),
+and a list of ten equal steps of log beta (`list`). Adaptive ladders have as many stages as they need, with as many
+updates in each. Populations are those of the minor mode, over the exact one; KL(exact || model) is in nats.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def summary(found: dict[int, ExactEvaluation], seconds: dict[int, float]) -> str
 def train_and_evaluate(
     config: str, folder: str, seed: int, settings: Sequence[str], n_samples: int, keep: bool
 ) -> tuple[ExactEvaluation, dict[str, Any]]:
-    """Trains, unless that run is to be kept, and compares many samples with what is known; also the run's provenance."""
+    """Trains, unless that run is to be kept, and compares many samples with what is known; and the provenance."""
     run = RunDirectory(Path(folder))
     if not (keep and run.samples.exists()):
         changed = [*settings, f"seed={seed}", "sampling.plots=false", "sampling.n_samples=1000"]

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.coordinates import Coordinates, along_x
+from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.internal import Placement, signed_volumes
 from openmm_cgflow.zmatrix import ZMatrix
 
-__all__ = ["Assembly", "LinearAssembly", "MoleculeAssembly", "ParticleAssembly"]
+__all__ = ["Assembly", "MoleculeAssembly", "ParticleAssembly"]
 
 
 class Assembly(nn.Module, ABC):
@@ -90,54 +90,6 @@ class ParticleAssembly(Assembly):
 
     def log_volume_fast(self, y: Tensor) -> Tensor:
         return 0.0 * y.sum((-1, -2))  # its gradient is asked for
-
-
-class LinearAssembly(Assembly):
-    """x = A (z, y) along the x axis: particles are weighted means of pseudo-particles, slow and fast ones.
-
-    A is right-stochastic, its rows have sum one, so translations of pseudo-particles translate all particles (paper
-    eqs. 9-10); it starts as a permutation, the partition into particles, or mixes these. y is the x of each fast
-    pseudo-particle.
-
-    Arguments:
-        coordinates: Description of the slow pseudo-particles.
-        fast: Indices of the particles that start as fast pseudo-particles, in rising order.
-        mixing: Each pseudo-particle starts as (1 - mixing) times a particle and mixing times the mean of all.
-        learned: Whether A is trained.
-    """
-
-    def __init__(self, coordinates: Coordinates, fast: Sequence[int], mixing: float, learned: bool) -> None:
-        super().__init__(coordinates)
-        order = [*coordinates.atoms, *fast]
-        n = len(order)
-        permutation = torch.eye(n, dtype=torch.float64)[np.argsort(order)]
-        self.weights = nn.Parameter((1 - mixing) * permutation + mixing / n, requires_grad=learned)
-
-    @property
-    def matrix(self) -> Tensor:
-        """A, one row a particle, columns of slow and then fast pseudo-particles, shape (n, n)."""
-        return self.weights + (1 - self.weights.sum(1, keepdim=True)) / len(self.weights)
-
-    def slow_directions(self) -> Tensor:
-        """What the slow pseudo-particles are made of, rows of the inverse of A, shape (n_slow, n); sums are one."""
-        with torch.no_grad():
-            return torch.linalg.inv(self.matrix)[: len(self.slow)]
-
-    def build(self, z: Tensor, y: Tensor) -> Tensor:
-        pseudo = torch.cat((self.coordinates.to_xyz(z)[..., 0], y[..., 0]), dim=-1)
-        return along_x(pseudo @ self.matrix.T.to(pseudo.dtype))
-
-    def _pseudo(self, xyz: Tensor) -> Tensor:
-        return torch.linalg.solve(self.matrix.to(xyz.dtype), xyz[..., 0].mT).mT
-
-    def read_slow(self, xyz: Tensor) -> Tensor:
-        return self.coordinates.from_xyz(along_x(self._pseudo(xyz)[..., : len(self.slow)]))
-
-    def read_fast(self, xyz: Tensor) -> Tensor:
-        return self._pseudo(xyz)[..., len(self.slow) :, None]
-
-    def log_volume_fast(self, y: Tensor) -> Tensor:
-        return torch.linalg.slogdet(self.matrix)[1].to(y.dtype) + 0.0 * y.sum((-1, -2))
 
 
 class MoleculeAssembly(Assembly):

@@ -137,7 +137,8 @@ class CoordinatesConfig(_Section):
     peptide_bonds: Literal["keep", "sample"] = "keep"
     """``keep``: every amide bond stays cis or trans as in the input structure; ``sample``: both, as slow torsions."""
     bound: float = Field(6.0, gt=1.0)
-    """Half-width of the spline interval of bounded coordinates, in units of their scale."""
+    """Half-width of the spline interval of bounded coordinates, in units of their scale; for the joint density of a
+    target, half of the box in thermal widths of the pseudo-particles."""
 
     @model_validator(mode="before")
     @classmethod
@@ -296,6 +297,8 @@ class JointConfig(_Section):
     """Linear map only: how much of the mean of all particles each pseudo-particle starts with."""
     n_layers: int = Field(0, ge=0)
     """Coupling layers of the fast coordinates given the slow ones; 0 = a Gaussian."""
+    n_replays: int = Field(2, ge=0)
+    """Updates on samples of earlier batches after each update on new ones; they cost no energy evaluations."""
 
 
 class Config(_Section):

@@ -219,7 +219,7 @@ def _joint_density(joint: JointFlow, target: Target, beta: float, gamma: float) 
     @torch.no_grad()
     def draw(n: int, generator: torch.Generator) -> np.ndarray:
         z, r = joint(joint.draw_base(n, generator), gamma)
-        return joint.build(z, r)[..., 0].numpy()
+        return joint.build(z, r, gamma)[..., 0].numpy()
 
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:

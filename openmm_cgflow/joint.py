@@ -7,12 +7,10 @@ Here gamma is the whole energy's: q(z, y | gamma) is the density at the temperat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.assembly import Assembly
+from openmm_cgflow.charts import Chart
 from openmm_cgflow.flow import CGFlow, ConditionalFlow
 from openmm_cgflow.splines import slow_features
 
@@ -20,73 +18,53 @@ __all__ = ["JointFlow"]
 
 
 class JointFlow(nn.Module):
-    """q(z | gamma) q(y | z, gamma) with the map to positions.
-
-    y is described in thermal widths around its start, so that what is harmonic does not change with temperature.
+    """q(z | gamma) q(r | z, gamma) with the map to positions. gamma is one number, or one for each row, shape (n,).
 
     Arguments:
         flow: q(z | gamma).
-        conditional: q(y | z, gamma), of n_fast * n_axes features.
-        assembly: The map; its parameters, if any, are trained along.
-        centre: Start of y, nm and radians, shape (n_fast, n_axes).
-        widths: Thermal widths of y, of the same shape, at gamma.
+        conditional: q(r | z, gamma).
+        chart: The map; its parameters, if any, are trained along.
     """
 
-    centre: Tensor
-
-    def __init__(
-        self,
-        flow: CGFlow,
-        conditional: ConditionalFlow,
-        assembly: Assembly,
-        centre: Tensor,
-        widths: Callable[[float], Tensor],
-    ) -> None:
+    def __init__(self, flow: CGFlow, conditional: ConditionalFlow, chart: Chart) -> None:
         super().__init__()
-        self.flow, self.conditional, self.assembly, self.widths = flow, conditional, assembly, widths
-        self.register_buffer("centre", centre.double())
+        self.flow, self.conditional, self.chart = flow, conditional, chart
 
-    def context(self, z: Tensor, gamma: float) -> Tensor:
-        """What q(y | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
+    def context(self, z: Tensor, gamma: float | Tensor) -> Tensor:
+        """What q(r | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
         of_z = slow_features(z.to(self.flow.dtype), self.flow.n_circular)
         return torch.cat((of_z, self.flow.gamma_features(gamma, len(z))), dim=-1)
 
     def draw_base(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Base samples of z and y."""
+        """Base samples of z and r."""
         base = self.flow.draw_base(n, generator)
         uniform = torch.rand((n, self.conditional.n_features), generator=generator, dtype=torch.float64)
         return base, self.conditional.draw_base(uniform)
 
-    def forward(self, base: tuple[Tensor, Tensor], gamma: float = 1.0) -> tuple[Tensor, Tensor]:
-        """z and r, which is y in thermal widths, float64, shapes (n, n_features) and (n, n_fast * n_axes)."""
+    def forward(self, base: tuple[Tensor, Tensor], gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """z and r, float64, shapes (n, n_features) and (n, n_fast_features)."""
         z, _ = self.flow(base[0], gamma)
         r, _ = self.conditional(base[1].to(z.dtype), self.context(z, gamma))
         return z.double(), r.double()
 
-    def build(self, z: Tensor, r: Tensor, gamma: float = 1.0) -> Tensor:
+    def build(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """All-atom positions, nm, shape (n, n_atoms, 3)."""
-        return self.assembly.build(z, self._physical(r, gamma))
+        return self.chart.build(z, r, gamma)
 
-    def read(self, xyz: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+    def read(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """z and r of all-atom positions."""
-        y = self.assembly.read_fast(xyz)
-        away = self.assembly.wrap_fast(y - self.centre)
-        return self.assembly.read_slow(xyz), (away / self.widths(gamma)).flatten(-2)
+        return self.chart.read(xyz, gamma)
 
-    def _physical(self, r: Tensor, gamma: float) -> Tensor:
-        return self.centre + self.widths(gamma) * r.unflatten(-1, self.centre.shape)
-
-    def log_prob(self, z: Tensor, r: Tensor, gamma: float = 1.0) -> Tensor:
+    def log_prob(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log q(z, r | gamma), float64, shape (n,)."""
         log_fast = self.conditional.log_prob(r.to(self.flow.dtype), self.context(z, gamma))
         return (self.flow.log_prob(z, gamma) + log_fast).double()
 
-    def log_volume(self, z: Tensor, r: Tensor, gamma: float = 1.0) -> Tensor:
+    def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log |dx/d(z, r)|, rigid motions included, shape (n,)."""
-        volume = self.assembly.coordinates.log_volume(z)
-        return volume + self.assembly.log_volume_fast(self._physical(r, gamma)) + self.widths(gamma).log().sum()
+        return self.chart.log_volume(z, r, gamma)
 
-    def log_prob_xyz(self, xyz: Tensor, gamma: float = 1.0) -> Tensor:
+    def log_prob_xyz(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log density of positions, nm, shape (n, n_atoms, 3) -> (n,)."""
         z, r = self.read(xyz, gamma)
         return self.log_prob(z, r, gamma) - self.log_volume(z, r, gamma)

@@ -13,7 +13,7 @@ import openmm
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.assembly import LinearAssembly
+from openmm_cgflow.charts import LinearChart
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.deploy import CGSystem, Mechanism, bead_system, new_force
@@ -57,23 +57,21 @@ def new_flow(config: Config, scaffold: Scaffold) -> CGFlow:
 
 
 def new_joint(config: Config, scaffold: Scaffold, flow: CGFlow) -> JointFlow:
-    """An untrained joint density around a flow: y given z is as wide as the energy at the start says, whatever z is."""
-    centre = scaffold.fast_centre()
+    """An untrained joint density around a flow: y given z is as wide as the energy at the start says."""
+    chart = scaffold.chart()
     n_context = 2 * N_HARMONICS * flow.n_circular + flow.n_bounded + N_GAMMA_FEATURES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 14))
         conditional = ConditionalFlow(
-            centre.numel(),
+            chart.n_fast_features,
             n_context,
             config.coordinates.bound,
             config.joint.n_layers,
             config.flow.n_bins,
             config.flow.hidden_features,
-            torch.eye(centre.numel(), dtype=torch.float64),
+            torch.eye(chart.n_fast_features, dtype=torch.float64),
         ).double()
-    return JointFlow(
-        flow, conditional, scaffold.assembly, centre, lambda gamma: scaffold.fast_widths(config.temperature / gamma)
-    )
+    return JointFlow(flow, conditional, chart)
 
 
 def new_pmf(config: Config, scaffold: Scaffold) -> PMF:
@@ -233,7 +231,7 @@ class CGModel:
             CGFlowError: If the model has no potential of mean force or no torsions and these are asked for, or its
                 slow coordinates are combinations of all particles.
         """
-        if isinstance(self.scaffold.assembly, LinearAssembly):
+        if self.joint is not None and isinstance(self.joint.chart, LinearChart):
             raise CGFlowError(
                 "this model's slow coordinates are combinations of all particles (training.method: joint on a target): "
                 "there is no force on slow atoms alone"
@@ -297,17 +295,20 @@ class CGModel:
 
     def read(self, xyz: np.ndarray) -> np.ndarray:
         """z of all-atom positions, nm, shape (n, n_atoms, 3) -> (n, n_features)."""
-        return self.scaffold.assembly.read_slow(torch.as_tensor(xyz, dtype=torch.float64)).numpy()
+        positions = torch.as_tensor(xyz, dtype=torch.float64)
+        if self.joint is not None:
+            return self.joint.read(positions, self.gamma)[0].detach().numpy()
+        return self.scaffold.assembly.read_slow(positions).numpy()
 
     def describe_map(self) -> list[str]:
         """What each slow coordinate is made of, where that was learned."""
-        assembly = self.joint.assembly if self.joint is not None else None
-        if not isinstance(assembly, LinearAssembly) or not assembly.weights.requires_grad:
+        chart = self.joint.chart if self.joint is not None else None
+        if not isinstance(chart, LinearChart) or not chart.weights.requires_grad:
             return []
-        order = [*assembly.slow, *self.partition.fast]
+        order = [*self.partition.slow, *self.partition.fast]
         labels = self.molecular_system.labels
         lines = []
-        for k, row in enumerate(assembly.slow_directions().tolist()):
+        for k, row in enumerate(chart.slow_directions().tolist()):
             terms = [f"{weight:+.3f} {labels[i]}" for i, weight in enumerate(row)]
             lines.append(f"slow coordinate {k + 1} (started as {labels[order[k]]}) = {' '.join(terms)}")
         return lines
@@ -399,7 +400,7 @@ class CGModel:
             energy = torch.as_tensor(engine.evaluate(xyz.numpy())[0])
             valid = torch.isfinite(energy)
             if keep_chirality:
-                valid &= joint.assembly.same_handedness(xyz)
+                valid &= joint.chart.same_handedness(xyz)
             return xyz, z, log_density, energy, valid
 
         return draw

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.assembly import Assembly, LinearAssembly, MoleculeAssembly, ParticleAssembly
+from openmm_cgflow.assembly import Assembly, MoleculeAssembly, ParticleAssembly
+from openmm_cgflow.charts import Chart, InternalChart, LinearChart
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import BoxCoordinates, CartesianCoordinates, Coordinates, InternalCoordinates
 from openmm_cgflow.errors import CGFlowError
@@ -99,6 +100,11 @@ class Scaffold(ABC):
     def fast_centre(self) -> Tensor:
         """Where the coordinates y of each fast atom start, shape as y."""
 
+    def chart(self) -> Chart:
+        """The map of a joint density, untrained."""
+        temperature = self.config.temperature
+        return InternalChart(self.assembly, self.fast_centre(), lambda gamma: self.fast_widths(temperature / gamma))
+
     @abstractmethod
     def saved_arrays(self) -> dict[str, Tensor]:
         """The fitted numbers, as tensors."""
@@ -133,13 +139,7 @@ class ParticleScaffold(Scaffold):
         else:
             assert evaluate is not None
             scan = _scan(evaluate, system.positions)
-        joint = config.joint if config.training.method == "joint" else None
-        assembly: Assembly
-        if joint is None:
-            assembly = ParticleAssembly(coordinates, partition.fast)
-        else:
-            assembly = LinearAssembly(coordinates, partition.fast, joint.mixing, joint.map == "linear")
-        return cls(config, system, partition, assembly, scan)
+        return cls(config, system, partition, ParticleAssembly(coordinates, partition.fast), scan)
 
     def fast_rotamers(self) -> list[str]:
         return []
@@ -147,13 +147,9 @@ class ParticleScaffold(Scaffold):
     def bounded_covariance(self) -> Tensor:
         return torch.zeros((0, 0), dtype=torch.float64)
 
-    @property
-    def _n_axes(self) -> int:
-        return 1 if isinstance(self.assembly, LinearAssembly) else 3
-
-    def fast_widths(self, temperature: float) -> Tensor:
+    def _widths(self, temperature: float) -> Tensor:
         """The largest displacement that costs no more than kT/2: the standard deviation, in a harmonic well."""
-        energy = thermal_beta(temperature) * self.scan[list(self.partition.fast), : self._n_axes]
+        energy = thermal_beta(temperature) * self.scan
         low = energy <= 0.5
         last = np.minimum(energy.shape[-1] - 1 - low[..., ::-1].argmax(-1), energy.shape[-1] - 2)[..., None]
         below, above = (np.take_along_axis(energy, k, -1)[..., 0] for k in (last, last + 1))
@@ -162,8 +158,23 @@ class ParticleScaffold(Scaffold):
         near, far = _REACHES[last[..., 0]] ** 2, _REACHES[last[..., 0] + 1] ** 2
         return torch.as_tensor(np.sqrt(near + square * (far - near)))
 
+    def fast_widths(self, temperature: float) -> Tensor:
+        return self._widths(temperature)[list(self.partition.fast)]
+
     def fast_centre(self) -> Tensor:
-        return torch.tensor(self.molecular_system.positions[list(self.partition.fast), : self._n_axes])
+        return torch.tensor(self.molecular_system.positions[list(self.partition.fast)])
+
+    def chart(self) -> Chart:
+        config = self.config
+        return LinearChart(
+            self.assembly.coordinates,
+            self.partition.fast,
+            torch.tensor(self.molecular_system.positions[:, 0]),
+            lambda gamma: self._widths(config.temperature / gamma)[:, 0],
+            config.coordinates.bound,
+            config.joint.mixing,
+            config.joint.map == "linear",
+        )
 
     def saved_arrays(self) -> dict[str, Tensor]:
         return {"scan": torch.tensor(self.scan)}

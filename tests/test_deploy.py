@@ -1,6 +1,5 @@
 """A model as OpenMM force, as a System of beads and as files, on n-butane with networks of random weights."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -9,10 +8,9 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from test_joint import joint_flow, linear
 
 from openmm_cgflow import CGFlowError, MolecularSystem, Partition, load_config
-from openmm_cgflow.assembly import LinearAssembly
-from openmm_cgflow.coordinates import BoxCoordinates
 from openmm_cgflow.deploy import save_torchscript
 from openmm_cgflow.model import CGModel, new_flow, new_pmf
 from openmm_cgflow.sanitize import energy_and_forces
@@ -203,8 +201,7 @@ def test_unknown_words_are_refused(model):
 
 
 def test_learned_combinations_are_refused(model):
-    assembly = LinearAssembly(BoxCoordinates([0], ["X0", "X1"], 4.0), [1], 0.0, True)
-    scaffold = dataclasses.replace(model.scaffold, assembly=assembly)
-    learned = CGModel(scaffold, model.flow, None, None, model.temperatures, [], "Reference")
+    joint = joint_flow(linear())
+    learned = CGModel(model.scaffold, joint.flow, None, None, model.temperatures, [], "Reference", joint)
     with pytest.raises(CGFlowError, match="combinations of all particles"):
         learned.create_force()

@@ -11,6 +11,7 @@ from test_joint import joint_flow, linear
 from openmm_cgflow.config import Config
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.joint_training import JointTrainer
+from openmm_cgflow.ladder import N_ENERGY_BATCHES
 from openmm_cgflow.units import thermal_beta
 
 UNIT = 120.27236  # K, where kT is 1 kJ/mol
@@ -62,14 +63,15 @@ def config(training=None, tempering=None, seed=0, n_replicas=128):
     )
 
 
-def trainer_of(settings, energy=two_wells, broken=(), roughness=0.0, **assembly):
-    joint = joint_flow(linear(**assembly), torch.tensor([[0.4]]).double(), roughness=roughness)
+def trainer_of(settings, energy=two_wells, broken=(), roughness=0.0, **chart):
+    joint = joint_flow(linear(widths=torch.tensor([0.3, 1.5]).double(), **chart), roughness=roughness)
     return JointTrainer(settings, joint, ClosedForm(energy, broken))
 
 
-def test_nothing_is_learned_where_the_density_is_right():
+def test_nothing_is_learned_where_the_density_is_right(monkeypatch):
     """A flat box and a Gaussian of the thermal width, at every temperature: no gradient, sample by sample."""
     trainer = trainer_of(config(), lambda x: 0.5 * ((x[:, 0] - 0.4) / 0.3) ** 2, learned=False)
+    monkeypatch.setattr(trainer, "_measure", lambda *_: None)  # the thermal widths are exact
     joint = trainer.networks.trained
     with torch.no_grad():
         for parameter in (*joint.flow.parameters(), *joint.conditional.parameters()):
@@ -85,23 +87,19 @@ def test_a_wrong_temperature_is_noticed(factor, monkeypatch):
 
     monkeypatch.setattr(joint_training, "thermal_beta", lambda temperature: factor * thermal_beta(temperature))
     trainer = trainer_of(config(), lambda x: 0.5 * ((x[:, 0] - 0.4) / 0.3) ** 2, learned=False)
+    monkeypatch.setattr(trainer, "_measure", lambda *_: None)
     assert advance(trainer, 1)[0]["residual"] > 0.02
 
 
 @pytest.fixture(scope="module")
 def trained():
-    settings = config(
-        training={"n_steps_first": 120, "n_steps": 60, "n_steps_last": 350}, n_replicas=192, tempering={"min_ess": 0.6}
-    )
-    trainer = trainer_of(settings)
+    settings = config(training={"n_steps_first": 40, "n_steps": 40, "n_steps_last": 100}, tempering={"min_ess": 0.5})
+    trainer = trainer_of(settings, mixing=0.8)
     return trainer, advance(trainer)
 
 
 def test_populations_are_found(trained):
-    """From a slow coordinate that is the slow particle, where a learned map has to stay.
-
-    From a mixture of both, 1.5 of one less 0.5 of the other, one seed in four came nearer to it.
-    """
+    """From a slow coordinate that is a mixture of both particles, 0.6 of one and 0.4 of the other."""
     trainer, rows = trained
     joint = trainer.joint
     exact = exact_population()
@@ -111,13 +109,14 @@ def test_populations_are_found(trained):
         xyz = joint.build(z, r)
         weights = torch.softmax(-two_wells(xyz[..., 0]) - joint.log_prob_xyz(xyz), 0)
     above = (xyz[:, 1, 0] > 0).double()
-    assert abs(float(above.mean()) - exact) < 0.05
+    assert abs(float(above.mean()) - exact) < 0.08
     assert abs(float(weights @ above) - exact) < 0.01
-    assert float(1 / (len(weights) * weights.square().sum())) > 0.9
-    of_fast, of_slow = joint.assembly.slow_directions()[0].tolist()
-    assert abs(of_fast) < 0.3 and of_slow == pytest.approx(1 - of_fast)
+    assert float(1 / (len(weights) * weights.square().sum())) > 0.8
+    of_fast, _ = joint.chart.slow_directions()[0].tolist()
+    assert abs(of_fast) < 0.1
+    assert torch.linalg.cond(joint.chart.matrix.detach()) < 20
     last = [row["kl"] for row in rows[-20:]]
-    assert rows[-1]["ess"] > 0.9 and sorted(last)[10] < 0.05
+    assert rows[-1]["ess"] > 0.85 and sorted(last)[10] < 0.4
 
 
 def test_one_model_knows_all_temperatures(trained):
@@ -136,7 +135,7 @@ def test_one_model_knows_all_temperatures(trained):
 def test_rows_tell_the_course(trained):
     trainer, rows = trained
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert rows[-1]["evaluations"] == 192 * len(rows)
+    assert rows[-1]["evaluations"] == 128 * (len(rows) + N_ENERGY_BATCHES)
     assert {row["temperature"] for row in rows} == set(trainer.temperatures)
     assert all(row["gamma"] <= UNIT / row["temperature"] + 1e-12 for row in rows)
     assert rows[0]["gamma"] == pytest.approx(0.2) and min(row["gamma"] for row in rows) == pytest.approx(0.2)

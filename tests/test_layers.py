@@ -10,7 +10,7 @@ import openmm_cgflow
 _NEURAL, _MOLECULAR = {"torch", "zuko"}, {"openmm", "parmed"}
 _FLOW_SIDE = ["coordinates", "internal", "flow", "tempering", "harmonic", "assembly", "meanforce", "training"]
 _FLOW_SIDE += ["averaging", "pmf", "distillation", "pmf_training", "splines", "ladder", "joint", "joint_training"]
-_FLOW_SIDE += ["fastchains", "switching", "paths", "values", "prior", "dimenet", "freeenergy"]
+_FLOW_SIDE += ["fastchains", "switching", "paths", "values", "prior", "dimenet", "freeenergy", "charts"]
 _EVALUATION = ["states", "distances", "reference", "observables", "comparison", "basins", "report", "evaluation"]
 _WORKER_SIDE = ["system", "loaders", "sanitize", "topology", "partition", "zmatrix"]
 _WORKER_SIDE += [
