@@ -274,8 +274,10 @@ def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
 
     weighted = []
     if model.log_target is not None:
-        log_q = model.log_density(drawn)
-        weighted = shares(np.where(np.isfinite(log_q), model.log_target(drawn) - log_q, -math.inf))
+        batches = np.split(drawn, n_batches)  # splines need some kilobytes a sample
+        log_q = np.concatenate([model.log_density(batch) for batch in batches])
+        log_target = np.concatenate([model.log_target(batch) for batch in batches])
+        weighted = shares(np.where(np.isfinite(log_q), log_target - log_q, -math.inf))
     return Level(
         shares(np.zeros(len(drawn))),
         weighted,
