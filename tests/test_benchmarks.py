@@ -433,7 +433,7 @@ def grid(systems, folder):
     return folder / "new" / "ala2.npz"
 
 
-@pytest.mark.parametrize("name", ["reference.py", "baselines.py", "mirror.py", "synthetic.py"])
+@pytest.mark.parametrize("name", ["reference.py", "baselines.py", "mirror.py", "synthetic.py", "schedules.py"])
 def test_help_of_a_script(name):
     environment = os.environ | {"COLUMNS": "120"}
     command = [sys.executable, str(BENCHMARKS / name), "--help"]
