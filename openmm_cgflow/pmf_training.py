@@ -35,6 +35,7 @@ _N_TEST = 16384  # flow samples behind every effective sample size and populatio
 _N_PROBE = 512  # flow samples at each gamma of the search for the exploring one
 _GAMMAS = (0.005, 0.007, 0.01, 0.014, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.23, 0.32, 0.45, 0.64)
 _SMALLEST_POPULATION = 0.005  # states rarer than this do not count for convergence
+_ESS_LOST = 0.03  # by a cycle of updates of the flow, more than the noise of the test
 _LAG = 3  # rounds over which populations must not have moved
 _POLISH = 50  # flow updates of one step after the last round
 _REFIT = 200  # PMF updates of one step after the last round
@@ -109,6 +110,7 @@ class PMFTrainer:
         self.ended_by = ""
         self._earlier: list[dict[str, Tensor]] = []
         self._best_ess: list[float] = []
+        self._before_cycle: tuple[float, dict[str, Any]] | None = None
 
     @property
     def temperature(self) -> float:
@@ -227,6 +229,8 @@ class PMFTrainer:
 
     def _polish(self) -> dict[str, float]:
         cycle = self._polish_cycle * _POLISH
+        if self.n_polish % self._polish_cycle == 0:
+            self._before_cycle = self._ess(), copy.deepcopy(self.flow_fitter.state_dict())
         for k in range(_POLISH):
             progress = (self.n_polish % self._polish_cycle * _POLISH + k) / cycle
             scale = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
@@ -236,8 +240,19 @@ class PMFTrainer:
         self.n_polish += 1
         row = self._test()
         if self.n_polish % self._polish_cycle == 0:
+            assert self._before_cycle is not None
+            before, state = self._before_cycle
+            # A flow of many coordinates can be lost in a few updates; what was there before is not.
+            kept = row["ess"] >= before - _ESS_LOST  # never so where it is nan
+            if not kept and self.flow_fitter.reach == 1:
+                self.flow_fitter.load_state_dict(state)
+                row = self._test()
             self._best_ess.append(row["ess"])
+            self._before_cycle = None
         return self._ordered(row)
+
+    def _ess(self) -> float:
+        return weighted_samples(self.flow, self.pmf, self.coordinates, _N_TEST, self.generator).ess
 
     def _ordered(self, row: dict[str, float]) -> dict[str, float]:
         names = ("gamma", "noise_left", "held_out", "misfit", "ess", "free_energy_error", "moved", "energy", "invalid")
@@ -350,6 +365,7 @@ class PMFTrainer:
             "ended_by": self.ended_by,
             "earlier": list(self._earlier),
             "best_ess": list(self._best_ess),
+            "before_cycle": self._before_cycle,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -366,3 +382,4 @@ class PMFTrainer:
         self.gamma, self.ended_by = state["gamma"], state["ended_by"]
         self._held_out, self._replica_cost = state["held_out"], state["replica_cost"]
         self._earlier, self._best_ess = list(state["earlier"]), list(state["best_ess"])
+        self._before_cycle = state["before_cycle"]

@@ -1,5 +1,6 @@
 """Training on a learned potential of mean force: right populations, named ends, limits, and bitwise restarts."""
 
+import copy
 import io
 import math
 from itertools import pairwise
@@ -308,6 +309,28 @@ def test_the_flow_is_trained_on_until_it_gains_no_more(few_tests, monkeypatch, r
         assert all(gains[:-1]) and (len(ends) == 4 or not gains[-1])
     else:
         assert len(ends) == 4
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_flow_that_is_lost_is_taken_back(few_tests, monkeypatch, kept):
+    monkeypatch.setattr(FlowFitter, "_move_reach", lambda fitter, ess: None)
+    trainer = new_trainer(settings(stopping={"max_rounds": 2, "max_polish_cycles": 2, "ess": 0.999}))
+    trainer.flow_fitter.reach = 1.0
+    rows = advance(trainer, 3)
+    before = copy.deepcopy(trainer.flow.state_dict())
+
+    def spoil(fitter, *_, **__):
+        with torch.no_grad():
+            for parameter in fitter.networks.average.parameters():
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+    monkeypatch.setattr(FlowFitter, "update", spoil)
+    if not kept:
+        monkeypatch.setattr(pmf_training, "_ESS_LOST", math.inf)
+    last = advance(trainer)[-1]
+    same = all(torch.equal(value, before[name]) for name, value in trainer.flow.state_dict().items())
+    assert same == kept
+    assert (last["ess"] > rows[-1]["ess"] - 0.05) == kept  # nan where it is lost
 
 
 def test_a_reached_effective_sample_size_ends_the_training(few_tests):
