@@ -244,7 +244,7 @@ class PMFTrainer:
             before, state = self._before_cycle
             # A flow of many coordinates can be lost in a few updates; what was there before is not.
             kept = row["ess"] >= before - _ESS_LOST  # never so where it is nan
-            if not kept and self.flow_fitter.reach == 1:
+            if not kept and state["reach"] == 1:
                 self.flow_fitter.load_state_dict(state)
                 row = self._test()
             self._best_ess.append(row["ess"])
