@@ -233,7 +233,7 @@ class PMFTrainer:
             self._before_cycle = self._ess(), copy.deepcopy(self.flow_fitter.state_dict())
         for k in range(_POLISH):
             progress = (self.n_polish % self._polish_cycle * _POLISH + k) / cycle
-            scale = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+            scale = (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))) * 0.5 ** len(self._best_ess)
             if self.flow_fitter.reach < 1:  # still on its way to the model
                 scale = 1.0
             self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9)
