@@ -375,9 +375,9 @@ schedule = dict(n_relax=0, n_frames=1, stride=1, seed=1)
 INTERRUPTED = """
 with create_engine(bath.toy, bath.slow, SamplerConfig(platform="Reference", n_workers=2)) as engine:
     engine.run(start, 300.0, n_equilibration=1, **schedule)
-    threading.Timer(2.0, os.killpg, (os.getpgrp(), signal.SIGINT)).start()  # work is in progress, on busy cores, too
+    threading.Timer(1.0, os.killpg, (os.getpgrp(), signal.SIGINT)).start()  # work is in progress, on busy cores, too
     try:
-        engine.run(start, 300.0, n_equilibration=2_000_000, **schedule)
+        engine.run(start, 300.0, n_equilibration=50_000_000, **schedule)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     workers = engine._executor._processes.values()
