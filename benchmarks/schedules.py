@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from synthetic import train_and_evaluate
+from synthetic import add_options, train_and_evaluate
 
 _HOTTEST, _TARGET, _N_STAGES = 12027.236, 120.27236, 10  # K
 _LIST = ",".join(f"{temperature:.6g}" for temperature in np.geomspace(_HOTTEST, _TARGET, _N_STAGES)[:-1])
@@ -40,11 +40,7 @@ _CONFIG = Path(__file__).parent.parent / "systems" / "double_well" / "double_wel
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE", default=[])
-    parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--keep", action="store_true")
-    parser.add_argument("-o", "--output", required=True)
+    add_options(parser, n_samples=100_000)
     arguments = parser.parse_args()
     print("schedule  seed  stages  evaluations      s  drawn / exact  weighted / exact        KL   KL slow    ESS")
     for name, schedule in SCHEDULES.items():

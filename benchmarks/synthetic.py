@@ -51,6 +51,15 @@ def summary(found: dict[int, ExactEvaluation], seconds: dict[int, float]) -> str
     return "\n".join(lines)
 
 
+def add_options(parser: argparse.ArgumentParser, n_samples: int) -> None:
+    """What the runs of a script have in common."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE", default=[])
+    parser.add_argument("--samples", type=int, default=n_samples)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("-o", "--output", required=True)
+
+
 def train_and_evaluate(
     config: str, folder: str, seed: int, settings: Sequence[str], n_samples: int, keep: bool
 ) -> tuple[ExactEvaluation, dict[str, Any]]:
@@ -67,11 +76,7 @@ def train_and_evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE", default=[])
-    parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--keep", action="store_true")
-    parser.add_argument("-o", "--output", required=True)
+    add_options(parser, n_samples=1_000_000)
     arguments = parser.parse_args()
     found: dict[int, ExactEvaluation] = {}
     seconds: dict[int, float] = {}

@@ -23,10 +23,10 @@ Widths = Callable[[float], Tensor]
 """Thermal widths at gamma."""
 
 
-def _at_levels(widths: Widths, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Widths at each gamma that occurs, and which of these is each row's."""
+def _at_levels(widths: Widths, gamma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each gamma that occurs, the widths there, and which of these is each row's."""
     levels, which = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1).unique(return_inverse=True)
-    return torch.stack([widths(level) for level in levels.tolist()]), which
+    return levels, torch.stack([widths(level) for level in levels.tolist()]), which
 
 
 class Chart(nn.Module, ABC):
@@ -88,7 +88,7 @@ class InternalChart(Chart):
         return self.centre.numel()
 
     def _widths(self, gamma: float | Tensor) -> Tensor:
-        widths, which = _at_levels(self.widths, gamma)
+        _, widths, which = _at_levels(self.widths, gamma)
         return widths[which]
 
     def _physical(self, r: Tensor, gamma: float | Tensor) -> Tensor:
@@ -221,8 +221,7 @@ class LinearChart(Chart):
         return mean, torch.lerp(self._covariances[before], self._covariances[after], share[:, None, None])
 
     def _frame(self, gamma: float | Tensor) -> _Frame:
-        gammas, which = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1).unique(return_inverse=True)
-        widths = torch.stack([self.widths(level) for level in gammas.tolist()])
+        gammas, widths, which = _at_levels(self.widths, gamma)
         mean, covariance = self._moments(gammas, widths)
         rows, n = self.pseudo_particles, self.n_slow
         covariance = rows @ covariance @ rows.T

@@ -272,10 +272,11 @@ def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
         weights = np.exp(log_weights - log_weights.max())
         return (np.bincount(modes, weights, len(target.mode_names)) / weights.sum()).tolist()
 
+    batches = np.split(drawn, n_batches)  # splines need some kilobytes a sample
+    log_q = model.log_density(first)
     weighted = []
     if model.log_target is not None:
-        batches = np.split(drawn, n_batches)  # splines need some kilobytes a sample
-        log_q = np.concatenate([model.log_density(batch) for batch in batches])
+        log_q = np.concatenate([log_q, *(model.log_density(batch) for batch in batches[1:])])
         log_target = np.concatenate([model.log_target(batch) for batch in batches])
         weighted = shares(np.where(np.isfinite(log_q), log_target - log_q, -math.inf))
     return Level(
@@ -286,7 +287,7 @@ def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
         float(difference.std() / math.sqrt(_N_DRAWS)),
         max(_marginal(exact[:, k], drawn[:, k]) for k in range(target.n_slow)),
         float(1 - inside.mean()),
-        relative_ess(torch.as_tensor(target.log_density(first, model.beta, normaliser) - model.log_density(first))),
+        relative_ess(torch.as_tensor(target.log_density(first, model.beta, normaliser) - log_q[:_N_DRAWS])),
     )
 
 
