@@ -229,7 +229,8 @@ class StoppingConfig(_Section):
     """Error of predicted mean forces before they are fitted, over their noise or, where that is larger, over what the
     fit aims at, 0.1 kT and 5 % of the force."""
     free_energy_error: float = Field(0.05, gt=0)
-    """kT; largest error, and largest change in three rounds, of the free energy of any torsion state above 0.5 %."""
+    """kT, of free-energy differences by switching. Rounds end once the free energy of every torsion state above 0.5 %
+    is known to twice as much and moved by no more in three rounds; without switching, to this."""
     ess: float = Field(0.98, gt=0, lt=1)
     """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""
     max_evaluations: float = Field(3e6, gt=0)

@@ -39,7 +39,9 @@ _ESS_LOST = 0.03  # by a cycle of updates of the flow, more than the noise of th
 _LAG = 3  # rounds over which populations must not have moved
 _POLISH = 50  # flow updates of one step after the last round
 _REFIT = 200  # PMF updates of one step after the last round
-_SHARE_OF_ROUNDS = 0.8  # of all evaluations, where some are needed for switching
+# Of the wanted error, in the end of the rounds: switching finds free energies with fewer evaluations than forces do.
+_ERROR_BEFORE_SWITCHING = 2.0
+_SHARE_OF_ROUNDS = 0.6  # of all evaluations, where some are needed for switching
 
 
 def state_populations(samples: WeightedSamples, n_circular: int) -> Tensor:
@@ -313,10 +315,12 @@ class PMFTrainer:
     def _reason_to_end(self, row: dict[str, float]) -> str:
         stopping = self.config.stopping
         held_out, error, moved = row["held_out"], row["free_energy_error"], row["moved"]
+        switched = bool(self.config.pmf.n_switched and self.flow.n_circular)
+        wanted = stopping.free_energy_error * (_ERROR_BEFORE_SWITCHING if switched else 1.0)
         if (
             held_out <= stopping.held_out
-            and error <= stopping.free_energy_error
-            and moved <= stopping.free_energy_error  # never so while it is nan
+            and error <= wanted
+            and moved <= wanted  # never so while it is nan
             and row["ess"] >= 0.9 * stopping.ess
         ):
             return (
@@ -326,11 +330,11 @@ class PMFTrainer:
             )
         now = (
             f"held-out error {held_out:.2f} (wanted {stopping.held_out:g}), free-energy error {error:.2f} kT, moved "
-            f"{moved:.2f} kT (wanted {stopping.free_energy_error:g}), effective sample size {row['ess']:.2f} (wanted "
+            f"{moved:.2f} kT (wanted {wanted:g}), effective sample size {row['ess']:.2f} (wanted "
             f"{0.9 * stopping.ess:.2f})"
         )
         n_round = self._replica_cost * self._round_size
-        share = _SHARE_OF_ROUNDS if self.config.pmf.n_switched else 1.0
+        share = _SHARE_OF_ROUNDS if switched else 1.0
         if self.estimator.n_energy_evaluations + n_round > share * stopping.max_evaluations:
             return f"not converged: the next round would exceed stopping.max_evaluations; {now}"
         if len(self.buffer.rounds) >= stopping.max_rounds:

@@ -93,7 +93,7 @@ pmf:  # the potential of mean force that is learned, and what the flow learns fr
   flow_updates: {pmf.flow_updates}  # of the flow in each round
 
 stopping:  # rounds of mean forces end when all of these hold, or at a limit
-  free_energy_error: {stopping.free_energy_error:g}  # kT, of the states of every torsion
+  free_energy_error: {stopping.free_energy_error:g}  # kT, of differences by switching; twice as much ends the rounds
   held_out: {stopping.held_out:g}  # error of predicted mean forces over their noise
   ess: {stopping.ess:g}  # relative effective sample size
   max_evaluations: {stopping.max_evaluations:.0f}

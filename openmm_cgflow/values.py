@@ -20,7 +20,7 @@ from openmm_cgflow.switching import Differences, Switches
 __all__ = ["ValueSwitching"]
 
 _N_SWITCHES = 16  # to a conformation and back, in one step
-_N_STEPS = 12  # at most
+_N_STEPS = 24  # at most
 _SMALLEST_ERROR = 0.02  # kT, that a difference counts with
 
 

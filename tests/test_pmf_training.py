@@ -282,6 +282,19 @@ def test_the_largest_number_of_rounds_is_kept(few_tests):
     assert trainer.estimator.n_energy_evaluations == 96
 
 
+@pytest.mark.parametrize(("n_switched", "largest"), [(0, 0.02), (4, 0.04)])
+def test_rounds_leave_half_of_the_error_to_switching(n_switched, largest):
+    given = settings(stopping={"free_energy_error": 0.02, "held_out": 1.3, "ess": 0.9}, pmf={"n_switched": n_switched})
+    trainer = new_trainer(given)
+
+    def ends(error, moved):
+        row = {"held_out": 1.0, "ess": 0.9, "free_energy_error": error, "moved": moved}
+        return trainer._reason_to_end(row).startswith("converged")
+
+    assert ends(0.99 * largest, 0.99 * largest)
+    assert not ends(1.01 * largest, 0.0) and not ends(0.0, 1.01 * largest) and not ends(0.0, math.nan)
+
+
 @pytest.mark.parametrize(("limit", "n_rounds"), [(32, 1), (127, 3), (128, 4), (129, 4)])
 def test_energy_evaluations_never_exceed_their_limit(limit, n_rounds, few_tests):
     trainer = new_trainer(settings(stopping={"max_evaluations": limit, "max_polish_cycles": 1}))
