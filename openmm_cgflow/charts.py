@@ -19,6 +19,9 @@ from openmm_cgflow.coordinates import Coordinates, along_x
 
 __all__ = ["Chart", "InternalChart", "LinearChart", "Widths"]
 
+_NOTHING = math.exp(-15)  # times the largest weight: smaller ones do not count for how far particles get
+_MARGIN = 1.2  # of that, for what the measurement has not seen
+
 Widths = Callable[[float], Tensor]
 """Thermal widths at gamma."""
 
@@ -131,19 +134,21 @@ class LinearChart(Chart):
     A is right-stochastic, its rows have sum one, so translations of pseudo-particles translate all particles (paper
     eqs. 9-10). So does its inverse, which says what pseudo-particles are made of, and is what is learned.
 
-    z is a slow pseudo-particle on a circle that holds ``reach`` thermal widths to either side; r is what is left of the
-    fast ones when their regression on the slow ones is taken out, in widths. Regression and widths follow from the
-    covariance of all particles, measured at every temperature of the training. So a turn of A leaves Gaussians as they
-    are, and needs nothing of the density: were the regression for the density to learn, it would lag behind the map and
-    hold it where slow and fast ones are independent, which the true slow direction is not alone in. The choice of y,
-    which means nothing, changes nothing.
+    z is a slow pseudo-particle on a circle that holds everywhere particles get; r is what is left of the fast ones when
+    their regression on the slow ones is taken out, in widths. The circle is no larger than it need be: a flow leaves a
+    little mass wherever there is nothing. How far particles get, and their covariance, which regression and widths
+    follow from, are measured at every temperature of the training. So a turn of A leaves Gaussians as they are, and
+    needs nothing of the density: were the regression for the density to learn, it would lag behind the map and hold it
+    where slow and fast ones are independent, which the true slow direction is not alone in. The choice of y, which
+    means nothing, changes nothing.
 
     Arguments:
         coordinates: Description of the slow pseudo-particles.
         fast: Indices of the particles that start as fast pseudo-particles, in rising order.
         centre: Start of all particles, nm, shape (n,).
-        widths: Of all particles, nm, shape (n,); also the covariance, before it is measured.
-        reach: Half of the circle, in widths.
+        widths: Of all particles, nm, shape (n,): the covariance and, times ``reach``, how far they get, before both
+            are measured.
+        reach: See ``widths``.
         mixing: Each pseudo-particle starts as (1 - mixing) times a particle and mixing times the mean of all.
         learned: Whether A is trained.
     """
@@ -173,9 +178,15 @@ class LinearChart(Chart):
         self._log_gammas = state.get("log_gammas", torch.zeros(0, dtype=torch.float64))
         self._means = state.get("means", torch.zeros((0, n), dtype=torch.float64))
         self._covariances = state.get("covariances", torch.zeros((0, n, n), dtype=torch.float64))
+        self._extents = state.get("extents", torch.zeros((0, n), dtype=torch.float64))
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        return {"log_gammas": self._log_gammas, "means": self._means, "covariances": self._covariances}
+        return {
+            "log_gammas": self._log_gammas,
+            "means": self._means,
+            "covariances": self._covariances,
+            "extents": self._extents,
+        }
 
     @property
     def n_fast_features(self) -> int:
@@ -207,28 +218,33 @@ class LinearChart(Chart):
         self._log_gammas = torch.cat((self._log_gammas, torch.tensor([math.log(gamma)], dtype=torch.float64)))
         self._means = torch.cat((self._means, mean[None]))
         self._covariances = torch.cat((self._covariances, covariance[None]))
+        extent = _MARGIN * away[weights > _NOTHING * weights.max()].abs().amax(0)
+        self._extents = torch.cat((self._extents, extent[None]))
 
-    def _moments(self, gammas: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of all particles, linear in log gamma between where they were measured."""
+    def _measured(self, gammas: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, covariance and extent of all particles, linear in log gamma between where they were measured."""
         n = len(self._log_gammas)
         if not n:
-            return torch.zeros_like(widths), torch.diag_embed(widths.square())
+            return torch.zeros_like(widths), torch.diag_embed(widths.square()), self.reach * widths
         after = torch.searchsorted(self._log_gammas, gammas.log()).clamp(max=n - 1)
         before = (after - 1).clamp(min=0)
         low, high = self._log_gammas[before], self._log_gammas[after]
         share = torch.where(high > low, (gammas.log() - low) / (high - low), 0.0).clamp(0.0, 1.0)
         mean = torch.lerp(self._means[before], self._means[after], share[:, None])
-        return mean, torch.lerp(self._covariances[before], self._covariances[after], share[:, None, None])
+        covariance = torch.lerp(self._covariances[before], self._covariances[after], share[:, None, None])
+        return mean, covariance, torch.lerp(self._extents[before], self._extents[after], share[:, None])
 
     def _frame(self, gamma: float | Tensor) -> _Frame:
         gammas, widths, which = _at_levels(self.widths, gamma)
-        mean, covariance = self._moments(gammas, widths)
+        mean, covariance, extent = self._measured(gammas, widths)
         rows, n = self.pseudo_particles, self.n_slow
+        # An ellipsoid of the covariance's shape, stretched along every particle's axis to how far that gets.
+        stretched = rows[:n] * extent[:, None] / covariance.diagonal(dim1=-2, dim2=-1)[:, None].sqrt()
+        scale = (stretched @ covariance * stretched).sum(-1).sqrt() / math.pi
         covariance = rows @ covariance @ rows.T
         slow, cross = covariance[:, :n, :n], covariance[:, :n, n:]
         gain = torch.linalg.solve(slow, cross).mT
         root = torch.linalg.cholesky(covariance[:, n:, n:] - gain @ cross)
-        scale = (widths.square() @ rows[:n].square().T).sqrt() * (self.reach / math.pi)
         return _Frame(scale[which], (mean @ rows.T)[which], gain[which], root[which])
 
     def build(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
@@ -244,9 +260,11 @@ class LinearChart(Chart):
         away = (pseudo - frame.mean)[..., None]
         left = away[..., n:, :] - frame.gain @ away[..., :n, :]
         r = torch.linalg.solve_triangular(frame.root, left, upper=False)[..., 0]
-        return torch.remainder(pseudo[..., :n] / frame.scale + math.pi, 2 * math.pi) - math.pi, r
+        return pseudo[..., :n] / frame.scale, r
 
     def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
+        """Infinite beyond the circle: there is no density."""
         frame = self._frame(gamma)
         volume = frame.scale.log().sum(-1) + frame.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return (volume - torch.linalg.slogdet(self.pseudo_particles)[1]).expand(len(z))
+        volume = volume - torch.linalg.slogdet(self.pseudo_particles)[1]
+        return torch.where((z.abs() <= math.pi).all(-1), volume, math.inf)

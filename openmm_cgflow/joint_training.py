@@ -4,8 +4,9 @@ Every sample costs one energy and force. The reverse KL sees their slopes, by th
 whole structures is known, importance weights are, too, and a forward KL with these weights sees the mass of separated
 modes, which the reverse KL does not. The noise of both gradients vanishes at the optimum. An energy does not depend on
 the temperature, nor on the density, so samples of earlier steps serve the forward KL again. A learned map follows the
-forward KL of these alone, and so do the densities with it: the reverse KL would sooner lose a mode that the fast
-coordinates cannot hold than turn the map. Nothing here knows OpenMM.
+forward KL of these alone, and before the last stage so do the densities with it: the reverse KL would sooner lose a
+mode that the fast coordinates cannot hold than turn the map. In the last stage it takes away what the forward KL hardly
+sees, a little mass where there is nothing. Nothing here knows OpenMM.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ class JointTrainer(Ladder):
         # Forward KL with weights less what they are at the optimum, where its noise vanishes, too.
         log_new = log_old if gamma == gamma_from else joint.log_prob_xyz(at.detach(), gamma)
         target = -gamma * beta * energy - log_old_values
-        share = 1.0 if self._map else min(_FORWARD, relative_ess(target))
+        turning = self._map and not self.at_target
+        share = 1.0 if turning else min(_FORWARD, relative_ess(target))
         excess = clipped_softmax(target) - clipped_softmax(log_new.detach() - log_old_values)
         self.networks.trained.zero_grad()
         (-share * _mean_log(excess, log_new)).backward(inputs=self._densities)

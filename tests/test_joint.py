@@ -147,7 +147,7 @@ def test_what_is_left_of_the_fast_ones_knows_nothing_of_the_slow_ones(measured):
     for gamma in (0.1, 1.0):
         with torch.no_grad():
             z, r = chart.read(correlated(100_000, gamma, seed=1), gamma)
-        assert float(z.abs().max()) < 3.0  # nothing went around the circle
+        assert float(z.abs().max()) < 3.0  # nothing is beyond the circle
         found = torch.cat((z / z.std(), r), dim=-1).T.cov()
         expected = torch.eye(3).double()
         assert torch.allclose(found, expected, atol=0.03) == measured
@@ -161,6 +161,19 @@ def test_weights_enter_what_is_measured():
     state = chart.get_extra_state()
     torch.testing.assert_close(state["means"][0] + chart.centre, torch.tensor([0.5, 0.75]).double())
     torch.testing.assert_close(state["covariances"][0], torch.tensor([[0.75, -0.375], [-0.375, 0.1875]]).double())
+
+
+def test_the_circle_holds_what_was_seen_and_no_more():
+    chart, x = linear(1, 2), correlated(5000, 1.0)
+    weights = torch.full((len(x),), 1 / len(x)).double()
+    x[0, :, 0], weights[0] = 1e3, 1e-12  # of no weight
+    chart.measure(1.0, x, weights)
+    z, _ = chart.read(x, 1.0)
+    inside = z[1:].abs() / math.pi
+    assert 0.8 < float(inside.max().detach()) <= 1.0  # a margin, and no more
+    flow = joint_flow(chart)
+    log_q = flow.log_prob_xyz(x, 1.0)
+    assert torch.isfinite(log_q[1:]).all() and log_q[0] == -math.inf
 
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2, 0.5, 1.0])
