@@ -138,7 +138,7 @@ class CoordinatesConfig(_Section):
     """``keep``: every amide bond stays cis or trans as in the input structure; ``sample``: both, as slow torsions."""
     bound: float = Field(6.0, gt=1.0)
     """Half-width of the spline interval of bounded coordinates, in units of their scale; for the joint density of a
-    target, half of the box in thermal widths of the pseudo-particles."""
+    target, half of the box in thermal widths of the pseudo-particles until it is measured how far they get."""
 
     @model_validator(mode="before")
     @classmethod
