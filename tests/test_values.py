@@ -84,11 +84,11 @@ def test_it_stops_within_the_evaluations():
 
     estimator.switch = costly
     finish(values, estimator)
-    assert 1 < values.n_steps < 12
+    assert 1 < values.n_steps < 24
     assert 2e5 < estimator.n_energy_evaluations <= 3e5
     values, estimator = started(settings(error=1e-4))
     finish(values, estimator)
-    assert values.n_steps == 12
+    assert values.n_steps == 24
     values, estimator = started(settings(limit=1000), earlier=900)
     assert not values.wanted and values.values() is None
 
