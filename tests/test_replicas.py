@@ -373,6 +373,7 @@ start = np.repeat(bath.toy.positions[None], 40, axis=0)
 schedule = dict(n_relax=0, n_frames=1, stride=1, seed=1)
 """
 INTERRUPTED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have their background jobs ignore it
 with create_engine(bath.toy, bath.slow, SamplerConfig(platform="Reference", n_workers=2)) as engine:
     engine.run(start, 300.0, n_equilibration=1, **schedule)
     threading.Timer(1.0, os.killpg, (os.getpgrp(), signal.SIGINT)).start()  # work is in progress, on busy cores, too
