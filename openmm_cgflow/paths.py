@@ -21,7 +21,7 @@ __all__ = ["low_paths"]
 
 _N_POINTS = 4000  # of the graph in which paths are sought
 _N_NEIGHBOURS = 12
-_HIGHEST = 5.0  # kT above the lowest free energy, of conformations at the ends
+_HIGHEST = 9.0  # kT above the lowest free energy, of conformations at the ends
 _SPACING = math.radians(8.0)  # of the torsions, between two points of a path
 
 
@@ -34,9 +34,9 @@ def low_paths(
     generator: torch.Generator,
     gamma: float = 0.1,
 ) -> Tensor:
-    """Paths of equally many points from the lowest conformation to those that differ most from it and each other.
+    """Paths of equally many points from the lowest conformation to others that are low and unlike it and each other.
 
-    Fewer than asked for where fewer conformations lie within a few kT of the lowest.
+    Fewer than asked for where there are fewer conformations.
 
     They follow the flow's samples at several gamma along the least resistance, length times exp(free energy). Bounded
     coordinates are those that the flow gives to its base's centre. Positions in a box do not pass through its walls.
@@ -73,7 +73,7 @@ def low_paths(
     if not n_conformations:
         return z.new_zeros((0, 1, z.shape[1]))
     curves = []
-    for target in _farthest_first(points, candidates, start, n_conformations):
+    for target in _far_and_low(points, above, candidates, start, n_conformations):
         vertices = [target]
         while vertices[-1] != start:
             vertices.append(int(previous[vertices[-1]]))
@@ -95,12 +95,16 @@ def _centre(flow: CGFlow, torsions: Tensor) -> Tensor:
     return torch.cat((torsions, flow.map_bounded(torsions, middle)), dim=-1)
 
 
-def _farthest_first(points: np.ndarray, candidates: np.ndarray, start: int, n: int) -> list[int]:
-    """n candidates, each the farthest from the start and all before it."""
+def _far_and_low(points: np.ndarray, above: np.ndarray, candidates: np.ndarray, start: int, n: int) -> list[int]:
+    """n candidates, each with the largest distance from the start and all before it times depth.
+
+    By distance alone, they would lie on the rims of basins; by depth alone, all in the deepest one.
+    """
     chosen: list[int] = []
+    depth = 1 - above[candidates] / _HIGHEST
     nearest = np.linalg.norm(points[candidates] - points[start], axis=1)
     for _ in range(n):
-        best = int(nearest.argmax())
+        best = int((nearest * depth).argmax())
         chosen.append(int(candidates[best]))
         nearest = np.minimum(nearest, np.linalg.norm(points[candidates] - points[candidates[best]], axis=1))
     return chosen

@@ -11,11 +11,15 @@ from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.paths import low_paths
 
 
-def test_farthest_first():
+def test_conformations_are_far_from_each_other_and_low():
     points = np.array([[0.0], [1.0], [4.0], [10.0], [7.0]])
-    assert paths._farthest_first(points, np.array([4, 1, 2, 3]), 0, 4) == [3, 2, 4, 1]
-    assert paths._farthest_first(points, np.array([4, 1, 2]), 0, 2) == [4, 2]  # 10 is no candidate
-    assert paths._farthest_first(points, np.array([1, 2, 3]), 4, 1) == [1]
+    low = np.zeros(5)
+    assert paths._far_and_low(points, low, np.array([4, 1, 2, 3]), 0, 4) == [3, 2, 4, 1]
+    assert paths._far_and_low(points, low, np.array([4, 1, 2]), 0, 2) == [4, 2]  # 10 is no candidate
+    assert paths._far_and_low(points, low, np.array([1, 2, 3]), 4, 1) == [1]
+    # 7 comes before 10 where that is so high that a quarter of its distance counts.
+    high = np.array([0.0, 0.0, 0.0, 0.75 * paths._HIGHEST, 0.0])
+    assert paths._far_and_low(points, high, np.array([4, 1, 2, 3]), 0, 4) == [4, 2, 1, 3]
 
 
 def two_torsions(periodic=True):
