@@ -252,15 +252,15 @@ class CartesianCoordinates(Coordinates):
 
 
 class BoxCoordinates(Coordinates):
-    """The x of particles in a box whose two walls are one point, so that z is a point on a torus.
+    """The x of particles in a box; z is in [-pi, pi].
 
     What explores and weighs the torsions of molecules then does the same for a target of several modes. The density
-    must have vanished before the walls; the energy is not the same at both. y and z of the particles are zero.
+    must have vanished before the walls at the target temperature. y and z of the particles are zero.
 
     Arguments:
         atoms: Slow particles.
         labels: A label per particle of the topology.
-        half_edge: The box is [-half_edge, half_edge), nm.
+        half_edge: The box is [-half_edge, half_edge], nm.
     """
 
     periodic = False

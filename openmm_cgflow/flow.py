@@ -6,7 +6,8 @@ gamma times as high while bonds and angles stay at the target temperature. Each 
 of rational-quadratic splines (Durkan et al. 2019): circular ones on a uniform base (Rezende et al. 2020) for torsions,
 and splines on [-bound, bound] on a truncated normal base (paper section 2.4) for bounded coordinates, followed by a
 linear map whose shift and triangular matrix depend on the torsions: bonds and angles are nearly harmonic, so that
-alone is nearly exact, and the splines add what is not.
+alone is nearly exact, and the splines add what is not. Where coordinates are not periodic, positions in a box take the
+place of torsions: nothing passes through its walls.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from openmm_cgflow.splines import (
-    N_HARMONICS,
     ConditionalLinear,
     SplineCoupling,
     alternating_masks,
     inverse_and_ladj,
-    periodic_features,
+    n_slow_features,
+    slow_features,
 )
 
 __all__ = ["N_GAMMA_FEATURES", "CGFlow", "ConditionalFlow", "one_torch_thread"]
 
 
 N_GAMMA_FEATURES = 4
+_WALL = math.pi * (1 + 1e-6)  # single precision goes a little beyond pi
+_SMALLEST_GAMMA = 1e-3  # that densities in a box tell from zero
 
 
 @contextmanager
@@ -78,7 +81,7 @@ class ConditionalFlow(nn.Module):
         self.n_features, self.bound = n_features, bound
         masks = alternating_masks(n_features, n_layers) if n_features else []
         self.splines = nn.ModuleList(
-            SplineCoupling(mask, n_context, False, bound, n_bins, hidden_features) for mask in masks
+            SplineCoupling(mask, n_context, "bounded", bound, n_bins, hidden_features) for mask in masks
         )
         linear = covariance is not None and n_features > 0
         self.linear = (
@@ -140,6 +143,8 @@ class CGFlow(nn.Module):
         covariance: Of the bounded features, where it is known roughly (harmonic); then the splines are followed by a
             linear map that starts at its Cholesky factor, shape (n_bounded, n_bounded). Otherwise the bounded features
             stay in [-bound, bound].
+        periodic: Whether the first features are torsions, not positions in a box on [-pi, pi], of which the same is
+            said here: at gamma = 0 they are flat, too.
     """
 
     def __init__(
@@ -152,14 +157,15 @@ class CGFlow(nn.Module):
         n_bins: int = 8,
         hidden_features: Sequence[int] = (64, 64),
         covariance: Tensor | None = None,
+        periodic: bool = True,
     ) -> None:
         super().__init__()
-        self.n_circular, self.n_bounded, self.bound = n_circular, n_bounded, bound
+        self.n_circular, self.n_bounded, self.bound, self.periodic = n_circular, n_bounded, bound, periodic
         self.torsions = nn.ModuleList(
-            SplineCoupling(mask, N_GAMMA_FEATURES, True, math.pi, n_bins, hidden_features)
+            SplineCoupling(mask, N_GAMMA_FEATURES, "circle" if periodic else "box", math.pi, n_bins, hidden_features)
             for mask in (alternating_masks(n_circular, n_layers) if n_circular else [])
         )
-        context = 2 * N_HARMONICS * n_circular
+        context = n_slow_features(n_circular, 0, periodic)
         self.conditional = ConditionalFlow(
             n_bounded, context, bound, n_bounded_layers, n_bins, hidden_features, covariance
         )
@@ -186,9 +192,19 @@ class CGFlow(nn.Module):
         """Log density of the base, shape (n, n_features) -> (n,)."""
         return self.conditional.log_base(base[..., self.n_circular :]) + self._log_base_torsions()
 
+    def context(self, torsions: Tensor) -> Tensor:
+        """What bounded features see of torsions, shape (n, n_circular) -> (n, n_context)."""
+        return slow_features(torsions, self.n_circular, self.periodic)
+
     def gamma_features(self, gamma: float | Tensor, n: int) -> Tensor:
-        """gamma in the scales on which a torsion density changes with it, for n rows, shape (n, 4)."""
+        """gamma in the scales on which a density changes with it, for n rows, shape (n, 4).
+
+        Free energies of torsions are a few kT, in a box they may be thousands: there widths follow its logarithm.
+        """
         gamma = torch.as_tensor(gamma, dtype=self.dtype).expand(n)
+        if not self.periodic:
+            logarithm = (gamma + _SMALLEST_GAMMA).log() / math.log(_SMALLEST_GAMMA)
+            return torch.stack((gamma, gamma.sqrt(), logarithm, logarithm.square()), dim=-1)
         return torch.stack((gamma, gamma.square(), gamma.sqrt(), torch.exp(-10 * gamma)), dim=-1)
 
     def forward(self, base: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -206,12 +222,12 @@ class CGFlow(nn.Module):
             for layer in self.torsions:
                 angles, change = layer(c).call_and_ladj(angles)
                 ladj = ladj + change.sum(-1)
-        bounded, change = self.conditional(normals, periodic_features(angles))
+        bounded, change = self.conditional(normals, self.context(angles))
         return torch.cat((angles, bounded), dim=-1), ladj + change
 
     def map_bounded(self, angles: Tensor, normals: Tensor) -> Tensor:
         """Bounded features from their base samples at given torsions, shapes (n, n_circular) and (n, n_bounded)."""
-        return self.conditional(normals.to(self.dtype), periodic_features(angles.to(self.dtype)))[0]
+        return self.conditional(normals.to(self.dtype), self.context(angles.to(self.dtype)))[0]
 
     def _invert_torsions(self, angles: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
         ladj = angles.new_zeros(angles.shape[:-1])
@@ -226,19 +242,22 @@ class CGFlow(nn.Module):
         """base = f^-1(z) and log |det df^-1|, shapes (n, n_features) and (n,)."""
         z = z.to(self.dtype)
         angles, bounded = z[..., : self.n_circular], z[..., self.n_circular :]
-        normals, ladj_bounded = self.conditional.inverse(bounded, periodic_features(angles))
+        normals, ladj_bounded = self.conditional.inverse(bounded, self.context(angles))
         angles, ladj_torsions = self._invert_torsions(angles, gamma)
         return torch.cat((angles, normals), dim=-1), ladj_torsions + ladj_bounded
 
     def log_prob_torsions(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-        """log q(torsions | gamma), shape (n, n_features) -> (n,)."""
-        _, ladj = self._invert_torsions(z[..., : self.n_circular].to(self.dtype), gamma)
+        """log q(torsions | gamma), shape (n, n_features) -> (n,); -inf outside the box, where there is one."""
+        torsions = z[..., : self.n_circular].to(self.dtype)
+        _, ladj = self._invert_torsions(torsions, gamma)
+        if not self.periodic:
+            ladj = torch.where((torsions.abs() > _WALL).any(-1), -math.inf, ladj)
         return ladj + self._log_base_torsions()
 
     def log_prob_bounded(self, z: Tensor) -> Tensor:
         """log q(bounded | torsions), shape (n, n_features) -> (n,); -inf outside the support."""
         z = z.to(self.dtype)
-        return self.conditional.log_prob(z[..., self.n_circular :], periodic_features(z[..., : self.n_circular]))
+        return self.conditional.log_prob(z[..., self.n_circular :], self.context(z[..., : self.n_circular]))
 
     def log_prob(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log q(z | gamma), shape (n, n_features) -> (n,); -inf outside the support."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.pmf import PMF
-from openmm_cgflow.splines import periodic_features
+from openmm_cgflow.splines import slow_features
 
 __all__ = ["Energy", "FlowPotential", "FreeEnergy", "PMFPotential", "TorsionPotential"]
 
@@ -88,7 +88,8 @@ class TorsionPotential(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Shape (n, n_features) -> (n,)."""
         angles, bounded = z.tensor_split([self.coordinates.n_circular], dim=-1)
-        bounded, ladj = self.conditional(torch.zeros_like(bounded), periodic_features(angles))
+        context = slow_features(angles, self.coordinates.n_circular, self.coordinates.periodic)
+        bounded, ladj = self.conditional(torch.zeros_like(bounded), context)
         z = torch.cat((angles, bounded), dim=-1)
         return self.potential(z) - self.coordinates.log_volume(z) - ladj
 

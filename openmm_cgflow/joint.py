@@ -32,7 +32,7 @@ class JointFlow(nn.Module):
 
     def context(self, z: Tensor, gamma: float | Tensor) -> Tensor:
         """What q(r | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
-        of_z = slow_features(z.to(self.flow.dtype), self.flow.n_circular)
+        of_z = slow_features(z.to(self.flow.dtype), self.flow.n_circular, self.flow.periodic)
         return torch.cat((of_z, self.flow.gamma_features(gamma, len(z))), dim=-1)
 
     def draw_base(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.response import FastResponse
 from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.seeds import derive_seed
-from openmm_cgflow.splines import N_HARMONICS
+from openmm_cgflow.splines import n_slow_features
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import topology_to_table
 from openmm_cgflow.units import thermal_beta
@@ -53,13 +53,14 @@ def new_flow(config: Config, scaffold: Scaffold) -> CGFlow:
             config.flow.n_bins,
             config.flow.hidden_features,
             scaffold.bounded_covariance(),
+            coordinates.periodic,
         )
 
 
 def new_joint(config: Config, scaffold: Scaffold, flow: CGFlow) -> JointFlow:
     """An untrained joint density around a flow: y given z is as wide as the energy at the start says."""
     chart = scaffold.chart()
-    n_context = 2 * N_HARMONICS * flow.n_circular + flow.n_bounded + N_GAMMA_FEATURES
+    n_context = n_slow_features(flow.n_circular, flow.n_bounded, flow.periodic) + N_GAMMA_FEATURES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 14))
         conditional = ConditionalFlow(

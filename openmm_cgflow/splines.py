@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ __all__ = [
     "N_HARMONICS",
     "ConditionalLinear",
     "SplineCoupling",
+    "Support",
     "alternating_masks",
     "inverse_and_ladj",
     "n_slow_features",
@@ -25,6 +27,9 @@ __all__ = [
 # Of one layer's spline. Steeper or flatter ones make a density so rough that its score, which the path gradient uses,
 # grows without bound during training (zuko's default of 1e-3 does); torsions need more contrast than bonds and angles.
 _SMALLEST_SLOPE, _SMALLEST_SLOPE_OF_TORSIONS = 0.1, 0.02
+Support = Literal["circle", "box", "bounded"]
+"""Angles on [-pi, pi), positions on [-pi, pi], or coordinates that are seldom outside an interval."""
+
 N_HARMONICS = 3  # of the torsions, where they condition other features
 
 
@@ -70,13 +75,25 @@ def n_slow_features(n_circular: int, n_bounded: int, periodic: bool = True) -> i
     return (2 * N_HARMONICS + (not periodic)) * n_circular + n_bounded
 
 
+class _IntervalSpline(MonotonicRQSTransform):
+    """An interval onto itself, with any slope at its ends; derivatives have shape (*, n_bins + 1)."""
+
+    def __init__(self, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float) -> None:
+        super().__init__(widths, heights, derivatives[..., 1:-1], bound, slope)
+        self.derivatives = torch.exp(derivatives / (1 + abs(derivatives / math.log(slope))))
+
+
 class SplineCoupling(LazyTransform):
-    """One coupling layer over torsions or over bounded coordinates, as a lazy zuko transform.
+    """One coupling layer over torsions, positions in a box or bounded coordinates, as a lazy zuko transform.
+
+    Torsions go round the circle. Nothing passes through the walls of a box, nor should it on the path of a sample: the
+    density may jump there, and its slopes, which the path gradient follows, would know nothing of that. Its density at
+    a wall is whatever it should be; splines of bounded coordinates have the slope of one at their ends.
 
     Arguments:
         mask: Which features stay and condition the others, shape (n_features,) bool.
         context: Number of context features.
-        circular: Whether the features are angles on [-pi, pi).
+        support: Of the features.
         bound: Half-width of the spline interval (pi for angles).
         n_bins: Spline bins.
         hidden_features: Hidden layers of the conditioner.
@@ -85,15 +102,14 @@ class SplineCoupling(LazyTransform):
     mask: Tensor
 
     def __init__(
-        self, mask: Tensor, context: int, circular: bool, bound: float, n_bins: int, hidden_features: Sequence[int]
+        self, mask: Tensor, context: int, support: Support, bound: float, n_bins: int, hidden_features: Sequence[int]
     ) -> None:
         super().__init__()
-        self.circular = circular
-        self.bound = bound
-        self.sizes = (n_bins, n_bins, n_bins - 1, *((1,) if circular else ()))
+        self.support, self.bound = support, bound
+        self.sizes = (n_bins, n_bins, n_bins + (1 if support == "box" else -1), *((1,) if support == "circle" else ()))
         self.register_buffer("mask", mask)
         n_kept, n_moved = int(mask.sum()), int((~mask).sum())
-        n_inputs = n_kept * (2 * N_HARMONICS if circular else 1) + context
+        n_inputs = self._features(torch.zeros(n_kept)).shape[-1] + context
         self.moved_shape = (n_moved, sum(self.sizes))
         if n_inputs > 0:
             self.conditioner = _conditioner(n_inputs, n_moved * sum(self.sizes), hidden_features)
@@ -101,20 +117,27 @@ class SplineCoupling(LazyTransform):
             self.conditioner = None
             self.constant = nn.Parameter(torch.zeros(self.moved_shape))
 
+    def _features(self, kept: Tensor) -> Tensor:
+        """What the conditioner sees."""
+        if self.support == "bounded":
+            return kept / self.bound
+        return slow_features(kept, kept.shape[-1], periodic=self.support == "circle")
+
     def forward(self, c: Tensor | None = None) -> CouplingTransform:
         def meta(kept: Tensor) -> Transform:
             if self.conditioner is None:
                 parameters = self.constant.expand(*kept.shape[:-1], *self.moved_shape)
             else:
-                inputs = periodic_features(kept) if self.circular else kept / self.bound
+                inputs = self._features(kept)
                 if c is not None:
                     inputs = torch.cat((inputs, c), dim=-1)
                 parameters = self.conditioner(inputs).unflatten(-1, self.moved_shape)
             widths, heights, derivatives, *rotation = parameters.split(self.sizes, dim=-1)
-            slope = _SMALLEST_SLOPE_OF_TORSIONS if self.circular else _SMALLEST_SLOPE
-            spline = MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound, slope=slope)
-            if not self.circular:
-                return spline
+            if self.support == "bounded":
+                return MonotonicRQSTransform(widths, heights, derivatives, self.bound, _SMALLEST_SLOPE)
+            if self.support == "box":
+                return _IntervalSpline(widths, heights, derivatives, self.bound, _SMALLEST_SLOPE_OF_TORSIONS)
+            spline = MonotonicRQSTransform(widths, heights, derivatives, self.bound, _SMALLEST_SLOPE_OF_TORSIONS)
             return ComposedTransform(spline, _CircularRotation(rotation[0].squeeze(-1)))
 
         return CouplingTransform(meta, self.mask)

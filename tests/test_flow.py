@@ -21,12 +21,12 @@ def covariance_of(n, seed=3):
     return (mixed @ mixed.T) * width[:, None] * width
 
 
-def make(n_circular, n_bounded, roughness=0.3, n_layers=4, n_bounded_layers=4, linear=False, seed=0):
+def make(n_circular, n_bounded, roughness=0.3, n_layers=4, n_bounded_layers=4, linear=False, seed=0, periodic=True):
     """A flow whose parameters all differ from zero; ``linear`` adds the linear map after the bounded splines."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         covariance = covariance_of(n_bounded) if linear else None
-        flow = CGFlow(n_circular, n_bounded, BOUND, n_layers, n_bounded_layers, 6, (16,), covariance)
+        flow = CGFlow(n_circular, n_bounded, BOUND, n_layers, n_bounded_layers, 6, (16,), covariance, periodic)
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(roughness * torch.randn_like(parameter))
@@ -43,10 +43,15 @@ def generator():
     return torch.Generator().manual_seed(11)
 
 
-@pytest.fixture(params=[(size, False) for size in SIZES] + [(size, True) for size in SIZES if size[1] > 1], ids=str)
+@pytest.fixture(
+    params=[(size, {}) for size in SIZES]
+    + [(size, {"linear": True}) for size in SIZES if size[1] > 1]
+    + [(size, {"periodic": False}) for size in [(1, 0), (2, 0), (3, 2)]],
+    ids=str,
+)
 def flow(request):
-    size, linear = request.param
-    return make(*size, linear=linear)
+    size, kind = request.param
+    return make(*size, **kind)
 
 
 def angle_distance(a, b):
@@ -145,7 +150,7 @@ def test_global_random_state_is_left_alone(flow, generator):
 def test_samples_stay_in_their_intervals(flow, generator):
     z, _ = flow.sample(5000, generator)
     n = flow.n_circular
-    assert (z[:, :n] >= -math.pi).all() and (z[:, :n] < math.pi).all()
+    assert (z[:, :n] >= -math.pi).all() and (z[:, :n] <= math.pi).all()
     if flow.conditional.linear is None:
         assert (z[:, n:].abs() <= flow.bound).all()
 
@@ -189,12 +194,55 @@ def test_density_is_continuous_around_the_circle():
         assert jumps[1] < 0.3 * jumps[0]  # a quarter; a jump would stay
 
 
-@pytest.mark.parametrize("linear", [False, True])
 @torch.no_grad()
-def test_density_integrates_to_one_on_a_grid(linear):
+def test_nothing_passes_through_the_walls_of_a_box(generator):
+    """They stay where they are, the density differs from one to the other, and beyond there is none."""
+    flow = make(2, 0, periodic=False, roughness=0.6)
+    for k in range(2):
+        base = flow.draw_base(20, generator)
+        for wall in (-math.pi, math.pi):
+            base[:, k] = wall
+            torch.testing.assert_close(flow(base)[0][:, k], base[:, k], rtol=0, atol=1e-9)
+        left, right = flow.draw_base(20, generator), base
+        left[:, k], right[:, 1 - k] = -math.pi, left[:, 1 - k]
+        assert float((flow.log_prob(left) - flow.log_prob(right)).abs().median()) > 0.1
+        beyond = base.clone()
+        beyond[:, k] = math.pi + 1e-3
+        assert (flow.log_prob(beyond) == -math.inf).all()
+
+
+def test_slopes_along_the_path_of_samples_are_right_where_the_energy_jumps_at_the_walls():
+    """d<x>/d(parameters) by autograd is that of finite differences in a box, and is not on a circle."""
+    uniform = (torch.arange(200_000, dtype=torch.float64)[:, None] + 0.5) / 200_000 * 2 - 1
+    for periodic in (False, True):
+        flow = make(1, 0, roughness=0.5, periodic=periodic)
+
+        def mean(flow=flow):
+            return flow(math.pi * uniform)[0].mean()
+
+        direction = [torch.randn_like(p) for p in flow.parameters()]
+        by_path = sum(
+            (a * b).sum() for a, b in zip(torch.autograd.grad(mean(), list(flow.parameters())), direction, strict=True)
+        )
+        values = []
+        with torch.no_grad():
+            for step in (1e-3, -1e-3):
+                for parameter, change in zip(flow.parameters(), direction, strict=True):
+                    parameter.add_(step * change)
+                values.append(float(mean()))
+                for parameter, change in zip(flow.parameters(), direction, strict=True):
+                    parameter.sub_(step * change)
+        by_difference = (values[0] - values[1]) / 2e-3
+        assert math.isclose(float(by_path), by_difference, rel_tol=1e-2) != periodic
+
+
+@pytest.mark.parametrize("kind", [{}, {"linear": True}, {"periodic": False}], ids=str)
+@torch.no_grad()
+def test_density_integrates_to_one_on_a_grid(kind):
     """At every gamma; and the parts, the torsion's density and the other's given it, do so as well."""
-    flow = make(1, 1, roughness=0.2, linear=linear)
-    n, m, reach = 500, 120, 2 * BOUND if linear else BOUND
+    linear = "linear" in kind
+    flow = make(1, 1, roughness=0.2, **kind)
+    n, m, reach = 500, 240, 2 * BOUND if linear else BOUND
 
     def middles(count):
         return (torch.arange(count, dtype=torch.float64) + 0.5) / count * 2 - 1

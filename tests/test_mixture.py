@@ -41,7 +41,7 @@ def new_trainer(dimensions, layers, hidden, pmf, stopping, n_replicas):
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        flow = CGFlow(dimensions, 0, math.pi, layers, 2, 8, (32, 32))
+        flow = CGFlow(dimensions, 0, math.pi, layers, 2, 8, (32, 32), periodic=False)
         networks = PMF(dimensions, torch.zeros((0, 0)), hidden, 2, periodic=False)
         response = FastResponse(dimensions, 0, torch.zeros((0, 3)), (8,), periodic=False)
     coordinates = BoxCoordinates(range(dimensions), [str(i) for i in range(dimensions)], HALF_EDGE)

@@ -1,4 +1,4 @@
-"""The notebooks run from their first cells to their last, as they stand."""
+"""The notebooks run from their first cells to their last, as they stand: ``pytest -m slow tests/test_notebook.py``."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 # The kernel's libraries warn about their own event loops; none of it comes from this package.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
 def printed_by(path):
