@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -35,6 +36,8 @@ from openmm_cgflow.verification import verify
 __all__ = ["load", "save_samples", "train"]
 
 logger = logging.getLogger(__name__)
+
+_MANY_ERRORS = 2.0  # by which the check may differ before a word of warning
 
 
 def train(
@@ -237,6 +240,12 @@ def _verify(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Co
         found.rms_difference,
         found.rms_error,
     )
+    if found.rms_difference > _MANY_ERRORS * math.hypot(found.rms_error, config.stopping.free_energy_error):
+        logger.warning(
+            "that is more than errors explain, and populations may be off by as much. Fast atoms that take longer than "
+            "a chain to turn, such as the hydrogen of a hydroxyl group, are the usual cause: add them to "
+            "partition.slow, or raise sampler.n_equilibration"
+        )
 
 
 def _plot_samples(run: RunDirectory, model: CGModel, samples: Samples) -> None:

@@ -15,12 +15,14 @@ from openmm_cgflow import (
     ReplicaError,
     load,
     load_config,
+    runner,
     train,
 )
 from openmm_cgflow.export import read_colvar
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.scaffold import Scaffold
+from openmm_cgflow.verification import Verification
 
 OMEGAS = ("ACE:CH3 ACE:C ALA:N ALA:CA", "ALA:CA ALA:C NME:N NME:C")
 pytestmark = pytest.mark.usefixtures("few_tests")
@@ -139,6 +141,17 @@ def test_the_check_by_switching_is_on_disk(finished, finished_ladder):
     assert found["n_evaluations"] > 0 and found["unit"] == "kT"
     assert "nonequilibrium switching" in (finished / "run.log").read_text()
     assert not (finished_ladder / "verification.json").exists()  # there is no PMF to check
+
+
+@pytest.mark.parametrize(("difference", "warned"), [(0.15, False), (0.3, True)])
+def test_a_check_that_fails_says_so(difference, warned, tiny, tmp_path, monkeypatch, caplog):
+    """Errors of 0.1 kT of the switching and 0.05 kT of the PMF add up to 0.11."""
+    found = Verification([[0.0]] * 2, [1.0 + difference, 2.0 + difference], [1.0, 2.0], [0.1, 0.1], [1.0, 1.0], 7)
+    monkeypatch.setattr(runner, "verify", lambda *_: found)
+    config = tiny.model_copy(update={"stopping": tiny.stopping.model_copy(update={"free_energy_error": 0.05})})
+    caplog.set_level("INFO")
+    runner._verify(RunDirectory(tmp_path), None, None, config)
+    assert [("more than errors explain" in text) for text in caplog.messages] == [False] + [True] * warned
 
 
 def test_the_ladder_starts_hot(finished_ladder):
