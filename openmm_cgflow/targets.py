@@ -26,6 +26,15 @@ _N_MODES = 3
 _FARTHEST = 60.0  # kT of the quartic term, where the quadrature ends
 
 
+def _sum_over_particles(expression: str, constants: np.ndarray) -> openmm.CustomExternalForce:
+    """Of a function of x and a constant of each of the first particles, c."""
+    force = openmm.CustomExternalForce(expression)
+    force.addPerParticleParameter("c")
+    for i, constant in enumerate(constants.tolist()):
+        force.addParticle(i, [constant])
+    return force
+
+
 class Target(ABC):
     """A system of slow coordinates z and fast ones y with an energy in closed form; x = (z, y).
 
@@ -39,10 +48,9 @@ class Target(ABC):
     n_fast: int
     mode_names: tuple[str, ...]
 
-    @property
     @abstractmethod
-    def expression(self) -> str:
-        """The energy in OpenMM's syntax, a function of x1, x2, ..., the x of particles 1, 2, ..."""
+    def forces(self) -> list[openmm.Force]:
+        """The energy, a function of the x of all particles."""
 
     @abstractmethod
     def slow_energy(self, z: np.ndarray) -> np.ndarray:
@@ -97,13 +105,11 @@ class Target(ABC):
         system = openmm.System()
         for _ in range(n):
             system.addParticle(_MASS)
-        energy = openmm.CustomCompoundBondForce(n, self.expression)
-        energy.addBond(list(range(n)))
         unused = openmm.CustomExternalForce(f"{0.5 * _SPRING!r}*(y^2 + z^2)")
         for i in range(n):
             unused.addParticle(i)
-        system.addForce(energy)
-        system.addForce(unused)
+        for force in (*self.forces(), unused):
+            system.addForce(force)
         return system
 
     def topology(self) -> app.Topology:
@@ -121,7 +127,11 @@ class DoubleWell(Target):
 
     n_slow = n_fast = 1
     mode_names = ("x1 < top of the barrier", "x1 > top of the barrier")
-    expression = "0.25*x1^4 - 3*x1^2 + x1 + 0.5*x2^2"
+
+    def forces(self) -> list[openmm.Force]:
+        energy = openmm.CustomCompoundBondForce(2, "0.25*x1^4 - 3*x1^2 + x1 + 0.5*x2^2")
+        energy.addBond([0, 1])
+        return [energy]
 
     def slow_energy(self, z: np.ndarray) -> np.ndarray:
         x = z[:, 0]
@@ -181,25 +191,30 @@ class GaussianMixture(Target):
         self.matrix = rng.standard_normal((dimensions, dimensions))
         self.mode_names = tuple(f"mode {k + 1}" for k in range(_N_MODES))
 
-    @property
-    def expression(self) -> str:
-        n, half = self.n_slow, 0.5 / self.spread**2
-        terms = []
-        for k, mean in enumerate(self.means.tolist()):
-            squares = " + ".join(f"(x{i + 1} - ({m!r}))^2" for i, m in enumerate(mean))
-            terms.append(f"a{k + 1} = -{half!r}*({squares})")
-        rows = []
-        for i, row in enumerate(self.matrix.tolist()):
-            centre = " + ".join(f"({b!r})*x{j + 1}" for j, b in enumerate(row))
-            rows.append(f"(x{n + i + 1} - ({centre}))^2")
-        # The largest exponent is taken out, or all three would underflow far from the modes.
-        return "; ".join(
-            [
-                f"-top - log(exp(a1 - top) + exp(a2 - top) + exp(a3 - top)) + {half!r}*({' + '.join(rows)})",
-                "top = max(a1, max(a2, a3))",
-                *terms,
-            ]
-        )
+    def forces(self) -> list[openmm.Force]:
+        """The mixture of z, and springs of y to B z as a sum over pairs of coordinates.
+
+        OpenMM differentiates and compiles what stands here whenever it makes a Context. Of one expression of all
+        coordinates it takes a second to do so, of these a few milliseconds.
+        """
+        half, first = 0.5 / self.spread**2, self.means[0]
+        # Exponents are alike but for a linear term; the largest one is taken out, or they would overflow.
+        terms, linear = ["top = max(0, max(a2, a3))"], {}
+        for k, mean in enumerate(self.means[1:], 2):
+            terms.append(f"a{k} = d{k} + ({float(half * (first @ first - mean @ mean))!r})")
+            linear[f"d{k}"] = _sum_over_particles("c*x", 2 * half * (mean - first))
+        logarithm = "top + log(exp(-top) + exp(a2 - top) + exp(a3 - top))"
+        mixture = openmm.CustomCVForce(f"{half!r}*q - ({logarithm}); {'; '.join(terms)}")
+        for name, force in (("q", _sum_over_particles("(x - c)^2", first)), *linear.items()):
+            mixture.addCollectiveVariable(name, force)
+        n, b = self.n_slow, self.matrix
+        springs = half * np.block([[b.T @ b, -b.T], [-b, np.eye(n)]])
+        pairs = openmm.CustomCompoundBondForce(2, "2*c*x1*x2")
+        pairs.addPerBondParameter("c")
+        for i, j in zip(*np.triu_indices(2 * n, 1), strict=True):
+            if springs[i, j]:
+                pairs.addBond([int(i), int(j)], [float(springs[i, j])])
+        return [mixture, pairs, _sum_over_particles("c*x^2", springs.diagonal())]
 
     def _exponents(self, z: np.ndarray) -> np.ndarray:
         return -0.5 * ((z[:, None] - self.means) ** 2).sum(-1) / self.spread**2
