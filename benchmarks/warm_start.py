@@ -1,0 +1,118 @@
+"""How soon chains of the fast atoms are in equilibrium, from where they start.
+
+    python benchmarks/warm_start.py runs/ala2-seed1
+
+Starts at the same z, samples of the run's flow: a harmonic draw, as for the first pool; where the nearest chain of the
+run ended, as it was, and moved along with z by the learned response, as trainings do; and q(y | z) of a joint density,
+Gaussian and with spline layers, which the paper's second version learns together with q(z). Here it has the best of
+teachers, the ends of chains at other z, by maximum likelihood, with methyl groups turned to one of their three equal
+states. Printed: the mean potential energy above that of long chains, kT, after some steps, and its standard error.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+import openmm_cgflow as cgf
+from openmm_cgflow.config import Config
+from openmm_cgflow.joint import JointFlow
+from openmm_cgflow.model import new_joint
+from openmm_cgflow.replicas import create_engine
+from openmm_cgflow.units import thermal_beta
+
+_STRIDE, _N_FRAMES = 5, 33  # of what is looked at
+_SHOWN = (0, 5, 10, 20, 40, 80, 160)  # steps
+_N_LONG, _N_LONG_FRAMES, _LONG_STRIDE = 2000, 40, 25
+_N_UPDATES, _BATCH = 600, 256
+_TURN = 2 * np.pi / 3
+
+
+def conditional(
+    config: Config, model: cgf.CGModel, z: torch.Tensor, xyz: torch.Tensor, n_layers: int
+) -> tuple[JointFlow, float]:
+    """A joint density whose q(y | z) is fitted to structures at z, and its mean log likelihood of an eighth of them."""
+    settings = config.model_copy(update={"joint": config.joint.model_copy(update={"n_layers": n_layers})})
+    joint = new_joint(settings, model.scaffold, model.flow)
+    chart = joint.chart
+    away = model.scaffold.assembly.wrap_fast(model.scaffold.assembly.read_fast(xyz) - chart.centre)
+    turned = (away[..., 2].abs() > _TURN / 2).double().mean(0) > 0.05  # dihedrals with more than one state
+    away[..., 2] -= torch.where(turned, _TURN * torch.round(away[..., 2] / _TURN), 0.0)
+    r = (away / model.scaffold.fast_widths(config.temperature)).flatten(1)
+    kept = len(z) // 8
+    optimizer = torch.optim.Adam(joint.conditional.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _N_UPDATES)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def mean_log(rows: torch.Tensor) -> torch.Tensor:
+        log_q = joint.conditional.log_prob(r[rows].to(joint.flow.dtype), joint.context(z[rows], 1.0))
+        return torch.where(torch.isfinite(log_q), log_q, -100.0).mean()
+
+    for _ in range(_N_UPDATES):
+        optimizer.zero_grad()
+        (-mean_log(kept + torch.randint(len(z) - kept, (_BATCH,), generator=generator))).backward()
+        optimizer.step()
+        scheduler.step()
+    with torch.no_grad():
+        return joint, float(mean_log(torch.arange(kept)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("-n", type=int, default=1024, help="chains of each kind")
+    parser.add_argument("--n-taught", type=int, default=4096, help="structures that q(y | z) is fitted to")
+    parser.add_argument(
+        "--gamma", type=float, default=0.3, help="of the flow's samples, so that barriers are among them"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    model = cgf.load(arguments.run)
+    config, assembly, temperature = model.scaffold.config, model.scaffold.assembly, model.temperature
+    generator, beta = torch.Generator().manual_seed(arguments.seed), thermal_beta(temperature)
+    with create_engine(model.molecular_system, model.partition.slow, config.sampler) as engine:
+        chains = model.chains(engine)
+        taught = model.flow.sample(arguments.n_taught, generator, arguments.gamma)[0]
+        ends = chains.run(taught, temperature, 400, 1, 1, seed=arguments.seed, keep=False)
+        taught, xyz = taught[ends.valid], ends.xyz[ends.valid, 0]
+
+        z = model.flow.sample(arguments.n, generator, arguments.gamma)[0]
+        long = chains.run(z, temperature, _N_LONG, _N_LONG_FRAMES, _LONG_STRIDE, seed=arguments.seed + 1, keep=False)
+        follow, chains.follow = chains.follow, None
+        starts = {"harmonic draw": assembly.build(z, model.scaffold.draw_fast(z, temperature, generator))}
+        starts["nearest chain"] = assembly.build(z, chains._nearest(z))
+        chains.follow = follow
+        starts["nearest chain, response"] = assembly.build(z, chains._nearest(z))
+        for name, n_layers in (("q(y | z), Gaussian", 0), ("q(y | z), splines", 4)):
+            joint, log_likelihood = conditional(config, model, taught, xyz, n_layers)
+            base = joint.draw_base(len(z), generator)[1]
+            with torch.no_grad():
+                r = joint.conditional(base.to(joint.flow.dtype), joint.context(z, 1.0))[0].double()
+                starts[name] = joint.build(z, r)
+            print(f"{name}: mean log likelihood of structures it was not fitted to {log_likelihood:.2f}")
+        print(f"{len(z)} chains from each start, energy above equilibrium, kT, after steps")
+        print(f"{'':26s}" + "".join(f"{step:>10d}" for step in _SHOWN) + f"{'+-':>8s}{'failed':>8s}")
+        for name, structures in starts.items():
+            energy = torch.as_tensor(engine.evaluate(structures.numpy())[0])[:, None]
+            raw = engine.run(
+                structures.numpy(),
+                temperature,
+                n_relax=config.sampler.n_relax,
+                n_equilibration=0,
+                n_frames=_N_FRAMES,
+                stride=_STRIDE,
+                seed=arguments.seed + 2,
+            )
+            valid = torch.as_tensor(raw[-1]) & long.valid
+            energy = torch.cat((energy, torch.as_tensor(raw.energy)), dim=1)
+            above = beta * (energy - long.energy.mean(1, keepdim=True))[valid].numpy()
+            columns = [above[:, step // _STRIDE] for step in _SHOWN]
+            # Overlaps at the very start have no mean worth the name.
+            means = [np.mean(column) if k else np.median(column) for k, column in enumerate(columns)]
+            error = columns[-1].std() / np.sqrt(len(above))
+            row = "".join(f"{mean:10.2f}" for mean in means)
+            print(f"{name:26s}{row}{error:8.2f}{int((~valid).sum()):8d}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
