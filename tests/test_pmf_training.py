@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from analytic import (
     random_structure,
 )
 
-from openmm_cgflow import pmf_training
+from openmm_cgflow import distillation, pmf_training
 from openmm_cgflow.config import Config
 from openmm_cgflow.distillation import FlowFitter, WeightedSamples, weighted_samples
 from openmm_cgflow.errors import CGFlowError
@@ -315,13 +314,39 @@ def test_the_flow_is_trained_on_until_it_gains_no_more(few_tests, monkeypatch, r
     trainer.flow_fitter.reach = reach
     rows = advance(trainer)
     cycle = 2  # six updates in blocks of three
-    ends = [row["ess"] for row in rows[3 + cycle - 1 :: cycle]]
+    ends = rows[3 + cycle - 1 :: cycle]
     assert len(rows) == 3 + cycle * len(ends) and 2 <= len(ends) <= 4
-    gains = [later > earlier + 0.005 for earlier, later in pairwise(ends)]
     if reach == 1:
-        assert all(gains[:-1]) and (len(ends) == 4 or not gains[-1])
+        assert len(ends) == 4 or (trainer._anew_after and not trainer._gained)
     else:
-        assert len(ends) == 4
+        assert len(ends) == 4 and not trainer._anew_after
+
+
+def test_a_flow_that_gains_nothing_starts_anew_once(few_tests, monkeypatch):
+    """Its first cycle has no updates; the second one starts with the flow of the very start, and is spoiled."""
+    trainer = new_trainer(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
+    start = copy.deepcopy(trainer.flow.state_dict())
+    trainer.flow_fitter.reach = 1.0
+    rows = advance(trainer, 3)
+    before, first, seen = copy.deepcopy(trainer.flow.state_dict()), trainer.flow_fitter, []
+
+    def equal(state):
+        return all(torch.equal(value, state[name]) for name, value in trainer.flow.state_dict().items())
+
+    def update(fitter, *_, **__):
+        if fitter is not first and not seen:
+            seen.append((equal(start), fitter.reach))
+        if fitter is not first:
+            with torch.no_grad():
+                for parameter in fitter.networks.average.parameters():
+                    parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+    monkeypatch.setattr(FlowFitter, "update", update)
+    assert not equal(start)
+    rows += advance(trainer)
+    assert len(rows) == 3 + 2 + 2  # after the second one without a gain there is no third
+    assert seen == [(True, distillation._FIRST_REACH)]
+    assert equal(before) and trainer.flow_fitter.reach == 1
 
 
 @pytest.mark.parametrize(("reach", "kept"), [(1.0, True), (0.5, False)])
@@ -526,6 +551,19 @@ def test_restart_equals_uninterrupted_bit_for_bit(stop, few_tests, uninterrupted
     assert same_rows(rows, expected)
     assert_identical(second.state_dict(), straight.state_dict())
     assert second.ended_by == straight.ended_by
+
+
+def test_restart_of_a_flow_that_is_to_start_anew(few_tests):
+    first = restart_trainer()
+    while not first._best_ess:
+        first.step()
+    first._gained = False
+    file = saved(first)
+    second = restart_trainer(seed=5)
+    second.load_state_dict(loaded(file))
+    assert same_rows(advance(first), advance(second))
+    assert first._anew_after == 1
+    assert_identical(second.state_dict(), first.state_dict())
 
 
 FORGOTTEN = {
