@@ -127,7 +127,9 @@ def test_box_coordinates_go_around():
 
 def test_particles_are_put_where_they_belong():
     assembly = ParticleAssembly(BoxCoordinates((1, 3), ("a", "b", "c", "d"), 5.0), (0, 2))
-    z, y = torch.randn(3, 2).double(), torch.randn(3, 2, 3).double()
+    generator = torch.Generator().manual_seed(0)
+    z = math.pi * (2 * torch.rand((3, 2), generator=generator, dtype=torch.float64) - 1)
+    y = torch.randn((3, 2, 3), generator=generator, dtype=torch.float64)
     xyz = assembly.build(z, y)
     torch.testing.assert_close(xyz[:, [1, 3], 0], z * 5 / math.pi)
     torch.testing.assert_close(xyz[:, [0, 2]], y)
