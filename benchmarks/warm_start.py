@@ -96,7 +96,7 @@ def main() -> None:
                 stride=_STRIDE,
                 seed=arguments.seed + 2,
             )
-            valid = torch.as_tensor(raw[-1]) & long.valid
+            valid = torch.as_tensor(raw.valid) & long.valid
             energy = torch.cat((energy, torch.as_tensor(raw.energy)), dim=1)
             above = beta * (energy - long.energy.mean(1, keepdim=True))[valid].numpy()
             columns = [above[:, step // _STRIDE] for step in _SHOWN]

@@ -116,7 +116,7 @@ class _Frame(NamedTuple):
     """Of pseudo-particles, one row for each gamma.
 
     Attributes:
-        scale: Of z: slow pseudo-particles in it are points on a circle, shape (n_gammas, n_slow).
+        scale: Of z: slow pseudo-particles in it are in [-pi, pi], shape (n_gammas, n_slow).
         mean: Of slow and fast ones, as distances from the start, shape (n_gammas, n).
         gain: Regression of the fast ones on the slow ones, shape (n_gammas, n_fast, n_slow).
         root: Cholesky factor of the covariance that is left, shape (n_gammas, n_fast, n_fast).
@@ -134,8 +134,8 @@ class LinearChart(Chart):
     A is right-stochastic, its rows have sum one, so translations of pseudo-particles translate all particles (paper
     eqs. 9-10). So does its inverse, which says what pseudo-particles are made of, and is what is learned.
 
-    z is a slow pseudo-particle on a circle that holds everywhere particles get; r is what is left of the fast ones when
-    their regression on the slow ones is taken out, in widths. The circle is no larger than it need be: a flow leaves a
+    z is a slow pseudo-particle in an interval that holds everywhere they get; r is what is left of the fast ones when
+    their regression on the slow ones is taken out, in widths. It is no larger than it need be: a flow leaves a
     little mass wherever there is nothing. How far particles get, and their covariance, which regression and widths
     follow from, are measured at every temperature of the training. So a turn of A leaves Gaussians as they are, and
     needs nothing of the density: were the regression for the density to learn, it would lag behind the map and hold it
@@ -263,7 +263,7 @@ class LinearChart(Chart):
         return pseudo[..., :n] / frame.scale, r
 
     def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
-        """Infinite beyond the circle: there is no density."""
+        """Infinite beyond the interval: there is no density."""
         frame = self._frame(gamma)
         volume = frame.scale.log().sum(-1) + frame.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         volume = volume - torch.linalg.slogdet(self.pseudo_particles)[1]

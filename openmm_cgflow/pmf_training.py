@@ -103,7 +103,7 @@ class PMFTrainer:
         self._start, self._flow_start = copy.deepcopy(pmf.state_dict()), copy.deepcopy(flow.state_dict())
         self.pmf_fitter = PMFFitter(pmf, config.pmf.learning_rate)
         self.response_fitter = ResponseFitter(response)
-        self.flow_fitter = FlowFitter(flow, coordinates, config.pmf.flow_learning_rate, config.pmf.flow_batch_size)
+        self.flow_fitter = self._new_flow_fitter()
         self.temperatures = [config.temperature]
         self.n_steps = self.n_refit = self.n_polish = 0
         self.values = ValueSwitching(config)
@@ -248,6 +248,10 @@ class PMFTrainer:
         row = self._test()
         return self._ordered(self._end_cycle(row) if self.n_polish % self._polish_cycle == 0 else row)
 
+    def _new_flow_fitter(self) -> FlowFitter:
+        settings = self.config.pmf
+        return FlowFitter(self.flow, self.coordinates, settings.flow_learning_rate, settings.flow_batch_size)
+
     def _begin_cycle(self) -> None:
         """A flow that gained nothing by a whole cycle starts anew, once.
 
@@ -258,10 +262,7 @@ class PMFTrainer:
         if not self._gained and not self._anew_after:
             self._anew_after = len(self._best_ess)
             self.flow.load_state_dict(self._flow_start)
-            settings = self.config.pmf
-            self.flow_fitter = FlowFitter(
-                self.flow, self.coordinates, settings.flow_learning_rate, settings.flow_batch_size
-            )
+            self.flow_fitter = self._new_flow_fitter()
 
     def _end_cycle(self, row: dict[str, float]) -> dict[str, float]:
         """Takes a flow back that the cycle lost, and says how the one is that stays."""

@@ -133,11 +133,11 @@ class SplineCoupling(LazyTransform):
                     inputs = torch.cat((inputs, c), dim=-1)
                 parameters = self.conditioner(inputs).unflatten(-1, self.moved_shape)
             widths, heights, derivatives, *rotation = parameters.split(self.sizes, dim=-1)
-            if self.support == "bounded":
-                return MonotonicRQSTransform(widths, heights, derivatives, self.bound, _SMALLEST_SLOPE)
-            if self.support == "box":
-                return _IntervalSpline(widths, heights, derivatives, self.bound, _SMALLEST_SLOPE_OF_TORSIONS)
-            spline = MonotonicRQSTransform(widths, heights, derivatives, self.bound, _SMALLEST_SLOPE_OF_TORSIONS)
+            slope = _SMALLEST_SLOPE if self.support == "bounded" else _SMALLEST_SLOPE_OF_TORSIONS
+            make = _IntervalSpline if self.support == "box" else MonotonicRQSTransform
+            spline = make(widths, heights, derivatives, self.bound, slope)
+            if self.support != "circle":
+                return spline
             return ComposedTransform(spline, _CircularRotation(rotation[0].squeeze(-1)))
 
         return CouplingTransform(meta, self.mask)

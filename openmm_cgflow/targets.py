@@ -27,7 +27,7 @@ _FARTHEST = 60.0  # kT of the quartic term, where the quadrature ends
 
 
 def _sum_over_particles(expression: str, constants: np.ndarray) -> openmm.CustomExternalForce:
-    """Of a function of x and a constant of each of the first particles, c."""
+    """Of a function of the position and a constant of each of the first particles, c."""
     force = openmm.CustomExternalForce(expression)
     force.addPerParticleParameter("c")
     for i, constant in enumerate(constants.tolist()):
@@ -105,9 +105,7 @@ class Target(ABC):
         system = openmm.System()
         for _ in range(n):
             system.addParticle(_MASS)
-        unused = openmm.CustomExternalForce(f"{0.5 * _SPRING!r}*(y^2 + z^2)")
-        for i in range(n):
-            unused.addParticle(i)
+        unused = _sum_over_particles("c*(y^2 + z^2)", np.full(n, 0.5 * _SPRING))
         for force in (*self.forces(), unused):
             system.addForce(force)
         return system

@@ -227,7 +227,7 @@ def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
     target = Known(sharp, space)
     fitter = FlowFitter(flow, space, 5e-3, 256)
     reached = []
-    for _ in range(250 if rises else 60):
+    for _ in range(250):
         if not rises:
             fitter.reach = 1.0
         fitter.update(target, generator)

@@ -15,7 +15,7 @@ from openmm_cgflow.units import thermal_beta
 TEMPERATURE = 300.0
 
 
-def frozen_md(molecule, slow, positions, seed, *, remove_motion=False, n_chains=8, n_frames=150):
+def frozen_md(molecule, slow, positions, seed, *, remove_motion=False, n_chains=8, n_frames=300):
     """Energies (n_chains, n_frames) and frames by a plain Langevin integrator, 0.05 ps apart."""
     system = openmm.XmlSerializer.deserialize(molecule.to_xml())
     for atom in slow:

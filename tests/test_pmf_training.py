@@ -314,7 +314,7 @@ def test_the_flow_is_trained_on_until_it_gains_no_more(few_tests, monkeypatch, r
     trainer.flow_fitter.reach = reach
     rows = advance(trainer)
     cycle = 2  # six updates in blocks of three
-    ends = rows[3 + cycle - 1 :: cycle]
+    ends = [row["ess"] for row in rows[3 + cycle - 1 :: cycle]]
     assert len(rows) == 3 + cycle * len(ends) and 2 <= len(ends) <= 4
     if reach == 1:
         assert len(ends) == 4 or (trainer._anew_after and not trainer._gained)
