@@ -595,7 +595,8 @@ def test_a_forgotten_part_of_the_state_is_noticed(stop, few_tests, uninterrupted
         place[name] = source[name]
         second = restart_trainer(seed=5)
         second.load_state_dict(state)
-        assert not same_rows(advance(second), expected[stop:]), part
+        # Up to the first row that differs; what comes after it says nothing more.
+        assert not all(same_rows(advance(second, 1), [row]) for row in expected[stop:]) or not second.done, part
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(few_tests, uninterrupted):
