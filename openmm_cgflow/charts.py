@@ -134,13 +134,13 @@ class LinearChart(Chart):
     A is right-stochastic, its rows have sum one, so translations of pseudo-particles translate all particles (paper
     eqs. 9-10). So does its inverse, which says what pseudo-particles are made of, and is what is learned.
 
-    z is a slow pseudo-particle in an interval that holds everywhere they get; r is what is left of the fast ones when
-    their regression on the slow ones is taken out, in widths. It is no larger than it need be: a flow leaves a
-    little mass wherever there is nothing. How far particles get, and their covariance, which regression and widths
-    follow from, are measured at every temperature of the training. So a turn of A leaves Gaussians as they are, and
-    needs nothing of the density: were the regression for the density to learn, it would lag behind the map and hold it
-    where slow and fast ones are independent, which the true slow direction is not alone in. The choice of y, which
-    means nothing, changes nothing.
+    z is a slow pseudo-particle in an interval that holds everywhere they get; beyond it the flow has no density. r is
+    what is left of the fast ones when their regression on the slow ones is taken out, in widths. The interval is no
+    larger than it need be: a flow leaves a little mass wherever there is nothing. How far particles get, and their
+    covariance, which regression and widths follow from, are measured at every temperature of the training. So a turn
+    of A leaves Gaussians as they are, and needs nothing of the density: were the regression for the density to learn,
+    it would lag behind the map and hold it where slow and fast ones are independent, which the true slow direction is
+    not alone in. The choice of y, which means nothing, changes nothing.
 
     Arguments:
         coordinates: Description of the slow pseudo-particles.
@@ -263,8 +263,6 @@ class LinearChart(Chart):
         return pseudo[..., :n] / frame.scale, r
 
     def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
-        """Infinite beyond the interval: there is no density."""
         frame = self._frame(gamma)
         volume = frame.scale.log().sum(-1) + frame.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        volume = volume - torch.linalg.slogdet(self.pseudo_particles)[1]
-        return torch.where((z.abs() <= math.pi).all(-1), volume, math.inf)
+        return volume - torch.linalg.slogdet(self.pseudo_particles)[1]

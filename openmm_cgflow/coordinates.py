@@ -81,9 +81,11 @@ class Coordinates(nn.Module):
         return torch.cat((z[..., :n], (self.low + (z + self.bound) * self.scale)[..., n:]), dim=-1)
 
     def from_physical(self, values: Tensor) -> Tensor:
-        """Inverse of :meth:`to_physical`; torsions are wrapped to [-pi, pi)."""
+        """Inverse of :meth:`to_physical`; torsions are wrapped to [-pi, pi), positions in a box may lie beyond it."""
         n = self.n_circular
-        torsions = torch.remainder(values[..., :n] + math.pi, 2 * math.pi) - math.pi
+        torsions = values[..., :n]
+        if self.periodic:
+            torsions = torch.remainder(torsions + math.pi, 2 * math.pi) - math.pi
         bounded = (values - self.low) / (self.high - self.low) * (2 * self.bound) - self.bound
         return torch.cat((torsions, bounded[..., n:]), dim=-1)
 

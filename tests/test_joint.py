@@ -10,7 +10,7 @@ from openmm_cgflow.charts import InternalChart, LinearChart
 from openmm_cgflow.coordinates import BoxCoordinates
 from openmm_cgflow.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow
 from openmm_cgflow.joint import JointFlow
-from openmm_cgflow.splines import N_HARMONICS
+from openmm_cgflow.splines import n_slow_features
 
 REACH = 4.0
 
@@ -39,10 +39,11 @@ def shaken(module, roughness, seed=0):
 
 
 def joint_flow(chart, n_circular=1, n_bounded=0, n_layers=0, roughness=0.1):
-    n, context = chart.n_fast_features, 2 * N_HARMONICS * n_circular + n_bounded + N_GAMMA_FEATURES
+    n, periodic = chart.n_fast_features, isinstance(chart, InternalChart)
+    context = n_slow_features(n_circular, n_bounded, periodic) + N_GAMMA_FEATURES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        flow = CGFlow(n_circular, n_bounded, 6.0, 3, 2, 6, [8])
+        flow = CGFlow(n_circular, n_bounded, 6.0, 3, 2, 6, [8], periodic=periodic)
         conditional = ConditionalFlow(n, context, 6.0, n_layers, 6, [8], torch.eye(n).double())
     for part in (flow, conditional.double()):
         shaken(part, roughness)

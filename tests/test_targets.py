@@ -16,6 +16,7 @@ from openmm_cgflow.cli import main
 from openmm_cgflow.config import Config, TargetConfig, validate
 from openmm_cgflow.coordinates import BoxCoordinates
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import create_engine
 from openmm_cgflow.scaffold import Scaffold
@@ -113,14 +114,17 @@ def test_exact_samples_below_the_target_temperature_are_refused():
 # ---------------------------------------------------------------- coordinates and scaffold
 
 
-def test_box_coordinates_go_around():
+def test_box_coordinates_end_at_walls():
     coordinates = BoxCoordinates((0, 2), ("a", "b", "c"), 5.0)
     z = torch.tensor([[-3.0, 0.1], [2.0, -math.pi]], dtype=torch.float64)
     xyz = coordinates.to_xyz(z)
     assert xyz.shape == (2, 2, 3)
     assert float(xyz[0, 0, 0]) == pytest.approx(-3.0 * 5 / math.pi) and (xyz[..., 1:] == 0).all()
     torch.testing.assert_close(coordinates.from_xyz(xyz), z)
-    torch.testing.assert_close(coordinates.from_xyz(xyz + torch.tensor([10.0, 0, 0])), z)
+    beyond = xyz + torch.tensor([10.0, 0, 0])
+    torch.testing.assert_close(coordinates.from_xyz(beyond), z + 2 * math.pi)
+    flow = CGFlow(2, 0, 6.0, 2, 1, 6, [8], periodic=coordinates.periodic)
+    assert (flow.log_prob(coordinates.from_xyz(beyond)) == -math.inf).all() and flow.log_prob(z).isfinite().all()
     torch.testing.assert_close(coordinates.log_volume(z), torch.full((2,), 2 * math.log(5 / math.pi)).double())
     assert coordinates.n_circular == coordinates.n_features == 2 and coordinates.names == ("x a", "x c")
 
