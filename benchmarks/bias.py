@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--scale", type=float, default=0.8)
+    parser.add_argument("--ceiling", type=float, help="kJ/mol above the minimum; there the bias levels off")
     parser.add_argument("--energy", default="torsions", choices=("pmf", "flow", "torsions"))
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--mechanism", default="table", choices=("table", "python", "torchforce"))
@@ -111,10 +112,12 @@ def main() -> None:
     arguments = parser.parse_args()
     model = cgf.load(arguments.run)
     beta = thermal_beta(model.temperature)
-    force = model.create_force(scale=-arguments.scale, energy=arguments.energy, mechanism=arguments.mechanism)
+    force = model.create_force(
+        scale=-arguments.scale, energy=arguments.energy, mechanism=arguments.mechanism, ceiling=arguments.ceiling
+    )
     print(
         f"{arguments.steps} steps of {1000 * TIMESTEP:g} fs; bias: -{arguments.scale:g} x {arguments.energy}, "
-        f"{arguments.mechanism}"
+        f"{arguments.mechanism}" + (f", up to {arguments.ceiling:g} kJ/mol" if arguments.ceiling else "")
     )
     print(
         f"{'':12s}{'phi = 0':>9s}{'30 deg':>9s}{'ESS':>9s}{'us/step':>9s}" + "".join(f"{n:>18s}" for n in RAMACHANDRAN)

@@ -16,11 +16,13 @@ A = -kT (log q(z) - log J(z)); a fitted potential of mean force is A itself and 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.flow import CGFlow
@@ -102,13 +104,21 @@ class FreeEnergy(nn.Module):
         slow: Indices of the slow atoms in the order in which positions will come.
         potential: beta A, z of shape (n, n_features) -> (n,).
         scale: What it is multiplied with, in kJ/mol; negative for a bias.
+        ceiling: kT, where it levels off, within some 1 kT: a bias would pull into contacts that nobody has sampled.
     """
 
     order: Tensor
 
-    def __init__(self, coordinates: Coordinates, slow: Sequence[int], potential: nn.Module, scale: float) -> None:
+    def __init__(
+        self,
+        coordinates: Coordinates,
+        slow: Sequence[int],
+        potential: nn.Module,
+        scale: float,
+        ceiling: float = math.inf,
+    ) -> None:
         super().__init__()
-        self.coordinates, self.potential, self.scale = coordinates, potential, scale
+        self.coordinates, self.potential, self.scale, self.ceiling = coordinates, potential, scale, ceiling
         self.register_buffer("order", torch.tensor([list(slow).index(atom) for atom in coordinates.atoms]))
         self.requires_grad_(False)
 
@@ -116,4 +126,11 @@ class FreeEnergy(nn.Module):
         """Slow positions, nm, shape (..., n_slow, 3) -> (...)."""
         xyz = xyz.to(self.order.device, torch.float64)  # a GPU's TorchForce gives float32 there
         z = self.coordinates.from_xyz(xyz.index_select(-2, self.order))
-        return self.scale * self.potential(z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
+        return self.of_coordinates(z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
+
+    def of_coordinates(self, z: Tensor) -> Tensor:
+        """kJ/mol, shape (n, n_features) -> (n,)."""
+        value = self.potential(z)
+        if math.isfinite(self.ceiling):
+            value = self.ceiling - softplus(self.ceiling - value)
+        return self.scale * value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,7 @@ def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
         return FastResponse(n_circular, n_bounded, widths, config.pmf.hidden_features, coordinates.periodic)
 
 
+_N_LOWEST = 4096  # samples, the lowest of which a ceiling is counted from
 _BATCH_SIZE = 1024  # samples drawn at once, at least, where so many are wanted
 
 _Draw = Callable[[int, torch.Generator, int], tuple[Tensor, ...]]
@@ -218,7 +220,9 @@ class CGModel:
         z = torch.as_tensor(z, dtype=torch.float64)
         return (self.coordinates.log_volume(z) - self.pmf(z) - self.flow.log_prob(z)).numpy()
 
-    def energy_of_positions(self, scale: float = 1.0, energy: Energy | None = None) -> FreeEnergy:
+    def energy_of_positions(
+        self, scale: float = 1.0, energy: Energy | None = None, ceiling: float | None = None
+    ) -> FreeEnergy:
         """A free energy as a torch module: positions of the slow atoms, nm, shape (..., n_slow, 3) -> (...), kJ/mol.
 
         The atoms are in the order of ``partition.slow``, in any frame.
@@ -227,6 +231,7 @@ class CGModel:
             scale: Factor; negative for a bias.
             energy: ``pmf``, ``flow`` or ``torsions``, see :mod:`openmm_cgflow.freeenergy`; by default the fitted
                 potential of mean force where there is one, otherwise the flow's.
+            ceiling: kJ/mol above the lowest of the model's samples, before ``scale``: there the energy levels off.
 
         Raises:
             CGFlowError: If the model has no potential of mean force or no torsions and these are asked for, or its
@@ -251,7 +256,14 @@ class CGModel:
             potential = PMFPotential(self.pmf)
         if energy == "torsions":
             potential = TorsionPotential(potential, self.flow, coordinates)
-        return FreeEnergy(coordinates, self.partition.slow, potential, scale / thermal_beta(self.temperature))
+        beta, top = thermal_beta(self.temperature), math.inf
+        if ceiling is not None:
+            if not ceiling > 0:
+                raise CGFlowError(f"ceiling: got {ceiling}, expected kJ/mol above the lowest free energy, or None")
+            z, _ = self.flow.sample(_N_LOWEST, torch.Generator().manual_seed(0), self.gamma)
+            with torch.no_grad():
+                top = float(potential(z).min()) + beta * ceiling
+        return FreeEnergy(coordinates, self.partition.slow, potential, scale / beta, top)
 
     def create_force(
         self,
@@ -260,6 +272,7 @@ class CGModel:
         atoms: Sequence[int] | None = None,
         energy: Energy | None = None,
         mechanism: Mechanism = "python",
+        ceiling: float | None = None,
     ) -> openmm.Force:
         """The coarse-grained free energy as an OpenMM force, kJ/mol, on the slow atoms of a System.
 
@@ -274,6 +287,7 @@ class CGModel:
             energy: See :meth:`energy_of_positions`.
             mechanism: ``python`` for ``openmm.PythonForce``, ``torchforce`` for ``openmmtorch.TorchForce``; ``table``
                 for splines of up to three torsions inside OpenMM, without Python and pickles, at hardly any cost.
+            ceiling: kJ/mol, see :meth:`energy_of_positions`. A bias without one also lowers the walls of contacts.
 
         Raises:
             CGFlowError: If the atoms are not as many, the energy is not there, or openmmtorch is not.
@@ -283,7 +297,7 @@ class CGModel:
         if len(set(chosen)) != len(slow) or min(chosen) < 0 or len(chosen) != len(slow):
             names = " ".join(self.molecular_system.labels[i] for i in slow)
             raise CGFlowError(f"atoms: got {list(chosen)}, expected {len(slow)} different indices, of {names}")
-        return new_force(self.energy_of_positions(scale, energy), chosen, mechanism)
+        return new_force(self.energy_of_positions(scale, energy, ceiling), chosen, mechanism)
 
     def create_cg_system(self, *, scale: float = 1.0, energy: Energy | None = None) -> CGSystem:
         """Beads in place of the slow atoms, with masses, topology and positions, under the free energy alone.

@@ -40,7 +40,7 @@ def torsion_table(energy: FreeEnergy, atoms: Sequence[int]) -> openmm.CustomComp
     angles = torch.cartesian_prod(*[turn] * n).reshape(-1, n).flip(-1)
     z = torch.cat((angles, angles.new_zeros(len(angles), coordinates.n_features - n)), dim=-1)
     with torch.no_grad():
-        values = torch.cat([energy.scale * energy.potential(part) for part in z.split(4096)]).tolist()
+        values = torch.cat([energy.of_coordinates(part) for part in z.split(4096)]).tolist()
     limits = [-math.pi, math.pi] * n
     if n == 1:
         function = openmm.Continuous1DFunction(values, *limits, True)

@@ -1,6 +1,7 @@
 """A model as OpenMM force, as a System of beads and as files, on n-butane with networks of random weights."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from openmm_cgflow.deploy import save_torchscript
 from openmm_cgflow.model import CGModel, new_flow, new_pmf
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.scaffold import Scaffold
+from openmm_cgflow.units import thermal_beta
 
 ENERGIES = ("pmf", "flow", "torsions")
 MECHANISMS = ("python", pytest.param("torchforce", marks=pytest.mark.torchforce))
@@ -90,6 +92,39 @@ def test_table_of_torsions(model):
     again = openmm.XmlSerializer.clone(system)
     true = expected(model, positions, slow, -0.7, "torsions")
     assert evaluate(again, positions)[0] == pytest.approx(true[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_an_energy_levels_off_at_its_ceiling(model, energy):
+    """As it was below, flat above, and the same in a force; kJ/mol."""
+    slow = list(model.partition.slow)
+    xyz = model.sample(400, seed=2).trajectory.xyz.astype(np.float64)
+    free, ceiling = model.energy_of_positions(energy=energy), 2.0
+    limited = model.energy_of_positions(energy=energy, ceiling=ceiling)
+    with torch.no_grad():
+        whole, cut = (one(torch.as_tensor(xyz[:, slow])) for one in (free, limited))
+    kt, lowest = 1 / thermal_beta(model.temperature), whole.min()
+    top = limited.ceiling * kt
+    assert abs(top - ceiling - lowest) < 2.0  # the lowest of other samples
+    torch.testing.assert_close(cut, top - kt * torch.log1p(torch.exp((top - whole) / kt)))
+    assert (whole > top).any() and (cut < top).all()
+    highest = xyz[int(whole.argmax())]
+    value, forces = evaluate(system_of(model.create_force(energy=energy, ceiling=ceiling), len(highest)), highest)
+    assert value == pytest.approx(float(cut.max()), rel=1e-5)
+    steep = evaluate(system_of(model.create_force(energy=energy), len(highest)), highest)[1]
+    np.testing.assert_allclose(forces, steep / (1 + math.exp((float(whole.max()) - top) / kt)), atol=1e-4)
+    with pytest.raises(CGFlowError, match="ceiling: got -1"):
+        model.energy_of_positions(energy=energy, ceiling=-1)
+
+
+def test_a_table_levels_off_at_its_ceiling(model):
+    positions, slow = all_atoms(model), model.partition.slow
+    options = {"energy": "torsions", "scale": -0.7, "ceiling": 1.0}
+    system = system_of(model.create_force(mechanism="table", **options), len(positions))
+    at = torch.as_tensor(positions[list(slow)])
+    true = float(model.energy_of_positions(**options)(at))
+    assert evaluate(system, positions)[0] == pytest.approx(true, abs=1e-3)
+    assert abs(true - float(model.energy_of_positions(-0.7, "torsions")(at))) > 0.01
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
