@@ -232,7 +232,7 @@ def _joint_density(joint: JointFlow, target: Target, beta: float, gamma: float) 
 
 
 def _slow_density(model: CGModel, beta: float, gamma: float) -> _Density:
-    coordinates, box = model.coordinates, model.scaffold.config.coordinates.box
+    coordinates = model.coordinates
 
     def read(x: np.ndarray) -> Tensor:
         return coordinates.from_xyz(along_x(torch.as_tensor(x)))
@@ -244,8 +244,7 @@ def _slow_density(model: CGModel, beta: float, gamma: float) -> _Density:
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:
         z = read(x)
-        log_q = (model.flow.log_prob(z, gamma) - coordinates.log_volume(z)).numpy()
-        return np.where((np.abs(x) < box).all(1), log_q, -math.inf)
+        return (model.flow.log_prob(z, gamma) - coordinates.log_volume(z)).numpy()
 
     @torch.no_grad()
     def log_target(x: np.ndarray) -> np.ndarray:
