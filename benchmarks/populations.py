@@ -45,6 +45,8 @@ def describe(folder: RunDirectory) -> str:
     record, rows = folder.read_provenance(), folder.read_metrics()
     text = f"{folder.path}: {record['energy_evaluations']:.2e} energy evaluations, {rows[-1]['evaluations']:.2e} of "
     text += f"them training, {record['wall_time_s']:.0f} s; {record['ended_by']}"
+    if record.get("unmet"):
+        text += f"\n  not met: {'; '.join(record['unmet'])}"
     if folder.verification.exists():
         check = json.loads(folder.verification.read_text())
         text += (

@@ -252,6 +252,8 @@ def _info(options: argparse.Namespace) -> int:
     ):
         if record.get(key) not in (None, ""):
             print(f"{label}: {record[key]}")
+    if record.get("unmet"):
+        print("not met: " + "; ".join(record["unmet"]))
     if "versions" in record:
         print("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
     rows = run.read_metrics()

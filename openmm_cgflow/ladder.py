@@ -72,6 +72,11 @@ class Ladder:
         return "the last stage's steps are done" if self.done else ""
 
     @property
+    def unmet(self) -> list[str]:
+        """What is less than asked for: nothing is, steps are counted."""
+        return []
+
+    @property
     def expected_steps(self) -> int:
         """Updates until the end of the current stage."""
         return self.n_steps - self.n_stage_steps + self.stage_length

@@ -122,6 +122,17 @@ class PMFTrainer:
         return self.temperatures[-1]
 
     @property
+    def unmet(self) -> list[str]:
+        """What switching and the flow ended without, at a limit; ``ended_by`` tells of the rounds."""
+        stopping, found = self.config.stopping, []
+        error = self.values.compare(self.pmf)["value_error"]
+        if self.n_refit and error > stopping.free_energy_error:  # never so where it is nan
+            found.append(f"differences by switching to {error:.2f} kT (wanted {stopping.free_energy_error:g})")
+        if self.done and self._best_ess[-1] < stopping.ess:
+            found.append(f"effective sample size {self._best_ess[-1]:.2f} (wanted {stopping.ess:g})")
+        return found
+
+    @property
     def expected_steps(self) -> int:
         """All steps, if the rounds end at their largest number or have ended."""
         n_cycle = self._polish_cycle * max(1, math.ceil(self.n_polish / self._polish_cycle))
@@ -363,7 +374,8 @@ class PMFTrainer:
         n_round = self._replica_cost * self._round_size
         share = _SHARE_OF_ROUNDS if switched else 1.0
         if self.estimator.n_energy_evaluations + n_round > share * stopping.max_evaluations:
-            return f"not converged: the next round would exceed stopping.max_evaluations; {now}"
+            left = ", less what is left for switching" if switched else ""
+            return f"not converged: the next round would exceed stopping.max_evaluations{left}; {now}"
         if len(self.buffer.rounds) >= stopping.max_rounds:
             return f"not converged: stopping.max_rounds is reached; {now}"
         return ""

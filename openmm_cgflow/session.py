@@ -145,6 +145,8 @@ class Session:
             trainer.estimator.n_energy_evaluations,
             self.wall_time,
         )
+        if trainer.unmet:
+            logger.info("not met: %s", "; ".join(trainer.unmet))
         counts = self.chains.quarantine
         if counts.not_finite or counts.flipped:
             logger.info(
@@ -176,6 +178,7 @@ class Session:
                 "fingerprint": self.scaffold.molecular_system.fingerprint(),
                 "method": config.training.method,
                 "ended_by": self.trainer.ended_by,
+                "unmet": self.trainer.unmet,
                 "n_steps": self.trainer.n_steps,
                 "temperatures_K": self.trainer.temperatures,
                 "energy_evaluations": self.trainer.estimator.n_energy_evaluations,

@@ -281,6 +281,21 @@ def test_the_largest_number_of_rounds_is_kept(few_tests):
     assert trainer.estimator.n_energy_evaluations == 96
 
 
+def test_what_the_steps_after_the_rounds_did_not_reach_is_named(converged, monkeypatch):
+    trainer, rows = converged
+    assert trainer.unmet == []
+    known = rows[-1]["value_error"]
+    assert 0 < known < 0.2
+    asked = settings(stopping={"ess": 0.999, "free_energy_error": known / 2, "max_polish_cycles": 1})
+    monkeypatch.setattr(trainer, "config", asked)
+    switching, flow = trainer.unmet
+    assert switching == f"differences by switching to {known:.2f} kT (wanted {known / 2:g})"
+    assert flow == f"effective sample size {trainer._best_ess[-1]:.2f} (wanted 0.999)"
+    monkeypatch.setattr(trainer, "n_refit", 0)
+    monkeypatch.setattr(trainer, "n_polish", 0)
+    assert trainer.unmet == []  # not yet
+
+
 @pytest.mark.parametrize(("n_switched", "largest"), [(0, 0.02), (4, 0.04)])
 def test_rounds_leave_half_of_the_error_to_switching(n_switched, largest):
     given = settings(stopping={"free_energy_error": 0.02, "held_out": 1.3, "ess": 0.9}, pmf={"n_switched": n_switched})

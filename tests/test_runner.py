@@ -129,6 +129,8 @@ def test_the_pmf_is_learned_at_the_target_temperature_and_the_end_is_named(finis
     assert record["ended_by"].startswith("not converged: stopping.max_rounds is reached")
     log = (finished / "run.log").read_text()
     assert record["ended_by"] in log
+    assert any("effective sample size" in text for text in record["unmet"])
+    assert "not met: " + "; ".join(record["unmet"]) in log
     rows = RunDirectory(finished).read_metrics()
     assert len(rows) == 3 + 1 + 1 + 2
     assert [np.isfinite(row["held_out"]) for row in rows] == [True] * 3 + [False] * 4
