@@ -131,7 +131,7 @@ class CoordinatesConfig(_Section):
     """``internal``: torsions, bonds and angles; ``cartesian``: the paper's, six coordinates fixed by three atoms;
     ``box``: the x of particles that no bonds connect, for synthetic targets."""
     box: float = Field(10.0, gt=0)
-    """Box only: half of its edge, nm. Its walls are one and the same point, so the density must vanish before them."""
+    """Box only: half of its edge, nm. The model ends at its walls and the energy does not, so the density must vanish before."""
     reference_atoms: tuple[int, int, int] | None = None
     """Cartesian only: the atoms at the origin, on the x axis and in the xy plane (0-based, bonded in a row)."""
     peptide_bonds: Literal["keep", "sample"] = "keep"
@@ -213,7 +213,7 @@ class PMFConfig(_Section):
     """Conformations whose free energies are measured by switching, for the last fit, to within
     stopping.free_energy_error; 0 = none."""
     explore_height: float = Field(5.0, gt=0)
-    """How far above the model half of the mean forces are measured, kT of free energy."""
+    """How far above the model three fifths of the mean forces are measured, kT of free energy."""
     flow_learning_rate: float = Field(5e-3, gt=0)
     flow_batch_size: int = Field(512, ge=2)
     flow_updates: int = Field(25, ge=1)
@@ -234,7 +234,8 @@ class StoppingConfig(_Section):
     ess: float = Field(0.98, gt=0, lt=1)
     """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""
     max_evaluations: float = Field(3e6, gt=0)
-    """Energy evaluations of the training, rounds and switching; the check and samples come on top."""
+    """Energy evaluations of the training: three fifths for rounds, the rest for switching. The check and samples come on
+    top."""
     max_rounds: int = Field(100, ge=1)
     max_polish_cycles: int = Field(3, ge=1)
 
