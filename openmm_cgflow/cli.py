@@ -260,9 +260,9 @@ def _info(options: argparse.Namespace) -> int:
     if rows:
         known = {name: value for name, value in rows[-1].items() if value == value}  # nan: no such value
         print("last step: " + ", ".join(f"{name} {value:.6g}" for name, value in known.items()))
-    models = sorted(run.models.glob("stage_*.pt"))
+    models = run.stages()
     temperatures = record.get("temperatures_K", [])
-    for stage, path in enumerate(models):
+    for stage, path in models.items():
         print(f"stage {stage}: " + (f"{temperatures[stage]:.1f} K, " if stage < len(temperatures) else "") + path.name)
     present = [path for path in (run.samples, run.colvar, *sorted(run.plots.glob("*.png"))) if path.exists()]
     for path in present:

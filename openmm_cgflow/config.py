@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.units import Friction, Mass, Seconds, Temperature, Time
@@ -131,7 +131,7 @@ class CoordinatesConfig(_Section):
     """``internal``: torsions, bonds and angles; ``cartesian``: the paper's, six coordinates fixed by three atoms;
     ``box``: the x of particles that no bonds connect, for synthetic targets."""
     box: float = Field(10.0, gt=0)
-    """Box only: half of its edge, nm. The model ends at its walls and the energy does not, so the density must vanish before."""
+    """Box only: half of its edge, nm. The model ends at its walls, where the density must have vanished."""
     reference_atoms: tuple[int, int, int] | None = None
     """Cartesian only: the atoms at the origin, on the x axis and in the xy plane (0-based, bonded in a row)."""
     peptide_bonds: Literal["keep", "sample"] = "keep"
@@ -154,7 +154,7 @@ class FlowConfig(_Section):
     n_bounded_layers: int = Field(2, ge=2)
     """Coupling layers of the bounded coordinates given the torsions."""
     n_bins: int = Field(12, ge=2)
-    hidden_features: list[int] = [64, 64]
+    hidden_features: list[PositiveInt] = [64, 64]
 
 
 class SamplerConfig(_Section):
@@ -199,7 +199,7 @@ class SamplerConfig(_Section):
 class PMFConfig(_Section):
     """The potential of mean force that is learned on the fly, and the training of the flow on it."""
 
-    hidden_features: list[int] = [96, 96]
+    hidden_features: list[PositiveInt] = [96, 96]
     n_members: int = Field(4, ge=2)
     """Ensemble members; their spread is the error."""
     learning_rate: float = Field(5e-3, gt=0)
@@ -234,8 +234,8 @@ class StoppingConfig(_Section):
     ess: float = Field(0.98, gt=0, lt=1)
     """Relative effective sample size of the flow in the end; nine tenths of it end the rounds."""
     max_evaluations: float = Field(3e6, gt=0)
-    """Energy evaluations of the training: three fifths for rounds, the rest for switching. The check and samples come on
-    top."""
+    """Energy evaluations of the training, three fifths for rounds and the rest for switching; the check and samples
+    come on top."""
     max_rounds: int = Field(100, ge=1)
     max_polish_cycles: int = Field(3, ge=1)
 
@@ -327,6 +327,8 @@ class Config(_Section):
             raise ValueError(
                 "coordinates: cartesian has no torsions to explore; it goes with training.method reverse_kl"
             )
+        if self.training.method == "pmf" and self.sampler.n_frames < 2:
+            raise ValueError("sampler.n_frames: training.method pmf needs at least 2, their spread is the noise")
         if self.training.method == "joint" and self.joint.map == "linear" and self.coordinates.kind != "box":
             raise ValueError("joint.map linear goes with coordinates.kind box, that is with a system.target")
         if self.system is not None and (self.system.target is not None) != (self.coordinates.kind == "box"):

@@ -23,7 +23,7 @@ from openmm_cgflow.tempering import relative_ess
 __all__ = ["FlowFitter", "WeightedSamples", "clipped_softmax", "weighted_samples"]
 
 _FROM_SAME = 0.7  # fraction of the updates whose proposals have the gamma that is trained
-_LARGEST_WEIGHT = 30.0  # over the mean weight; a single sample must not be the whole gradient
+_LARGEST_WEIGHT = 30.0  # over the mean weight
 _LARGEST_NORM = 10.0  # of the gradient
 _AVERAGING = 0.98  # of the running average of the flow, per update
 _FIRST_REACH, _SMALLEST_REACH = 0.02, 0.001  # gamma that the training starts with, and where it may fall to
@@ -86,7 +86,8 @@ class FlowFitter:
 
     def __init__(self, flow: CGFlow, coordinates: Coordinates, learning_rate: float, batch_size: int) -> None:
         self.networks, self.coordinates = RunningAverage(flow, _AVERAGING), coordinates
-        self.learning_rate, self.batch_size, self.reach = learning_rate, batch_size, _FIRST_REACH
+        self.learning_rate, self.batch_size = learning_rate, batch_size
+        self.reach = _FIRST_REACH if flow.n_circular else 1.0  # gamma is that of torsions
         self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
 
     def update(
@@ -183,6 +184,9 @@ class FlowFitter:
 
 
 def clipped_softmax(log_weights: Tensor) -> Tensor:
-    """Weights of sum one, none of them more than ``_LARGEST_WEIGHT`` times their mean."""
+    """Weights of sum one, cut at ``_LARGEST_WEIGHT`` times their mean and then brought back to that sum.
+
+    A few large ones lose most of what they have over the others; a single one that has nearly all keeps it.
+    """
     weights = torch.softmax(log_weights, dim=0).clamp(max=_LARGEST_WEIGHT / len(log_weights))
     return weights / weights.sum()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openmm_cgflow.coordinates import along_x
 from openmm_cgflow.distances import compare
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files import atomic_write, writing
 from openmm_cgflow.joint import JointFlow
 from openmm_cgflow.model import CGModel
@@ -153,12 +154,17 @@ def evaluate_exactly(
         output: Folder for ``evaluation.json`` and ``evaluation.txt``; ``evaluation`` in the run directory by default.
 
     Raises:
-        CGFlowError: If a file is missing or cannot be read.
+        CGFlowError: If a file is missing or cannot be read, the run is not on a synthetic target, or the target has
+            no density in the model's box.
     """
     run = RunDirectory.open(run_directory)
     model = load(run.path)
     config = model.scaffold.config
-    assert config.system is not None and config.system.target is not None
+    record = run.read_provenance()
+    if config.system is None or config.system.target is None:
+        raise CGFlowError(f"{run.path}: not a run on a synthetic target; evaluate compares it with a reference")
+    if "energy_evaluations" not in record:
+        raise CGFlowError(f"{run.provenance}: missing, or without the number of energy evaluations; restore it")
     target = new_target(config.system.target)
     rng = np.random.default_rng(derive_seed(config.seed, 8))
     path = run.samples if samples is None else Path(samples)
@@ -173,7 +179,7 @@ def evaluate_exactly(
         *_joint(target, x, beta, rng),
         levels,
         model.describe_map(),
-        int(run.read_provenance()["energy_evaluations"]),
+        int(record["energy_evaluations"]),
     )
     folder = run.evaluation if output is None else Path(output)
     with writing(folder):
@@ -211,7 +217,8 @@ def _densities(run: RunDirectory, model: CGModel, target: Target) -> list[_Densi
         return [_slow_density(one, thermal_beta(one.temperature), 1.0) for one in models]
     beta, gammas = thermal_beta(model.temperature), (*_FRACTIONS, 1.0)
     if model.joint is not None:
-        return [_joint_density(model.joint, target, gamma * beta, gamma) for gamma in gammas]
+        hottest = (1 - 1e-9) * model.temperature / model.temperatures[0]  # hotter than that it was not trained
+        return [_joint_density(model.joint, target, gamma * beta, gamma) for gamma in gammas if gamma >= hottest]
     return [_slow_density(model, gamma * beta, gamma) for gamma in gammas]
 
 
@@ -263,6 +270,10 @@ def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
     exact = target.sample(_N_MARGINAL, model.beta, rng)[:, :n_columns]
     log_model = model.log_density(exact[:_N_DRAWS])
     inside = np.isfinite(log_model)
+    if not inside.any():
+        raise CGFlowError(
+            f"at beta {model.beta:.3g} mol/kJ no exact sample has density in the model: is coordinates.box too small?"
+        )
     log_exact = target.log_density(exact[:_N_DRAWS], model.beta, normaliser)
     difference = (log_exact - log_model)[inside] - math.log(inside.mean())
     modes = target.modes(drawn[:, : target.n_slow])
@@ -283,7 +294,7 @@ def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
         weighted,
         target.populations(model.beta, rng).tolist(),
         float(difference.mean()),
-        float(difference.std() / math.sqrt(_N_DRAWS)),
+        float(difference.std() / math.sqrt(inside.sum())),
         max(_marginal(exact[:, k], drawn[:, k]) for k in range(target.n_slow)),
         float(1 - inside.mean()),
         relative_ess(torch.as_tensor(target.log_density(first, model.beta, normaliser) - log_q[:_N_DRAWS])),

@@ -42,6 +42,7 @@ _N_REPLAYED = 1024  # of them in an update
 _HOTTER = 2.0  # times the temperature that is trained, the hottest of them
 _SPEED_OF_MAP = 10.0  # its learning rate, of plain steps, over that of the densities by Adam
 _BETAS = (0.9, 0.99)  # of Adam: the large gradients of the start must be forgotten soon
+_ENOUGH_FOR_COVARIANCE = 2.0  # effective samples for each particle
 _REGULARITY = 1e-5  # nats, of what keeps the map invertible
 
 
@@ -263,6 +264,8 @@ class JointTrainer(Ladder):
 
     def _measure(self, xyz: Tensor, energy: Tensor, log_q: Tensor) -> None:
         weights = torch.softmax(-self.gamma * thermal_beta(self.config.temperature) * energy - log_q, dim=0)
+        if float(1 / weights.square().sum()) < _ENOUGH_FOR_COVARIANCE * xyz.shape[1]:
+            return  # what was measured before, at the start the harmonic widths, is better than a matrix near singular
         for joint in (self.networks.trained, self.networks.average):
             joint.chart.measure(self.gamma, xyz, weights)
 
@@ -271,7 +274,7 @@ class JointTrainer(Ladder):
         energy, forces = self.estimator(xyz)
         valid = torch.isfinite(energy) & torch.isfinite(forces).flatten(1).all(1)
         n_invalid = int((~valid).sum())
-        if n_invalid > self.config.sampler.max_invalid * len(xyz):
+        if n_invalid > self.config.sampler.max_invalid * len(xyz) or n_invalid == len(xyz):
             raise ReplicaError(
                 f"{n_invalid} of {len(valid)} samples have no finite energy at {self.temperature:.0f} K, more than "
                 f"sampler.max_invalid = {self.config.sampler.max_invalid}. Try a lower training.learning_rate"

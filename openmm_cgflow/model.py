@@ -18,7 +18,7 @@ from openmm_cgflow.charts import LinearChart
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.deploy import CGSystem, Mechanism, bead_system, new_force
-from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow, one_torch_thread
 from openmm_cgflow.freeenergy import Energy, FlowPotential, FreeEnergy, PMFPotential, TorsionPotential
@@ -103,6 +103,7 @@ def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
         return FastResponse(n_circular, n_bounded, widths, config.pmf.hidden_features, coordinates.periodic)
 
 
+_N_TRIALS = 8  # batches without a usable sample, after which there will be none
 _N_LOWEST = 4096  # samples, the lowest of which a ceiling is counted from
 _BATCH_SIZE = 1024  # samples drawn at once, at least, where so many are wanted
 
@@ -381,6 +382,8 @@ class CGModel:
             kept.append(tuple(part[good] for part in drawn))
             n_kept += int(good.sum())
             n_rejected += int((~good).sum())
+            if not n_kept and batch == _N_TRIALS:
+                raise ReplicaError(f"none of {n_rejected} samples was usable (diverged, or changed handedness)")
         arrays = [torch.cat(parts)[:n].numpy() for parts in zip(*kept, strict=True)]
         if n_rejected:
             logger.warning("%d samples were rejected (diverged, or changed handedness) and drawn again", n_rejected)

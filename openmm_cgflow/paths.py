@@ -69,11 +69,11 @@ def low_paths(
     start = int(energy.argmin())
     cost, previous = dijkstra(graph.tocsr(), directed=False, indices=start, return_predecessors=True)
     candidates = np.flatnonzero((above[: _N_POINTS // 3] < _HIGHEST) & np.isfinite(cost[: _N_POINTS // 3]))
-    n_conformations = min(n_conformations, len(candidates))
-    if not n_conformations:
+    targets = _far_and_low(points, above, candidates, start, n_conformations)
+    if not targets:
         return z.new_zeros((0, 1, z.shape[1]))
     curves = []
-    for target in _far_and_low(points, above, candidates, start, n_conformations):
+    for target in targets:
         vertices = [target]
         while vertices[-1] != start:
             vertices.append(int(previous[vertices[-1]]))
@@ -87,7 +87,7 @@ def low_paths(
         resampled.append(interp1d(arc, curve, axis=0)(np.linspace(0.0, arc[-1], n_steps)))
     flat = torch.as_tensor(np.array(resampled)).flatten(0, 1)
     wrapped = torch.remainder(flat + math.pi, 2 * math.pi) - math.pi
-    return _centre(flow, wrapped).unflatten(0, (n_conformations, n_steps))
+    return _centre(flow, wrapped).unflatten(0, (len(targets), n_steps))
 
 
 def _centre(flow: CGFlow, torsions: Tensor) -> Tensor:
@@ -96,14 +96,15 @@ def _centre(flow: CGFlow, torsions: Tensor) -> Tensor:
 
 
 def _far_and_low(points: np.ndarray, above: np.ndarray, candidates: np.ndarray, start: int, n: int) -> list[int]:
-    """n candidates, each with the largest distance from the start and all before it times depth.
+    """At most n candidates, each with the largest distance from the start and all before it times depth.
 
-    By distance alone, they would lie on the rims of basins; by depth alone, all in the deepest one.
+    None twice, and not the start. By distance alone, they would lie on the rims of basins; by depth alone, all in the
+    deepest one.
     """
     chosen: list[int] = []
     depth = 1 - above[candidates] / _HIGHEST
     nearest = np.linalg.norm(points[candidates] - points[start], axis=1)
-    for _ in range(n):
+    while len(chosen) < n and (nearest > 0).any():
         best = int((nearest * depth).argmax())
         chosen.append(int(candidates[best]))
         nearest = np.minimum(nearest, np.linalg.norm(points[candidates] - points[candidates[best]], axis=1))

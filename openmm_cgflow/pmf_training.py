@@ -26,7 +26,7 @@ from openmm_cgflow.distillation import FlowFitter, WeightedSamples, weighted_sam
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.meanforce import ChainParts, MeanForceEstimator
-from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, held_out_error, squared_aim
+from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter, Values, held_out_error, squared_aim
 from openmm_cgflow.response import FastResponse, ResponseFitter
 from openmm_cgflow.values import ValueSwitching
 
@@ -128,6 +128,8 @@ class PMFTrainer:
         error = self.values.compare(self.pmf)["value_error"]
         if self.n_refit and error > stopping.free_energy_error:  # never so where it is nan
             found.append(f"differences by switching to {error:.2f} kT (wanted {stopping.free_energy_error:g})")
+        if self.n_refit and self.values.lost:
+            found.append(f"{len(self.values.lost)} conformations could not be switched to")
         if self.done and self._best_ess[-1] < stopping.ess:
             found.append(f"effective sample size {self._best_ess[-1]:.2f} (wanted {stopping.ess:g})")
         return found
@@ -185,12 +187,7 @@ class PMFTrainer:
             force = force._replace(gradient=gradient, variance=variance)
         held_out = self._held_out = held_out_error(self.pmf, z, force)
         self._tune(z[force.valid], force.variance[force.valid])
-        misfit = self.pmf_fitter.fit(self._data(), self.config.pmf.n_updates, self.generator)
-        if not math.isfinite(misfit):
-            raise CGFlowError(
-                f"the fit of the potential of mean force diverged in round {len(self.buffer.rounds)}; the last "
-                "checkpoint was written before. Try a smaller pmf.learning_rate"
-            )
+        misfit = self._fit_pmf(self.config.pmf.n_updates)
         for _ in range(self.config.pmf.flow_updates):
             self.flow_fitter.update(self.pmf, self.generator)
         self._choose_gamma()
@@ -217,9 +214,18 @@ class PMFTrainer:
         scale = 1 - self.n_refit / self._refit_length
         # Far from them in the beginning, their large gradients would make Adam's steps small for a long time.
         values = self.values.values() if self.n_refit >= self._refit_length // 2 else None
-        misfit = self.pmf_fitter.fit(self._data(), n_updates, self.generator, scale, values)
+        misfit = self._fit_pmf(n_updates, scale, values)
         self.n_refit += 1
         return self._ordered(self._test() | {"misfit": misfit, "noise_left": noise_left})
+
+    def _fit_pmf(self, n_updates: int, scale: float = 1.0, values: Values | None = None) -> float:
+        misfit = self.pmf_fitter.fit(self._data(), n_updates, self.generator, scale, values)
+        if not math.isfinite(misfit):
+            raise CGFlowError(
+                f"the fit of the potential of mean force diverged after round {len(self.buffer.rounds)}; the last "
+                "checkpoint was written before. Try a smaller pmf.learning_rate"
+            )
+        return misfit
 
     def _tune(self, z: Tensor, variance: Tensor) -> None:
         _, predicted = self.pmf.value_and_gradient(z)
@@ -353,7 +359,7 @@ class PMFTrainer:
     def _reason_to_end(self, row: dict[str, float]) -> str:
         stopping = self.config.stopping
         held_out, error, moved = row["held_out"], row["free_energy_error"], row["moved"]
-        switched = bool(self.config.pmf.n_switched and self.flow.n_circular)
+        switched = self.values.asked_for(self.flow)
         wanted = stopping.free_energy_error * (_ERROR_BEFORE_SWITCHING if switched else 1.0)
         if (
             held_out <= stopping.held_out

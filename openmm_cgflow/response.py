@@ -5,9 +5,9 @@ So d(beta U)/dz + (dm/dz)^T g has the mean force as its average for any displace
 the co-moving estimator whose fast atoms do not stay behind but move along with m. (A zero-variance estimator in the
 sense of Assaraf and Caffarel 1999, or an escort in that of Vaikuntanathan and Jarzynski 2008.) In a harmonic molecule
 it has no noise at all if m is the conditional mean of y; here a small network for m is trained to leave the least. On
-alanine dipeptide it removes nine tenths of the variance in phi, three quarters in psi, and nine tenths of what a cold start of the
-fast atoms does to the forces. One displacement serves all: chains started at a new z, and switching between
-conformations.
+alanine dipeptide it removes nine tenths of the variance in phi, three quarters in psi, and nine tenths of what a cold
+start of the fast atoms does to the forces. One displacement serves all: chains started at a new z, and switching
+between conformations.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ class ResponseFitter:
             final: Lets the learning rate fall to zero.
         """
         thermal = self.networks.trained.thermal(parts.fast)
+        if not thermal.any():  # all in close contact, as the first and flat torsions of a long chain may be
+            return 1.0
         z, *usual = (tensor[thermal] for tensor in (z, *parts))
         slow, fast = (part.float() - part.float().mean(1, keepdim=True) for part in usual)
         own = slow.square().mean(1, keepdim=True)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import zipfile
@@ -251,6 +252,11 @@ class RunDirectory:
         known = {"versions": versions(), "machine": platform.platform(), "command": sys.argv}
         text = json.dumps({**known, **record, "earlier_sessions": earlier}, indent=2)
         atomic_write(self.provenance, text + "\n")
+
+    def stages(self) -> dict[int, Path]:
+        """The models of the stages that are finished, in their order."""
+        names = ((re.fullmatch(r"stage_(\d+)", path.stem), path) for path in self.models.glob("stage_*.pt"))
+        return dict(sorted((int(match[1]), path) for match, path in names if match))
 
     def read_provenance(self) -> dict[str, Any]:
         """What :meth:`write_provenance` wrote, or an empty dictionary."""

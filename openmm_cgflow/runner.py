@@ -83,7 +83,7 @@ def train(
         if resume:
             run = RunDirectory.create(output, dump_config(config), resume=True, source=source)
             stack.enter_context(run.logging())
-            saved = run.load_checkpoint(lambda path: load_state(path, molecular_system.fingerprint()))
+            saved = run.load_checkpoint(lambda path: load_state(path, molecular_system))
             if saved is None:
                 logger.info("%s: nothing to resume, starting from the beginning", run.path)
         platform = keep_platform(config.sampler.platform, saved["platform"]) if saved else config.sampler.platform
@@ -135,15 +135,14 @@ def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
         CGFlowError: If there is no such run or stage.
     """
     run = RunDirectory.open(run_directory)
-    available = sorted(run.models.glob("stage_*.pt"))
-    names = {int(path.stem.removeprefix("stage_")): path for path in available}
-    if not names:
+    stages = run.stages()
+    if not stages:
         raise CGFlowError(f"{run.path}: no tempering stage was finished yet; continue the training with --resume")
     if stage is None:
-        stage = max(names)
-    if stage not in names:
-        raise CGFlowError(f"{run.path}: no stage {stage}; there are {', '.join(map(str, sorted(names)))}")
-    path = names[stage]
+        stage = max(stages)
+    if stage not in stages:
+        raise CGFlowError(f"{run.path}: no stage {stage}; there are {', '.join(map(str, stages))}")
+    path = stages[stage]
     state = load_model_state(path)
     config = load_config(run.config)
     molecular_system = MolecularSystem(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from openmm_cgflow.config import Config
@@ -126,6 +127,7 @@ class Session:
     def save_checkpoint(self) -> None:
         state = {
             "fingerprint": self.scaffold.molecular_system.fingerprint(),
+            "positions": torch.tensor(self.scaffold.molecular_system.positions),
             "scaffold": self.scaffold.saved_arrays(),
             "trainer": self.trainer.state_dict(),
             "platform": self.engine.platform.name,

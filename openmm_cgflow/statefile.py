@@ -6,14 +6,17 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.rundir import load_checked
+from openmm_cgflow.system import MolecularSystem
 
 __all__ = ["load_model_state", "load_state", "save_state"]
 
-_FORMAT = 4  # a change of it makes older files unreadable
+_FORMAT = 5  # a change of it makes older files unreadable
+_SAME = 1e-5  # nm
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -24,12 +27,12 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def load_state(path: Path, fingerprint: str | None = None) -> dict[str, Any]:
+def load_state(path: Path, molecular_system: MolecularSystem | None = None) -> dict[str, Any]:
     """Reads what :func:`save_state` wrote. Damage can make it raise anything; see ``rundir.load_checked``.
 
     Arguments:
         path: The file.
-        fingerprint: Of the molecule that the state must belong to.
+        molecular_system: The molecule that the state must belong to, and where its atoms were.
 
     Raises:
         CGFlowError: If another version wrote it, or it belongs to another molecule.
@@ -37,10 +40,17 @@ def load_state(path: Path, fingerprint: str | None = None) -> dict[str, Any]:
     state = torch.load(path, weights_only=True)
     if state.get("format") != _FORMAT:
         raise CGFlowError(f"{path}: written by another version of openmm-cgflow (format {state.get('format')})")
-    if fingerprint is not None and state["fingerprint"] != fingerprint:
+    if molecular_system is None:
+        return state
+    changed = ""
+    if state["fingerprint"] != molecular_system.fingerprint():
+        changed = "another molecule or force field"
+    elif not np.allclose(state["positions"].numpy(), molecular_system.positions, rtol=0, atol=_SAME):
+        changed = "other positions of the atoms"  # Cartesian coordinates and handedness are relative to them
+    if changed:
         raise CGFlowError(
-            f"{path}: belongs to another molecule or force field than the one that was loaded now. Restore the "
-            "original input files, or start a new run in another directory"
+            f"{path}: belongs to {changed} than what was loaded now. Restore the original input files, or start a new "
+            "run in another directory"
         )
     return state
 

@@ -30,7 +30,7 @@ _N_LANGEVIN = 10  # steps of the fast atoms after each move of the slow ones
 _N_EQUILIBRATION = 150  # steps of the fast atoms at either end
 _N_START = 20  # more evaluations to set out: relaxation, energies
 _N_BOOTSTRAP = 200
-_LARGEST_WORK = 1e4  # kT
+_LARGEST_WORK = 1e4  # kT, of a whole path: of no weight, and finite
 _SMALLEST_ERROR = 1e-3  # kT; where nothing dissipates, as in some synthetic targets, all works are equal
 
 
@@ -70,15 +70,15 @@ def switch(chains: FastChains, paths: Tensor, temperature: float, seed: int) -> 
         shifted = chains.follow(y, paths[:, step - 1], paths[:, step]) if chains.follow else y
         moved = assembly.build(paths[:, step], shifted)
         energy = torch.as_tensor(engine.evaluate(moved.numpy())[0])
-        work += beta * (energy - frames.energy[:, 0])
-        work -= assembly.log_volume_fast(shifted) - assembly.log_volume_fast(y)
+        change = beta * (energy - frames.energy[:, 0])
+        change -= assembly.log_volume_fast(shifted) - assembly.log_volume_fast(y)
         frames = chains.propagate(paths[:, step], moved, temperature, _N_LANGEVIN, derive_seed(seed, 23, step))
-        # An overlap met on the way counts, with no weight; what is not a number does not.
-        work = work.clamp(max=_LARGEST_WORK)
+        # An overlap of infinite energy counts, with no weight, whatever follows; what is not a number does not.
+        work = torch.where(torch.isposinf(work), work, work + change)
         valid &= frames.valid & ~torch.isnan(work)
         if not valid.any():
             raise ReplicaError(f"no switch was usable after step {step} of {paths.shape[1] - 1}")
-    return work, valid
+    return work.clamp(max=_LARGEST_WORK), valid
 
 
 class Differences(NamedTuple):
@@ -108,31 +108,32 @@ class Switches:
 
     def cost(self, n_paths: int, n_switches: int) -> int:
         """Energy evaluations of switching along some of the paths there and back, at most."""
-        per_switch = self.paths.shape[1] * (_N_LANGEVIN + 1) + _N_EQUILIBRATION + _N_START
+        # A move, the steps that follow, and the frame that they end with.
+        per_switch = self.paths.shape[1] * (1 + _N_LANGEVIN + 1) + _N_EQUILIBRATION + _N_START
         return 2 * n_paths * n_switches * per_switch
 
-    def add(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], which: list[int], n_switches: int) -> None:
-        """Switches along some of the paths.
+    def add(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], which: list[int], n_switches: int) -> list[int]:
+        """Switches along some of the paths; returns those of which too few were usable, fewer than two of a direction.
+
+        Their works stay as they were.
 
         Arguments:
             run: Works along paths, and which may be used, as from :func:`switch`.
             which: Numbers of the paths.
             n_switches: Of each, in each direction.
-
-        Raises:
-            ReplicaError: If fewer than two switches of a path and direction were usable.
         """
         chosen = self.paths[which]
         work, valid = run(torch.cat((chosen, chosen.flip(1))).repeat_interleave(n_switches, 0))
         work, valid = work.double().reshape(2, -1, n_switches), valid.reshape(2, -1, n_switches)
+        failed = []
         for k, path in enumerate(which):
             there, back = work[0, k][valid[0, k]], work[1, k][valid[1, k]]
             if min(len(there), len(back)) < 2:
-                raise ReplicaError(
-                    f"only {len(there)} switches to conformation {path} and {len(back)} back were usable"
-                )
+                failed.append(path)
+                continue
             before = self.works[path]
             self.works[path] = torch.cat((before[0], there)), torch.cat((before[1], back))
+        return failed
 
     def differences(self, seed: int) -> Differences:
         """Of all works so far; nan with an infinite error where there are none. The seed is the bootstrap's."""

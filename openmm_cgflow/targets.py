@@ -224,20 +224,20 @@ class GaussianMixture(Target):
         return z @ self.matrix.T, np.full(self.n_fast, self.spread / math.sqrt(beta))
 
     def _proposals(self, n: int, beta: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Samples of the mixture of widths at beta, and by how much the density is lower, at most 1."""
+        """Samples of the mixture of widths at beta, and the density over theirs, up to a factor."""
         which = rng.integers(_N_MODES, size=n)
         z = self.means[which] + self.spread / math.sqrt(beta) * rng.standard_normal((n, self.n_slow))
         exponents = self._exponents(z)
         return z, np.exp(beta * logsumexp(exponents, axis=1) - logsumexp(beta * exponents, axis=1))
 
     def sample_slow(self, n: int, beta: float, rng: np.random.Generator) -> np.ndarray:
-        # (sum of a)^beta <= sum of a^beta for beta <= 1: samples of the right side, kept with the ratio.
-        if beta > 1:
-            raise ValueError(f"beta {beta:g}: exact samples of the mixture need beta of at most 1")
+        # Samples of the sum of a^beta, kept with the ratio of (sum of a)^beta to it, which is largest where all a are
+        # equal for beta > 1, and where all but one vanish otherwise.
+        largest = max(1.0, _N_MODES ** (beta - 1))
         kept, n_kept = [], 0
         while n_kept < n:
             z, ratio = self._proposals(n, beta, rng)
-            kept.append(z[rng.random(n) < ratio])
+            kept.append(z[rng.random(n) * largest < ratio])
             n_kept += len(kept[-1])
         return np.concatenate(kept)[:n]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
+from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.meanforce import MeanForceEstimator
 from openmm_cgflow.paths import low_paths
@@ -19,13 +21,16 @@ from openmm_cgflow.switching import Differences, Switches
 
 __all__ = ["ValueSwitching"]
 
+logger = logging.getLogger(__name__)
+
 _N_SWITCHES = 16  # to a conformation and back, in one step
 _N_STEPS = 24  # at most
 _SMALLEST_ERROR = 0.02  # kT, that a difference counts with
 
 
 class ValueSwitching:
-    """Switches until every difference is known to ``stopping.free_energy_error``, or the evaluations are used up.
+    """Switches until every difference is known to ``stopping.free_energy_error``, or at most 24 times as the
+    evaluations allow.
 
     Use: ``start(...)`` once there is a PMF, then ``step(...)`` while ``wanted``. Not started, it wants nothing.
 
@@ -34,15 +39,21 @@ class ValueSwitching:
 
     Attributes:
         n_steps: Steps made so far.
+        lost: Numbers of the conformations that could not be switched to; what is known of the others stays.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.n_steps = 0
+        self.lost: list[int] = []
         self._switches: Switches | None = None
         # Of the switches so far: their bootstrap takes too long to be done anew for every row of metrics.
         self._found: Differences | None = None
         self._next: list[int] = []
+
+    def asked_for(self, flow: CGFlow) -> bool:
+        """Whether there will be any: paths lead through torsions."""
+        return bool(self.config.pmf.n_switched and flow.n_circular)
 
     @property
     def wanted(self) -> bool:
@@ -59,16 +70,26 @@ class ValueSwitching:
         gamma: float = 0.1,
     ) -> None:
         """Chooses conformations and paths; none where there is no torsion. See ``paths.low_paths``."""
-        if self.config.pmf.n_switched and flow.n_circular:
+        if self.asked_for(flow):
             n = self.config.pmf.n_switched
             self._switches = Switches(low_paths(flow, pmf, coordinates, n, generator, gamma))
             self._evaluate()
             self._plan(estimator)
 
     def step(self, estimator: MeanForceEstimator, temperature: float) -> None:
-        """Switches to every conformation whose free energy is not known well enough, and back."""
+        """Switches to every conformation whose free energy is not known well enough, and back.
+
+        Those where it does not succeed are left: without them the last fit has mean forces alone, as elsewhere.
+        """
         assert self._switches is not None
-        self._switches.add(lambda paths: estimator.switch(paths, temperature), self._next, _N_SWITCHES)
+        try:
+            lost = self._switches.add(lambda paths: estimator.switch(paths, temperature), self._next, _N_SWITCHES)
+        except ReplicaError as error:
+            logger.warning("switching: %s", error)
+            lost = self._next
+        if lost:
+            logger.warning("%d of %d conformations could not be switched to", len(lost), len(self._switches.paths))
+        self.lost = sorted({*self.lost, *lost})
         self.n_steps += 1
         self._evaluate()
         self._plan(estimator)
@@ -80,21 +101,22 @@ class ValueSwitching:
     def _plan(self, estimator: MeanForceEstimator) -> None:
         assert self._switches is not None and self._found is not None
         stopping = self.config.stopping
-        rough = np.flatnonzero(self._found.error > stopping.free_energy_error).tolist()
+        rough = np.setdiff1d(np.flatnonzero(self._found.error > stopping.free_energy_error), self.lost).tolist()
         cost = self._switches.cost(len(rough), _N_SWITCHES)
         affordable = estimator.n_energy_evaluations + cost <= stopping.max_evaluations
         self._next = rough if affordable and self.n_steps < _N_STEPS else []
 
     def values(self) -> Values | None:
-        """What is known; None before the first step."""
-        if not self.n_steps:
+        """What is known; None where nothing is."""
+        if self._switches is None or self._found is None or not np.isfinite(self._found.error).any():
             return None
-        assert self._switches is not None and self._found is not None
-        start, end, found = self._switches.paths[:, 0], self._switches.paths[:, -1], self._found
-        error = torch.as_tensor(found.error).clamp(min=_SMALLEST_ERROR)
+        known = torch.as_tensor(np.isfinite(self._found.error))
+        start, end = self._switches.paths[:, 0], self._switches.paths[:, -1]
+        value, error = torch.as_tensor(self._found.value), torch.as_tensor(self._found.error)
+        error = error.clamp(min=_SMALLEST_ERROR)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 13))
         weights = torch.empty((len(error), self.config.pmf.n_members)).exponential_(generator=generator)
-        return Values(start.float(), end.float(), torch.as_tensor(found.value).float(), error.float(), weights)
+        return Values(*(part[known].float() for part in (start, end, value, error, weights)))
 
     @torch.no_grad()
     def compare(self, pmf: PMF) -> dict[str, float]:
@@ -109,10 +131,10 @@ class ValueSwitching:
 
     def state_dict(self) -> dict[str, Any]:
         switches = None if self._switches is None else self._switches.state_dict()
-        return {"n_steps": self.n_steps, "next": list(self._next), "switches": switches}
+        return {"n_steps": self.n_steps, "next": list(self._next), "lost": list(self.lost), "switches": switches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
-        self.n_steps, self._next = state["n_steps"], list(state["next"])
+        self.n_steps, self._next, self.lost = state["n_steps"], list(state["next"]), list(state["lost"])
         self._switches = None if state["switches"] is None else Switches.from_state(state["switches"])
         self._evaluate()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.model import CGModel
 from openmm_cgflow.paths import low_paths
 from openmm_cgflow.replicas import ReplicaEngine
@@ -79,7 +79,9 @@ def verify(model: CGModel, engine: ReplicaEngine, n_conformations: int, n_replic
         pmf = model.pmf(ends) - model.pmf(switches.paths[:, 0])
     chains = model.chains(engine)
     before = engine.n_energy_evaluations
-    switches.add(lambda paths: switch(chains, paths, model.temperature, seed), list(range(n_conformations)), n_replicas)
+    every = list(range(n_conformations))
+    if failed := switches.add(lambda paths: switch(chains, paths, model.temperature, seed), every, n_replicas):
+        raise ReplicaError(f"hardly any switch to {len(failed)} of {n_conformations} conformations was usable")
     found = switches.differences(derive_seed(seed, 21))
     return Verification(
         ends[:, : model.coordinates.n_circular].tolist(),

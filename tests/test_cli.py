@@ -686,6 +686,22 @@ def test_resume_with_another_molecule_in_the_same_files(butane, run, systems, tm
     refused("train", file, "-o", output, "--resume", says=words)
 
 
+def test_resume_with_atoms_elsewhere(butane, systems, tmp_path, refused):
+    lines = (systems / "butane" / "butane.pdb").read_text().splitlines(keepends=True)
+    (tmp_path / "butane.pdb").write_text("".join(lines))
+    tree = yaml.safe_load(butane.read_text())
+    tree["system"] = {"structure": "butane.pdb", "forcefield": [str(systems / "butane" / "butane.xml")]}
+    file = configuration(tmp_path, "butane.yaml", **tree)
+    output = tmp_path / "new"
+    assert main(["train", str(file), "-o", str(output), "--set", "sampling.n_samples=0"]) == 0
+    first = next(k for k, line in enumerate(lines) if line.startswith(("ATOM", "HETATM")))
+    x = float(lines[first][30:38])
+    lines[first] = f"{lines[first][:30]}{x + 0.01:8.3f}{lines[first][38:]}"
+    (tmp_path / "butane.pdb").write_text("".join(lines))
+    words = ["last.pt", "other positions of the atoms", "original input files"]
+    refused("train", file, "-o", output, "--resume", says=words)
+
+
 def test_damaged_checkpoints(butane, finished, tmp_path, monkeypatch, refused, capsys):
     output = tmp_path / "run"
     for _ in range(2):

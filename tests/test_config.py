@@ -77,6 +77,8 @@ def test_units_reach_the_settings():
         (_with(training={"method": "forward_kl"}), ["training.method", "'pmf', 'reverse_kl' or 'joint'"]),
         (_with(coordinates={"peptide_bonds": "cis"}), ["coordinates.peptide_bonds", "'keep' or 'sample'"]),
         (_with(coordinates="cartesian"), ["coordinates: cartesian", "training.method", "reverse_kl"]),
+        (_with(sampler={"n_frames": 1}), ["sampler.n_frames", "training.method pmf", "at least 2"]),
+        (_with(flow={"hidden_features": [64, 0]}), ["flow.hidden_features", "greater than 0"]),
         (_with(pmf={"n_members": 1}), ["pmf.n_members", "greater than or equal to 2"]),
         (_with(pmf={"n_updtaes": 1}), ["pmf.n_updtaes", "did you mean 'n_updates'?"]),
         (_with(stopping={"ess": 1.0}), ["stopping.ess", "less than 1"]),

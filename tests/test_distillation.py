@@ -428,6 +428,7 @@ def test_without_torsions_the_reverse_kl_alone_trains():
         flow = CGFlow(0, 2, BOUND, 2, 2, 4, (8,), COVARIANCE)
     space, generator = Line(), torch.Generator().manual_seed(0)
     fitter = FlowFitter(flow, space, 2e-2, 128)
+    assert fitter.reach == 1  # gamma is that of torsions: there is nowhere to get to
     for k in range(100):
         fitter.update(Known(log_p, space), generator, 1 - 0.95 * k / 100)
     assert weighted_samples(flow, Known(log_p, space), space, 5000, generator).ess > 0.98

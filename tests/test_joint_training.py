@@ -157,6 +157,23 @@ def test_broken_energies_are_left_out():
     trainer = trainer_of(config(), broken=range(60))
     with pytest.raises(ReplicaError, match="60 of 128 samples have no finite energy"):
         trainer.step()
+    lenient = config()
+    lenient = lenient.model_copy(update={"sampler": lenient.sampler.model_copy(update={"max_invalid": 1.0})})
+    with pytest.raises(ReplicaError, match="of 128 samples have no finite energy"):
+        trainer_of(lenient, broken=range(128)).step()
+
+
+def test_too_few_samples_measure_no_covariance():
+    """Of two particles, three samples, or one that has all the weight: widths stay what they were."""
+    trainer = trainer_of(config())
+    chart, xyz = trainer.joint.chart, torch.randn((200, 2, 3), generator=torch.Generator().manual_seed(0)).double()
+    energy = torch.zeros(200).double()
+    trainer._measure(xyz[:3], energy[:3], energy[:3])
+    one = torch.cat((torch.full((1,), -50.0).double(), energy[1:]))
+    trainer._measure(xyz, energy, one)
+    assert len(chart.get_extra_state()["means"]) == 0
+    trainer._measure(xyz, energy, energy)
+    assert len(chart.get_extra_state()["means"]) == 1
 
 
 def restart_trainer(seed=0):

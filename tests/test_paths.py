@@ -84,6 +84,18 @@ def test_fewer_conformations_than_wanted(monkeypatch):
     assert found.shape[0] < 50 and found.shape[2] == 2
 
 
+def test_no_path_ends_where_it_starts(monkeypatch):
+    """All candidates are asked for, the lowest point among them, from which no path leads to itself."""
+    monkeypatch.setattr(paths, "_N_POINTS", 90)
+    flow, coordinates = two_torsions()
+    found = low_paths(flow, lambda z: 1 - torch.cos(z).mean(-1), coordinates, 200, torch.Generator().manual_seed(1))
+    assert 20 < len(found) <= 30  # a third of the points
+    assert torch.isfinite(found).all()
+    assert (found[:, 0] != found[:, -1]).any(1).all()
+    points = np.zeros((4, 2))
+    assert paths._far_and_low(points, np.zeros(4), np.arange(4), 0, 3) == []
+
+
 def test_single_and_double_precision_are_both_welcome(monkeypatch):
     monkeypatch.setattr(paths, "_N_POINTS", 300)
     flow, coordinates = two_torsions()

@@ -434,7 +434,16 @@ def test_invalid_replicas_are_counted_and_left_out(few_tests):
 def test_a_fit_that_diverges_ends_the_training(few_tests):
     trainer = new_trainer(settings())
     trainer.pmf_fitter.fit = lambda *_: math.nan
-    with pytest.raises(CGFlowError, match=r"diverged in round 1.*learning_rate"):
+    with pytest.raises(CGFlowError, match=r"diverged after round 1.*learning_rate"):
+        trainer.step()
+
+
+def test_a_last_fit_that_diverges_ends_the_training(few_tests, monkeypatch):
+    trainer = restart_trainer()
+    while not trainer.ended_by or trainer.values.wanted:
+        trainer.step()
+    monkeypatch.setattr(pmf_training.PMFFitter, "fit", lambda *_: math.nan)
+    with pytest.raises(CGFlowError, match=r"diverged after round \d+.*learning_rate"):
         trainer.step()
 
 
@@ -464,6 +473,18 @@ def test_molecules_without_torsions_are_trained_too(few_tests):
     rows = advance(trainer)
     assert {row["free_energy_error"] for row in rows} == {0.0}
     assert rows[-1]["ess"] > 0.5
+
+
+def test_without_torsions_a_lost_flow_is_taken_back_and_starts_anew(few_tests, monkeypatch):
+    bonds = BONDS["three"]
+    coordinates = internal_coordinates(bonds, random_structure(bonds))
+    config = settings(stopping={"max_rounds": 3, "max_polish_cycles": 3, "ess": 0.9999})
+    estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
+    flow = CGFlow(0, 3, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
+    trainer = PMFTrainer(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
+    monkeypatch.setattr(pmf_training, "_ESS_GAINED", 2.0)  # nothing is a gain
+    advance(trainer)
+    assert trainer._anew_after == 1
 
 
 # ---------------------------------------------------------------- populations

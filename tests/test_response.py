@@ -243,6 +243,16 @@ def test_chains_in_contact_do_not_rule_the_fit():
     assert float(ratio) > 5
 
 
+def test_nothing_is_learned_where_all_chains_are_in_contact():
+    response = FastResponse(1, N_FEATURES - 1, torch.linalg.inv(STIFFNESS).diagonal().sqrt()[None], (8,))
+    before = [parameter.clone() for parameter in response.parameters()]
+    z, parts, _ = harmonic(20, 3)
+    parts = parts._replace(fast=1e6 * parts.fast)
+    left = ResponseFitter(response).fit(z, parts, 10, torch.Generator().manual_seed(0))
+    assert left == 1.0
+    assert all(torch.equal(*pair) for pair in zip(before, response.parameters(), strict=True))
+
+
 def test_a_fitter_continues_from_its_state():
     z, frames, _ = measured(100)
     parts = parts_of(z, frames)

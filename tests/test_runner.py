@@ -13,6 +13,7 @@ from openmm_cgflow import (
     MolecularSystem,
     Partition,
     ReplicaError,
+    evaluate_exactly,
     load,
     load_config,
     runner,
@@ -254,6 +255,16 @@ def test_model_from_disk(either):
     np.testing.assert_allclose(model.read(first.trajectory.xyz), first.z, atol=2e-3)  # float32 positions
     with pytest.raises(CGFlowError, match="no stage 99"):
         load(finished, stage=99)
+    with pytest.raises(CGFlowError, match="not a run on a synthetic target"):
+        evaluate_exactly(finished)
+
+
+def test_a_copy_beside_the_models_is_none_of_them(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.copy(run / "models" / "stage_00.pt", run / "models" / "stage_00_old.pt")
+    assert list(RunDirectory(run).stages()) == [0]
+    assert load(run).stage == 0
 
 
 def test_importance_weights_of_a_learned_pmf(finished):

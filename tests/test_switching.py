@@ -150,6 +150,34 @@ def test_invalid_replicas_are_left_out_and_touch_no_others():
     assert torch.isfinite(work[valid]).all()
 
 
+def test_no_switch_at_all_is_an_error():
+    engine = MovingBath()
+    engine.unbounded = {2: range(4)}
+    with pytest.raises(ReplicaError, match="no switch was usable after step 3 of 4"):
+        switched(line(5), 2, engine, molecule())
+
+
+def test_energies_met_on_the_way_cancel_unless_they_are_infinite(monkeypatch):
+    """A wall of 1e5 kT of slow atoms alone is left again; from an infinite one nothing comes back, and it counts."""
+    path, n, height = line(5), 40, 1e5 / thermal_beta(TEMPERATURE)
+    clean, _, _ = switched(path, n, MovingBath(), molecule())
+    engine, middle, energy = MovingBath(), molecule(), MovingBath.energy
+    at_wall = middle.coordinates.to_xyz(path[2])
+
+    def with_wall(self, xyz):
+        slow = xyz[..., engine.slow, :]
+        order = [list(middle.slow).index(atom) for atom in engine.slow]
+        return energy(self, xyz) + torch.where((slow - at_wall[order]).abs().amax((-1, -2)) < 1e-9, height, 0.0)
+
+    monkeypatch.setattr(MovingBath, "energy", with_wall)
+    work, valid, _ = switched(path, n, engine, molecule())
+    assert valid.all()
+    torch.testing.assert_close(work, clean, atol=1e-6, rtol=0)
+    height = math.inf
+    work, valid, _ = switched(path, n, MovingBath(), molecule())
+    assert valid.all() and (work == switching._LARGEST_WORK).all()
+
+
 def test_same_seed_same_works():
     first, again, other = (switched(line(4), 20, MovingBath(), molecule(), seed)[0] for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -223,11 +251,13 @@ def test_paths_without_works_are_not_known():
 def test_unusable_switches_are_left_out_or_too_many():
     switches = Switches(numbered(2))
     run, _ = crooks([1.0, 1.0], broken=[0, 3, 9])  # of 2 paths, 4 switches each, there and then back
-    switches.add(run, [0, 1], 4)
+    assert switches.add(run, [0, 1], 4) == []
     assert [(len(there), len(back)) for there, back in switches.works] == [(2, 3), (4, 4)]
     run, _ = crooks([1.0, 1.0], broken=[4, 5, 6])
-    with pytest.raises(ReplicaError, match="only 1 switches to conformation 1 and 4 back were usable"):
-        switches.add(run, [0, 1], 4)
+    assert switches.add(run, [0, 1], 4) == [1]  # one there
+    assert [(len(there), len(back)) for there, back in switches.works] == [(6, 7), (4, 4)]
+    run, _ = crooks([1.0, 1.0], broken=[0, 1, 2, 3])
+    assert switches.add(run, [1], 4) == [1]  # none there
 
 
 def test_collected_works_survive_a_restart():
@@ -245,6 +275,14 @@ def test_cost_is_an_upper_limit():
     engine, assembly = MovingBath(), molecule()
     chains = chains_of(engine, assembly)
     chains.run(line(20), TEMPERATURE, 10, 1, 1)
-    switches, before = Switches(torch.stack((line(7), line(7)))), engine.n_energy_evaluations
+    run = engine.run
+
+    def counting(xyz, *args, **others):  # an engine evaluates the frames, too
+        frames = run(xyz, *args, **others)
+        engine.n_energy_evaluations += frames.xyz.shape[0] * frames.xyz.shape[1]
+        return frames
+
+    engine.run = counting
+    switches, before = Switches(torch.stack((line(40), line(40)))), engine.n_energy_evaluations
     switches.add(lambda paths: switch(chains, paths, TEMPERATURE, 1), [0, 1], 5)
     assert 0.6 * switches.cost(2, 5) < engine.n_energy_evaluations - before <= switches.cost(2, 5)

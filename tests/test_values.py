@@ -9,6 +9,7 @@ from analytic import AnalyticMeanForce, assert_identical
 
 from openmm_cgflow import paths
 from openmm_cgflow.config import Config
+from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.units import thermal_beta
 from openmm_cgflow.values import ValueSwitching
@@ -79,7 +80,7 @@ def test_it_stops_within_the_evaluations():
     switch = estimator.switch
 
     def costly(asked, temperature):
-        estimator.n_energy_evaluations += len(asked) * (150 + 11 * (asked.shape[1] - 1))  # as in a molecule
+        estimator.n_energy_evaluations += len(asked) * (150 + 12 * (asked.shape[1] - 1))  # as in a molecule
         return switch(asked, temperature)
 
     estimator.switch = costly
@@ -106,6 +107,40 @@ def test_comparison_tells_a_right_pmf_from_a_wrong_one():
     right = values.compare(phi)
     assert right["value_error"] <= 0.1 and right["value_misfit"] < 0.2
     assert values.compare(lambda z: 2 * phi(z))["value_misfit"] > 0.5
+
+
+def test_conformations_that_cannot_be_reached_are_left_alone(caplog):
+    """The training goes on with what is known of the others, and says so."""
+    values, estimator = started(settings(error=0.1))
+    switch = estimator.switch
+
+    def breaking(asked, temperature):
+        work, valid = switch(asked, temperature)
+        ends = values._switches.paths[1, [0, -1]]
+        lost = ((asked[:, 0] == ends[0]) & (asked[:, -1] == ends[1])).all(1)
+        return work, valid & ~lost
+
+    estimator.switch = breaking
+    found = finish(values, estimator)
+    assert values.lost == [1] and "1 of 4 conformations could not be switched to" in caplog.text
+    ends = values._switches.paths[:, -1].float()
+    assert torch.equal(found.end, ends[[0, 2, 3]]) and torch.isfinite(found.difference).all()
+    assert float(found.error.max()) <= 0.1 and values.compare(phi)["value_error"] <= 0.1
+    again = ValueSwitching(settings(error=0.1))
+    again.load_state_dict(values.state_dict())
+    assert again.lost == [1] and not again.wanted
+
+
+def test_nothing_can_be_switched(caplog):
+    values, estimator = started(settings())
+
+    def failing(asked, temperature):
+        raise ReplicaError("no switch was usable")
+
+    estimator.switch = failing
+    assert finish(values, estimator) is None
+    assert values.lost == [0, 1, 2, 3] and values.n_steps == 1 and "no switch was usable" in caplog.text
+    assert all(math.isnan(value) for value in values.compare(phi).values())
 
 
 def test_it_continues_from_its_state():
