@@ -31,18 +31,3 @@ def test_bias_md(root):
     reweighted, error, model = map(float, re.search(r"trans (\S+) \+- (\S+) reweighted, (\S+) in", printed).groups())
     assert error < 0.2
     assert abs(reweighted - model) < 4 * error + 0.05
-
-
-def test_paper_synthetic(root):
-    printed = printed_by(root / "notebooks" / "paper_synthetic.ipynb")
-
-    def numbers(label):
-        return [float(text) for text in re.search(re.escape(label) + r" ([-\d. ]+)", printed).group(1).split()]
-
-    found = re.search(r"double well: minor mode (\S+) drawn, (\S+) weighted, (\S+) exact", printed)
-    drawn, weighted, exact = map(float, found.groups())
-    assert abs(drawn / exact - 1) < 0.3 and abs(weighted / exact - 1) < 0.3
-    assert len(numbers("without tempering: minor mode")) == 3
-    assert max(abs(share - 1 / 3) for share in numbers("d = 2: weights of the modes")) < 0.1
-    assert max(abs(share - 1 / 3) for share in numbers("d = 10, tempering: weights of the modes")) < 0.15
-    assert min(numbers("d = 10, no tempering: weights of the modes")) < 0.01
