@@ -127,11 +127,11 @@ class PMFTrainer:
         stopping, found = self.config.stopping, []
         error = self.values.compare(self.pmf)["value_error"]
         if self.n_refit and error > stopping.free_energy_error:  # never so where it is nan
-            found.append(f"differences by switching to {error:.2f} kT (wanted {stopping.free_energy_error:g})")
+            found.append(f"differences by switching to {error:.3g} kT (wanted {stopping.free_energy_error:g})")
         if self.n_refit and self.values.lost:
             found.append(f"{len(self.values.lost)} conformations could not be switched to")
         if self.done and self._best_ess[-1] < stopping.ess:
-            found.append(f"effective sample size {self._best_ess[-1]:.2f} (wanted {stopping.ess:g})")
+            found.append(f"effective sample size {self._best_ess[-1]:.3g} (wanted {stopping.ess:g})")
         return found
 
     @property

@@ -289,8 +289,8 @@ def test_what_the_steps_after_the_rounds_did_not_reach_is_named(converged, monke
     asked = settings(stopping={"ess": 0.999, "free_energy_error": known / 2, "max_polish_cycles": 1})
     monkeypatch.setattr(trainer, "config", asked)
     switching, flow = trainer.unmet
-    assert switching == f"differences by switching to {known:.2f} kT (wanted {known / 2:g})"
-    assert flow == f"effective sample size {trainer._best_ess[-1]:.2f} (wanted 0.999)"
+    assert switching == f"differences by switching to {known:.3g} kT (wanted {known / 2:g})"
+    assert flow == f"effective sample size {trainer._best_ess[-1]:.3g} (wanted 0.999)"
     monkeypatch.setattr(trainer, "n_refit", 0)
     monkeypatch.setattr(trainer, "n_polish", 0)
     assert trainer.unmet == []  # not yet
