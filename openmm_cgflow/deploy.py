@@ -166,4 +166,4 @@ def copy_model(run_directory: Path, stage: int, path: Path) -> None:
         copy.models.mkdir(parents=True)
         for name in ("config", "system_xml", "slow_atoms", "topology", "provenance"):
             shutil.copyfile(getattr(run, name), getattr(copy, name))
-        shutil.copy(run.models / f"stage_{stage:02d}.pt", copy.models)
+        shutil.copyfile(run.stage(stage), copy.stage(stage))

@@ -276,8 +276,8 @@ class JointTrainer(Ladder):
         n_invalid = int((~valid).sum())
         if n_invalid > self.config.sampler.max_invalid * len(xyz) or n_invalid == len(xyz):
             raise ReplicaError(
-                f"{n_invalid} of {len(valid)} samples have no finite energy at {self.temperature:.0f} K, more than "
-                f"sampler.max_invalid = {self.config.sampler.max_invalid}. Try a lower training.learning_rate"
+                f"{n_invalid} of {len(valid)} samples have no finite energy at {self.temperature:.0f} K, and "
+                f"sampler.max_invalid is {self.config.sampler.max_invalid}. Try a lower training.learning_rate"
             )
         return energy[valid], forces[valid], valid
 

@@ -253,6 +253,10 @@ class RunDirectory:
         text = json.dumps({**known, **record, "earlier_sessions": earlier}, indent=2)
         atomic_write(self.provenance, text + "\n")
 
+    def stage(self, number: int) -> Path:
+        """The model of a stage, finished or not."""
+        return self.models / f"stage_{number:02d}.pt"
+
     def stages(self) -> dict[int, Path]:
         """The models of the stages that are finished, in their order."""
         names = ((re.fullmatch(r"stage_(\d+)", path.stem), path) for path in self.models.glob("stage_*.pt"))

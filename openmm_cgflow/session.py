@@ -137,7 +137,7 @@ class Session:
 
     def _save_stage(self) -> None:
         trainer = self.trainer
-        with atomic_path(self.run.models / f"stage_{trainer.stage:02d}.pt") as path:
+        with atomic_path(self.run.stage(trainer.stage)) as path:
             save_state(self.model().state(), path)
         logger.info(
             "stage %d finished: %.1f K, %d steps, %.3g energy evaluations, %.0f s",
@@ -147,8 +147,8 @@ class Session:
             trainer.estimator.n_energy_evaluations,
             self.wall_time,
         )
-        if trainer.unmet:
-            logger.info("not met: %s", "; ".join(trainer.unmet))
+        if unmet := trainer.unmet:
+            logger.info("not met: %s", "; ".join(unmet))
         counts = self.chains.quarantine
         if counts.not_finite or counts.flipped:
             logger.info(

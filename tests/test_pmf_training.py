@@ -475,7 +475,7 @@ def test_molecules_without_torsions_are_trained_too(few_tests):
     assert rows[-1]["ess"] > 0.5
 
 
-def test_without_torsions_a_lost_flow_is_taken_back_and_starts_anew(few_tests, monkeypatch):
+def test_without_torsions_a_flow_that_gains_nothing_starts_anew(few_tests, monkeypatch):
     bonds = BONDS["three"]
     coordinates = internal_coordinates(bonds, random_structure(bonds))
     config = settings(stopping={"max_rounds": 3, "max_polish_cycles": 3, "ess": 0.9999})
