@@ -3,12 +3,13 @@
     python benchmarks/populations.py systems/alanine_dipeptide/alanine_dipeptide.yaml --reference reference.npz \\
         --seeds 1 2 3 -o runs/ala2 [--set SETTING=VALUE ...] [--keep]
 
-A row for each seed and ensemble: `samples` are the frames on disk, as the flow draws them; `weighted` the same frames
-with their importance weights. Free energies of basins, -ln(population), are those of the samples minus the reference's,
-kT, with the bootstrap error of a run's frames; KL(reference || samples) is in nats on 36 x 36
-bins, and `floor` is what as many perfect samples would score. `energy evaluations` are all of a run, those of the final
-samples and checks included; `training` are those until training ended. With --keep, runs that are there are not made
-again. Without a reference the populations alone are printed.
+A row for each seed and ensemble: `samples` are the frames on disk; `weighted` the same frames with the importance
+weights that they still have. ESS is that of the flow at the end of training. Free energies of basins,
+-ln(population), are those of the samples minus the reference's, kT, with the bootstrap error of a run's frames;
+KL(reference || samples) is in nats on 36 x 36 bins, and `floor` is what as many perfect samples would score.
+`energy evaluations` are all of a run, those of the final samples and checks included; `training` are those until
+training ended. With --keep, runs that are there are not made again. Without a reference the populations alone are
+printed.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def main() -> None:
         print(describe(folder))
     header = ""
     for seed, folder in folders:
+        ess = folder.read_metrics()[-1].get("ess", math.nan)
         found = cgf.evaluate(folder.path, arguments.reference)
         for residue, basins in found.basins.items():
             density = found.maps.get(residue)
@@ -116,8 +118,8 @@ def main() -> None:
                 distance = density.distances.get(ensemble) if density is not None else None
                 if distance is not None:
                     text += f"   {distance.kl:.4f} {density.noise_floor[ensemble].kl:.4f}"
-                if ensemble == "samples" and found.samples.get("relative_ess") is not None:
-                    text += f"   {found.samples['relative_ess']:.3f}"
+                if ensemble == "samples" and math.isfinite(ess):
+                    text += f"   {ess:.3f}"
                 print(text)
         if (text := draws(folder)) is not None:
             print(f"seed {seed}: {text}")

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from openmm_cgflow.config import Config, load_config
     from openmm_cgflow.errors import CGFlowError, ReplicaError
     from openmm_cgflow.evaluation import Evaluation, evaluate
-    from openmm_cgflow.model import CGModel, Samples
+    from openmm_cgflow.model import CGModel
     from openmm_cgflow.partition import Partition
     from openmm_cgflow.runner import load, train
+    from openmm_cgflow.sampling import Samples
     from openmm_cgflow.system import MolecularSystem
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOME = {
     "MolecularSystem": "system",
     "Partition": "partition",
     "ReplicaError": "errors",
-    "Samples": "model",
+    "Samples": "sampling",
     "evaluate": "evaluation",
     "evaluate_exactly": "exact",
     "load": "runner",

@@ -167,7 +167,9 @@ def _sample(options: argparse.Namespace) -> int:
     with console_logging():
         model = load(options.run_directory, stage=options.stage)
         print(f"sampling {options.n} structures at {model.temperature:g} K (stage {model.stage})")
-        samples = model.sample(options.n, seed=options.seed, n_equilibration=options.n_equilibration)
+        samples = model.sample(
+            options.n, seed=options.seed, n_equilibration=options.n_equilibration, acceptance=options.acceptance
+        )
         paths = save_samples(model, samples, output, output.with_suffix(".topology.pdb"))
     print(f"wrote {', '.join(map(str, paths))}. The frames are independent: their time is an index")
     return 0
@@ -393,6 +395,9 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--stage", type=_count, metavar="K", help="tempering stage, 0 the hottest (default: the last)")
     parser.add_argument("--seed", type=_count, metavar="N", help="same seed, same file (default: the configuration's)")
     parser.add_argument("--n-equilibration", type=_count, metavar="N", help="steps of each structure's own chain")
+    parser.add_argument(
+        "--acceptance", type=float, metavar="F", help="fraction of draws that become structures; 1 = all"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 

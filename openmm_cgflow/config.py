@@ -281,6 +281,9 @@ class SamplingConfig(_Section):
     """The samples that end a training."""
 
     n_samples: int = Field(10000, ge=0)
+    acceptance: float = Field(1 / 3, gt=0, le=1)
+    """Fraction of the flow's draws that become samples, those with large importance weights rather than others, so
+    that samples have equal weights but for draws of more than about three times the mean; 1 = all as drawn."""
     n_equilibration: int = Field(20, ge=0)
     """Steps of every frame's own chain after its warm start."""
     n_verified: int = Field(8, ge=0)

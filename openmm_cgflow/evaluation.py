@@ -79,7 +79,7 @@ def evaluate(
     grid = _grid(theirs, chosen) if isinstance(theirs, GridReference) else None
 
     trajectory_file = run.samples if samples is None else Path(samples)
-    ours, log_weight = _read_samples(run, trajectory_file, structure)
+    ours, log_weight = read_samples(run, trajectory_file, structure)
     observables = measure(ours, structure, slow, chosen)
     ensembles = {"samples": Ensemble(observables, np.ones(ours.n_frames), ours.n_frames)}
     if log_weight is not None:
@@ -129,10 +129,14 @@ def _grid(reference: GridReference, residues: list[str]) -> Grid:
     return Grid(residues[0], reference)
 
 
-def _read_samples(
+def read_samples(
     run: RunDirectory, path: Path, structure: mdtraj.Trajectory
 ) -> tuple[mdtraj.Trajectory, np.ndarray | None]:
-    """The frames, and the logarithms of their importance weights if the COLVAR table has them."""
+    """The frames, and the logarithms of their importance weights if the COLVAR table has them.
+
+    Raises:
+        CGFlowError: If a file is missing, cannot be read or does not fit.
+    """
     if not path.is_file():
         raise CGFlowError(
             f"{path}: no such file, so there are no samples to evaluate. Draw some with\n"

@@ -18,10 +18,11 @@ from torch import Tensor
 from openmm_cgflow.coordinates import along_x
 from openmm_cgflow.distances import compare
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.evaluation import read_samples
 from openmm_cgflow.files import atomic_write, writing
 from openmm_cgflow.joint import JointFlow
 from openmm_cgflow.model import CGModel
-from openmm_cgflow.reference import load_frames, load_structure
+from openmm_cgflow.reference import load_structure
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.runner import load
 from openmm_cgflow.seeds import derive_seed
@@ -90,7 +91,7 @@ class ExactEvaluation:
         run: The run directory.
         samples: The trajectory, and its number of frames.
         modes: Of the frames, by name.
-        weighted_modes: The same with importance weights; empty without a potential of mean force.
+        weighted_modes: The same with the importance weights that they still have; empty where they have none.
         kl_joint: KL(exact || frames) of the first slow and the first fast coordinate on 36 x 36 bins, nats.
         kl_joint_floor: What as many exact samples score.
         levels: The model by beta, mol/kJ, the target last.
@@ -168,14 +169,16 @@ def evaluate_exactly(
     target = new_target(config.system.target)
     rng = np.random.default_rng(derive_seed(config.seed, 8))
     path = run.samples if samples is None else Path(samples)
-    x = load_frames(path, load_structure(run.topology)).xyz[..., 0].astype(float)
+    frames, log_weight = read_samples(run, path, load_structure(run.topology))
+    x = frames.xyz[..., 0].astype(float)
     slow, beta = x[:, : target.n_slow], thermal_beta(model.temperature)
+    weights = None if log_weight is None else np.exp(log_weight - log_weight.max())
     levels = {f"{one.beta:.4g}": _level(target, one, rng) for one in _densities(run, model, target)}
     found = ExactEvaluation(
         str(run.path),
         {"file": str(path), "n_frames": len(x)},
         _modes(target, slow, np.ones(len(slow)), beta, rng),
-        _modes(target, slow, _weights(model, slow), beta, rng) if model.pmf is not None else {},
+        {} if weights is None else _modes(target, slow, weights, beta, rng),
         *_joint(target, x, beta, rng),
         levels,
         model.describe_map(),
@@ -306,12 +309,6 @@ def _marginal(exact: np.ndarray, drawn: np.ndarray) -> float:
     inner = np.linspace(low, high, _N_MARGINAL_BINS - 1)  # the outermost bins are open
     ours, theirs = (np.bincount(np.digitize(x, inner), minlength=_N_MARGINAL_BINS) + 0.5 for x in (drawn, exact))
     return float(entropy(theirs, ours))
-
-
-def _weights(model: CGModel, slow: np.ndarray) -> np.ndarray:
-    """Importance weights of frames, from their slow coordinates, nm, shape (n, n_slow) -> (n,)."""
-    logs = model.log_weights(model.coordinates.from_xyz(along_x(torch.as_tensor(slow))))
-    return np.exp(logs - logs.max())
 
 
 def _modes(

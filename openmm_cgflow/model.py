@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import mdtraj
 import numpy as np
 import openmm
 import torch
@@ -18,7 +16,7 @@ from openmm_cgflow.charts import LinearChart
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
 from openmm_cgflow.deploy import CGSystem, Mechanism, bead_system, new_force
-from openmm_cgflow.errors import CGFlowError, ReplicaError
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow, one_torch_thread
 from openmm_cgflow.freeenergy import Energy, FlowPotential, FreeEnergy, PMFPotential, TorsionPotential
@@ -28,6 +26,7 @@ from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.pmf import PMF
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.response import FastResponse
+from openmm_cgflow.sampling import Samples, draw_samples
 from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.splines import n_slow_features
@@ -35,7 +34,7 @@ from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import topology_to_table
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["CGModel", "Samples", "new_flow", "new_joint", "new_pmf", "new_response"]
+__all__ = ["CGModel", "new_flow", "new_joint", "new_pmf", "new_response"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,34 +102,7 @@ def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
         return FastResponse(n_circular, n_bounded, widths, config.pmf.hidden_features, coordinates.periodic)
 
 
-_N_TRIALS = 8  # batches without a usable sample, after which there will be none
 _N_LOWEST = 4096  # samples, the lowest of which a ceiling is counted from
-_BATCH_SIZE = 1024  # samples drawn at once, at least, where so many are wanted
-
-_Draw = Callable[[int, torch.Generator, int], tuple[Tensor, ...]]
-"""Positions, z, log q, energy and which may be kept of a batch, from its size, a generator and its number."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Independent all-atom samples.
-
-    Attributes:
-        trajectory: All atoms; frames are independent, their time is an index.
-        z: Slow coordinates, shape (n, n_features).
-        log_q: log q(z), or of all positions after a joint training, shape (n,); before any sample was rejected.
-        log_weight: Logarithm of the importance weight of each sample, unnormalised, shape (n,), exact after a joint
-            training; None without a PMF.
-        energy: Potential energy, kJ/mol, shape (n,).
-        n_rejected: Samples drawn again because their chain diverged or changed its handedness.
-    """
-
-    trajectory: mdtraj.Trajectory
-    z: np.ndarray
-    log_q: np.ndarray
-    log_weight: np.ndarray | None
-    energy: np.ndarray
-    n_rejected: int
 
 
 class CGModel:
@@ -336,92 +308,36 @@ class CGModel:
         chains.follow = self.response.follow if self.response is not None else None
         return chains
 
-    def sample(self, n: int, *, seed: int | None = None, n_equilibration: int | None = None) -> Samples:
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        n_equilibration: int | None = None,
+        acceptance: float | None = None,
+    ) -> Samples:
         """Independent all-atom samples: z from the flow, then a chain of the fast atoms (paper section 2.3).
+
+        A fraction of the flow's draws becomes samples, by their importance weights: they follow the fitted potential
+        of mean force, or after a joint training the energy, and not the flow.
 
         Arguments:
             n: Number of samples.
             seed: Same seed, same samples; the configuration's by default.
             n_equilibration: Steps of each chain; ``sampling.n_equilibration`` by default. Joint densities need none.
+            acceptance: That fraction, ``sampling.acceptance`` by default; with 1 they are the flow's as drawn.
 
         Raises:
+            CGFlowError: If a number is out of range.
             ReplicaError: If too many chains fail.
         """
         config = self.scaffold.config
         platform = keep_platform(config.sampler.platform, self.platform)
         settings = config.sampler.model_copy(update={"platform": platform})
+        changed = {"n_equilibration": n_equilibration, "acceptance": acceptance}
+        sampling = config.sampling.model_copy(update={k: v for k, v in changed.items() if v is not None})
         with one_torch_thread(), create_engine(self.molecular_system, self.partition.slow, settings) as engine:
-            return self.sample_with(
-                engine,
-                n,
-                config.seed if seed is None else seed,
-                config.sampling.n_equilibration if n_equilibration is None else n_equilibration,
-            )
-
-    def sample_with(
-        self,
-        engine: ReplicaEngine,
-        n: int,
-        seed: int,
-        n_equilibration: int,
-        must_stop: Callable[[], bool] | None = None,
-    ) -> Samples:
-        """:meth:`sample` on an engine that is there already; ``KeyboardInterrupt`` once ``must_stop()`` is true."""
-        if n < 1:
-            raise CGFlowError(f"number of samples: got {n}, expected at least 1")
-        size = max(self.scaffold.config.sampler.n_replicas, min(n, _BATCH_SIZE))
-        draw = self._all_at_once(engine) if self.joint else self._from_chains(engine, seed, n_equilibration)
-        generator = torch.Generator().manual_seed(derive_seed(seed, 6))
-        kept: list[tuple[Tensor, ...]] = []
-        n_kept = batch = n_rejected = 0
-        while n_kept < n:
-            if must_stop is not None and must_stop():
-                raise KeyboardInterrupt
-            batch += 1
-            *drawn, good = draw(size, generator, batch)
-            kept.append(tuple(part[good] for part in drawn))
-            n_kept += int(good.sum())
-            n_rejected += int((~good).sum())
-            if not n_kept and batch == _N_TRIALS:
-                raise ReplicaError(f"none of {n_rejected} samples was usable (diverged, or changed handedness)")
-        arrays = [torch.cat(parts)[:n].numpy() for parts in zip(*kept, strict=True)]
-        if n_rejected:
-            logger.warning("%d samples were rejected (diverged, or changed handedness) and drawn again", n_rejected)
-        xyz, slow, log_q, energy = arrays
-        log_weight = None if self.pmf is None else self.log_weights(slow)
-        if self.joint is not None:
-            log_weight = -thermal_beta(self.temperature) * energy - log_q
-        trajectory = mdtraj.Trajectory(xyz, self.molecular_system.mdtraj_topology, time=np.arange(n))
-        if len(self.molecular_system.bonds):  # a target's particles lie in an external field
-            trajectory.center_coordinates()
-        return Samples(trajectory, slow, log_q, log_weight, energy, n_rejected)
-
-    def _from_chains(self, engine: ReplicaEngine, seed: int, n_equilibration: int) -> _Draw:
-        chains = self.chains(engine)
-
-        def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
-            z, log_density = self.flow.sample(size, generator)
-            frames = chains.run(z, self.temperature, n_equilibration, 1, 1, derive_seed(seed, 7, batch))
-            return frames.xyz[:, 0], z, log_density, frames.energy[:, 0], frames.valid
-
-        return draw
-
-    def _all_at_once(self, engine: ReplicaEngine) -> _Draw:
-        joint, keep_chirality = self.joint, self.scaffold.config.sampler.keep_chirality
-        assert joint is not None
-
-        @torch.no_grad()
-        def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
-            z, r = joint(joint.draw_base(size, generator), self.gamma)
-            log_density = joint.log_prob(z, r, self.gamma) - joint.log_volume(z, r, self.gamma)
-            xyz = joint.build(z, r, self.gamma)
-            energy = torch.as_tensor(engine.evaluate(xyz.numpy())[0])
-            valid = torch.isfinite(energy)
-            if keep_chirality:
-                valid &= joint.chart.same_handedness(xyz)
-            return xyz, z, log_density, energy, valid
-
-        return draw
+            return draw_samples(self, engine, n, config.seed if seed is None else seed, sampling)
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`from_state` reads back."""

@@ -123,7 +123,8 @@ def _heading(evaluation: Evaluation) -> str:
     samples, reference = evaluation.samples, evaluation.reference
     lines = [f"{samples['file']}: {samples['n_frames']} samples at {evaluation.settings['temperature_K']:g} K"]
     if "relative_ess" in samples:
-        lines.append(f"importance weights: relative effective sample size {samples['relative_ess']:.3f}")
+        ess = samples["relative_ess"]
+        lines.append(f"importance weights that frames still have: relative effective sample size {ess:.3f}")
     if reference is None:
         lines.append("no reference")
     elif reference["kind"] == "grid":

@@ -20,12 +20,13 @@ from openmm_cgflow.export import colvar_columns, peptide_torsions, write_colvar,
 from openmm_cgflow.files import atomic_path, atomic_write
 from openmm_cgflow.flow import one_torch_thread
 from openmm_cgflow.loaders import read_system_xml
-from openmm_cgflow.model import CGModel, Samples
+from openmm_cgflow.model import CGModel
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import keep_platform
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.runlog import held_back
+from openmm_cgflow.sampling import Samples, draw_samples
 from openmm_cgflow.scaffold import Scaffold, rotamer_warning
 from openmm_cgflow.session import Session, new_trainer, stop_requests
 from openmm_cgflow.statefile import load_model_state, load_state
@@ -210,9 +211,8 @@ def _finish(
     if config.sampling.n_samples == 0:
         return True
     logger.info("sampling %d structures at %.1f K", config.sampling.n_samples, model.temperature)
-    n_equilibration = config.sampling.n_equilibration
     try:
-        samples = model.sample_with(engine, config.sampling.n_samples, config.seed, n_equilibration, must_stop)
+        samples = draw_samples(model, engine, config.sampling.n_samples, config.seed, config.sampling, must_stop)
     except KeyboardInterrupt:
         return False
     paths = save_samples(model, samples, run.samples)

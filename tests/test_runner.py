@@ -268,9 +268,9 @@ def test_a_copy_beside_the_models_is_none_of_them(finished, tmp_path):
 
 
 def test_importance_weights_of_a_learned_pmf(finished):
-    """exp(-beta A) J / q, with the A that free_energy gives; what samples carry is what the model says of them."""
+    """exp(-beta A) J / q, with the A that free_energy gives; all draws carry it where all become samples."""
     model = load(finished)
-    samples = model.sample(20, seed=3)
+    samples = model.sample(20, seed=3, acceptance=1)
     np.testing.assert_allclose(samples.log_weight, model.log_weights(samples.z), atol=1e-9)
     kt = 8.31446261815324e-3 * model.temperature
     log_volume = model.coordinates.log_volume(torch.as_tensor(samples.z)).numpy()
@@ -278,9 +278,30 @@ def test_importance_weights_of_a_learned_pmf(finished):
     np.testing.assert_allclose(model.log_weights(samples.z), expected, atol=1e-9)
     assert samples.log_weight.std() > 1e-3
     assert np.array_equal(model.log_weights(torch.as_tensor(samples.z)), model.log_weights(samples.z))
-    table = read_colvar(finished / "samples.colvar")
+
+
+def test_samples_have_the_weights_that_are_left(finished):
+    """None is heavier than a common c, and what is missing beyond it they carry."""
+    model = load(finished)
+    z, _ = model.flow.sample(4000, torch.Generator().manual_seed(0))
+    drawn, samples = model.log_weights(z), model.sample(300, seed=3, acceptance=0.8)
+    weights, heavy = model.log_weights(samples.z), samples.log_weight > 0
+    assert 5 < heavy.sum() < 150
+    log_c = weights[heavy] - samples.log_weight[heavy]
+    np.testing.assert_allclose(log_c, log_c[0], atol=1e-9)
+    assert (weights[~heavy] < log_c[0]).all()
+    assert np.exp(np.minimum(0, drawn - log_c[0])).mean() == pytest.approx(0.8, abs=0.05)
+    with pytest.raises(CGFlowError, match="acceptance: got 0, expected above 0 and at most 1"):
+        model.sample(5, acceptance=0)
+
+
+def test_the_table_of_samples_says_what_they_are(finished):
+    model, table = load(finished), read_colvar(finished / "samples.colvar")
+    again = model.sample(len(table["time"]), seed=model.scaffold.config.seed)
     z = np.column_stack([table[name] for name in table if name.startswith("z.")])
-    np.testing.assert_allclose(table["log_weight"], model.log_weights(z), atol=1e-6)  # ten digits of z
+    np.testing.assert_allclose(again.z, z, atol=1e-8)  # ten digits
+    np.testing.assert_allclose(again.log_weight, table["log_weight"], atol=1e-8)
+    np.testing.assert_allclose(again.log_q, table["log_q"], atol=1e-7)
 
 
 def test_without_a_pmf_the_flow_is_the_free_energy_and_there_are_no_weights(finished_ladder):
