@@ -19,7 +19,6 @@ from openmm_cgflow.config import TargetConfig
 
 __all__ = ["DoubleWell", "GaussianMixture", "Target", "new_target"]
 
-_SPRING = 1.0  # kJ/mol/nm^2, of the unused coordinates; as soft as the softest of the used ones
 _MASS = 1.0  # Da
 _N_GRID = 20001  # points of a quadrature
 _N_MODES = 3
@@ -42,11 +41,14 @@ class Target(ABC):
         n_slow: Number of slow coordinates, the first particles.
         n_fast: Number of fast coordinates.
         mode_names: Of the parts of z-space that :meth:`modes` tells apart.
+        spring: kJ/mol/nm^2, of y given z, and of the unused coordinates: softer ones would not be in equilibrium where
+            chains are as short as y allows, and switching, which carries them along, would be off by 0.1 kT.
     """
 
     n_slow: int
     n_fast: int
     mode_names: tuple[str, ...]
+    spring: float
 
     @abstractmethod
     def forces(self) -> list[openmm.Force]:
@@ -105,7 +107,7 @@ class Target(ABC):
         system = openmm.System()
         for _ in range(n):
             system.addParticle(_MASS)
-        unused = _sum_over_particles("c*(y^2 + z^2)", np.full(n, 0.5 * _SPRING))
+        unused = _sum_over_particles("c*(y^2 + z^2)", np.full(n, 0.5 * self.spring))
         for force in (*self.forces(), unused):
             system.addForce(force)
         return system
@@ -124,6 +126,7 @@ class DoubleWell(Target):
     """U = x1^4/4 - 3 x1^2 + x1 + x2^2/2 (paper eq. 19); x1 is slow."""
 
     n_slow = n_fast = 1
+    spring = 1.0
     mode_names = ("x1 < top of the barrier", "x1 > top of the barrier")
 
     def forces(self) -> list[openmm.Force]:
@@ -181,6 +184,7 @@ class GaussianMixture(Target):
     """
 
     spread = 0.1
+    spring = 1 / spread**2
 
     def __init__(self, dimensions: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
