@@ -53,7 +53,9 @@ def test_openmm_has_the_energy_that_the_exact_answers_are_of(target):
     assert energy[:4] == pytest.approx(expected, rel=1e-9, abs=1e-9)
     numerical = (energy[4 + n : 4 + 2 * n] - energy[4 : 4 + n]) / (2 * step)
     assert forces[0, :, 0] == pytest.approx(numerical, rel=1e-5, abs=1e-5 * np.abs(numerical).max())
-    assert energy[-4:] - energy[:4] == pytest.approx(np.full(4, 0.5 * 0.13 * n))
+    assert energy[-4:] - energy[:4] == pytest.approx(np.full(4, 0.5 * target.spring * 0.13 * n))
+    # In equilibrium no later than the fast coordinates, or switching would start from what is not.
+    assert target.spring == pytest.approx(1 / target.fast_moments(z, 1.0)[1][0] ** 2)
 
 
 @pytest.mark.parametrize("beta", BETAS)
