@@ -146,7 +146,7 @@ def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
     partition = Partition.resolve(system, config.partition.slow)
     with create_engine(system, partition.slow, config.sampler) as engine:
         scaffold = Scaffold.build(config, system, partition, engine.evaluate)
-    expected = torch.tensor([0.1, 1.0, 1.0]).double().expand(dimensions, 3)
+    expected = torch.full((dimensions, 3), 0.1, dtype=torch.float64)
     torch.testing.assert_close(scaffold.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(scaffold.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
     again = Scaffold.build(config, system, partition, saved=scaffold.saved_arrays())
