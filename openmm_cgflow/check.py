@@ -61,8 +61,7 @@ def dry_run(config: Config) -> Iterator[str]:
     with create_engine(molecular_system, partition.slow, config.sampler) as engine:
         scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate)
         coordinates = scaffold.assembly.coordinates
-        n_circular = coordinates.n_circular
-        yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {n_circular} of them torsions"
+        yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {scaffold.kinds}"
         yield from (f"  {name}" for name in coordinates.names)
         yield f"handedness: {scaffold.assembly.n_stereocentres} stereocentre(s)"
         if rotamers := scaffold.fast_rotamers():

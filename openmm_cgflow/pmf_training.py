@@ -369,7 +369,7 @@ class PMFTrainer:
         ):
             return (
                 f"converged: held-out mean forces are predicted to {held_out:.2f} of their noise, free energies of "
-                f"torsion states to {error:.2f} kT, they moved by {moved:.2f} kT in {_LAG} rounds, and the effective "
+                f"states to {error:.2f} kT, they moved by {moved:.2f} kT in {_LAG} rounds, and the effective "
                 f"sample size is {row['ess']:.2f}"
             )
         now = (

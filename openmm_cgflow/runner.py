@@ -179,9 +179,9 @@ def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
         logger.info("note: %s", note)
     logger.info(scaffold.partition.describe(system))
     logger.info(
-        "%d slow coordinates, %d of them torsions; %d stereocentres",
+        "%d slow coordinates, %s; %d stereocentres",
         coordinates.n_features,
-        coordinates.n_circular,
+        scaffold.kinds,
         scaffold.assembly.n_stereocentres,
     )
     logger.info(engine.description)

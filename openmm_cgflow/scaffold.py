@@ -81,6 +81,12 @@ class Scaffold(ABC):
     ) -> Self:
         """:meth:`build` of one kind."""
 
+    @property
+    def kinds(self) -> str:
+        """What the slow coordinates are, for people."""
+        coordinates = self.assembly.coordinates
+        return f"{coordinates.n_circular} of them torsions" if coordinates.periodic else "positions in a box"
+
     @abstractmethod
     def fast_rotamers(self) -> list[str]:
         """Torsions among the fast atoms that move heavy atoms, as labels of their four atoms.

@@ -31,3 +31,21 @@ def test_bias_md(root):
     reweighted, error, model = map(float, re.search(r"trans (\S+) \+- (\S+) reweighted, (\S+) in", printed).groups())
     assert error < 0.2
     assert abs(reweighted - model) < 4 * error + 0.05
+
+
+def test_paper_synthetic(root, monkeypatch):
+    """Cut short: every mode is found, and weights come out right where that is soon."""
+    monkeypatch.setenv("OPENMM_CGFLOW_QUICK", "1")
+    monkeypatch.delenv("OPENMM_CGFLOW_RUNS", raising=False)
+    printed = printed_by(root / "notebooks" / "paper_synthetic.ipynb")
+    share, exact = map(float, re.search(r"double well: minor mode (\S+) of the samples, (\S+) exact", printed).groups())
+    assert exact == pytest.approx(0.00835, abs=1e-5)
+    assert exact / 4 < share < 4 * exact
+    assert "without tempering: minor mode" in printed
+
+    def shares(title):
+        return [float(word) for word in printed.split(f"{title}: weights of the modes")[1].split()[:3]]
+
+    assert shares("d = 2") == pytest.approx([1 / 3] * 3, abs=0.15)
+    assert min(shares("d = 10, tempering")) > 0.05
+    assert min(shares("d = 10, no tempering")) < 0.05
