@@ -101,7 +101,6 @@ stopping:  # rounds of mean forces end when all of these hold, or at a limit
 
 sampling:  # what ends the training
   n_samples: {sampling.n_samples}
-  acceptance: {sampling.acceptance:.3g}  # fraction of the flow's draws that become frames, by their weights; 1 = all
   n_equilibration: {sampling.n_equilibration}  # steps of each frame's own chain
   plots: {_scalar(sampling.plots)}
 """
