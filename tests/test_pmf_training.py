@@ -318,6 +318,23 @@ def test_energy_evaluations_never_exceed_their_limit(limit, n_rounds, few_tests)
     assert max(row["evaluations"] for row in rows) <= limit
 
 
+def test_the_pool_of_fast_atoms_that_the_first_round_fills_is_paid_for_once(few_tests, monkeypatch):
+    """3200 evaluations that no other round takes; as if every one did, a training of 3600 would end with one round."""
+    given = settings(stopping={"max_evaluations": 3600, "max_polish_cycles": 1})
+    chains = given.sampler.model_copy(update={"n_relax": 0, "n_equilibration": 0, "n_frames": 2, "stride": 1})
+    trainer = new_trainer(given.model_copy(update={"sampler": chains}))
+    measure = type(trainer.estimator).__call__
+
+    def with_pool(self, z, temperature):
+        self.n_energy_evaluations += 0 if trainer.buffer.rounds else 3200
+        return measure(self, z, temperature)
+
+    monkeypatch.setattr(type(trainer.estimator), "__call__", with_pool)
+    rows = advance(trainer)
+    assert len(trainer.buffer.rounds) == 12
+    assert max(row["evaluations"] for row in rows) <= 3600
+
+
 @pytest.mark.parametrize("reach", [1.0, 0.5])
 def test_the_flow_is_trained_on_until_it_gains_no_more(few_tests, monkeypatch, reach):
     """With an effective sample size that it cannot reach: whole cycles, at most so many.
