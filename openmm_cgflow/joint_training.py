@@ -264,7 +264,8 @@ class JointTrainer(Ladder):
 
     def _measure(self, xyz: Tensor, energy: Tensor, log_q: Tensor) -> None:
         weights = torch.softmax(-self.gamma * thermal_beta(self.config.temperature) * energy - log_q, dim=0)
-        if float(1 / weights.square().sum()) < _ENOUGH_FOR_COVARIANCE * xyz.shape[1]:
+        # After a large step of a given ladder there may be none that is near.
+        if not len(xyz) or float(1 / weights.square().sum()) < _ENOUGH_FOR_COVARIANCE * xyz.shape[1]:
             return  # what was measured before, at the start the harmonic widths, is better than a matrix near singular
         for joint in (self.networks.trained, self.networks.average):
             joint.chart.measure(self.gamma, xyz, weights)

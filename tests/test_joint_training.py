@@ -197,3 +197,10 @@ def test_restart_equals_uninterrupted_bit_for_bit(stop):
     rows += advance(second)
     assert rows == expected
     assert_identical(second.state_dict(), straight.state_dict())
+
+
+def test_a_ladder_may_take_steps_so_large_that_no_earlier_sample_is_near():
+    """Ten equal steps of beta from a hundredth begin with one to eleven hundredths."""
+    trainer = trainer_of(config(tempering={"schedule": "linear", "n_stages": 2, "start": 100 * UNIT}))
+    rows = advance(trainer)
+    assert [row["stage"] for row in rows][-1] == 1 and trainer.done
