@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openmm_cgflow.acceptance import RejectionControl
 from openmm_cgflow.config import SamplingConfig
+from openmm_cgflow.distillation import weighted_samples
 from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.seeds import derive_seed
@@ -103,10 +104,11 @@ def _from_chains(model: CGModel, engine: ReplicaEngine, seed: int, settings: Sam
 
     @torch.no_grad()
     def propose(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        z, log_q = model.flow.sample(n, generator)
         if model.pmf is None:
+            z, log_q = model.flow.sample(n, generator)
             return torch.zeros_like(log_q), z, log_q
-        return model.coordinates.log_volume(z) - model.pmf(z) - log_q, z, log_q
+        drawn = weighted_samples(model.flow, model.pmf, model.coordinates, n, generator)
+        return drawn.log_weights, drawn.z, drawn.log_q
 
     accepted = _accepted(propose, seed, settings.acceptance) if model.pmf is not None else propose
 
@@ -148,9 +150,10 @@ def _accepted(propose: _Propose, seed: int, acceptance: float) -> _Propose:
     if acceptance == 1:
         return propose
     pilot = propose(_N_PILOT, torch.Generator().manual_seed(derive_seed(seed, 15)))[0]
-    if not torch.isfinite(pilot).any():
-        raise ReplicaError(f"none of {_N_PILOT} draws was usable (diverged, or changed handedness)")
-    control = RejectionControl(pilot, acceptance)
+    try:
+        control = RejectionControl(pilot, acceptance)
+    except ValueError:
+        raise ReplicaError(f"none of {_N_PILOT} draws was usable (diverged, or changed handedness)") from None
     waiting: list[tuple[Tensor, ...]] = []  # that were kept beyond what was asked for
 
     def accepted(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -199,7 +199,7 @@ class GaussianMixture(Target):
         OpenMM differentiates and compiles what stands here whenever it makes a Context. Of one expression of all
         coordinates it takes a second to do so, of these a few milliseconds.
         """
-        half, first = 0.5 / self.spread**2, self.means[0]
+        half, first = 0.5 * self.spring, self.means[0]
         # Exponents are alike but for a linear term; the largest one is taken out, or they would overflow.
         terms, linear = ["top = max(0, max(a2, a3))"], {}
         for k, mean in enumerate(self.means[1:], 2):
