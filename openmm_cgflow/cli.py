@@ -210,9 +210,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     output: Path = options.output
     for_openmmml = options.format == "openmmml"
-    if for_openmmml and (options.beads or options.energy or options.scale != 1.0):
+    changed = options.energy or options.scale != 1.0 or options.ceiling is not None
+    if for_openmmml and (options.beads or changed):
         raise CGFlowError(
-            "--format openmmml copies the model: give scale and energy to MLPotential, beads as a topology"
+            "--format openmmml copies the model: give scale, energy and ceiling to MLPotential, beads as a topology"
         )
     if output.exists() and (for_openmmml or not options.overwrite):
         raise CGFlowError(
@@ -227,11 +228,12 @@ def _export(options: argparse.Namespace) -> int:
         copy_model(options.run_directory, model.stage, output)
         usage = f"openmmml.MLPotential('cgflow', modelPath='{output}')"
     elif options.format == "python-force":
-        save_force(model.create_force(scale=options.scale, atoms=beads, energy=options.energy), output)
+        how = {"scale": options.scale, "energy": options.energy, "ceiling": options.ceiling}
+        save_force(model.create_force(atoms=beads, **how), output)
         usage = f"openmm.XmlSerializer.deserialize(open('{output}').read()); it runs code: read only files you trust"
     else:
         atoms = None if options.beads else model.partition.slow
-        save_torchscript(model.energy_of_positions(options.scale, options.energy), output, atoms)
+        save_torchscript(model.energy_of_positions(options.scale, options.energy, options.ceiling), output, atoms)
         usage = f"torch.jit.load('{output}') or openmmtorch.TorchForce('{output}')"
     print(f"wrote {output}, of {model.temperature:g} K. Use it with:\n  {usage}")
     return 0
@@ -450,6 +452,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--energy",
         choices=("pmf", "flow", "torsions"),
         help="the fitted free energy, the flow's, or that of the torsions alone (default: pmf where there is one)",
+    )
+    parser.add_argument(
+        "--ceiling", type=float, metavar="X", help="kJ/mol above the minimum where it levels off (default: nowhere)"
     )
     parser.add_argument("--stage", type=_count, metavar="K", help="tempering stage, 0 the hottest (default: the last)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")

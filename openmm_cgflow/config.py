@@ -61,7 +61,7 @@ class PotentialConfig(_Section):
     """``module:factory``; what the factory returns is a torch module, positions (n_atoms, 3) in nm -> energy in
     kJ/mol. One that takes (n_replicas, n_atoms, 3) as well is called once for all replicas."""
     files: dict[str, Path] = {}
-    """With python: keyword arguments of the factory."""
+    """With python: keyword arguments of the factory; with openmmml: of ``openmmml.MLPotential``, such as modelPath."""
     torchscript: Path | None = None
     """Such a module, saved by torch.jit; evaluated by openmmtorch where that can be imported."""
     openmmml: str | None = None
@@ -71,8 +71,8 @@ class PotentialConfig(_Section):
     def _one_kind(self) -> Self:
         if sum(value is not None for value in (self.python, self.torchscript, self.openmmml)) != 1:
             raise ValueError("give exactly one of python (module:factory), torchscript (a file) and openmmml (a name)")
-        if self.files and self.python is None:
-            raise ValueError("files are arguments of a python factory; they go with python")
+        if self.files and self.torchscript is not None:
+            raise ValueError("files are arguments of a python factory or of openmmml; torchscript is one file itself")
         return self
 
 
@@ -220,6 +220,8 @@ class PMFConfig(_Section):
     """Updates of the flow in each round."""
     polish_updates: int = Field(600, ge=1)
     """Updates of the flow after the last round; repeated until they no longer help."""
+    polish_at_target: float = Field(0.9, ge=0, le=1)
+    """Fraction of them that train the target temperature; the others are for hotter ones, of use on targets."""
 
 
 class StoppingConfig(_Section):

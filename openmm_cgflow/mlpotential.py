@@ -24,7 +24,12 @@ class CGFlowPotentialFactory(MLPotentialImplFactory):
     """What openmm-ml calls for the name ``cgflow``."""
 
     def createImpl(
-        self, name: str, modelPath: str = "", scale: float = 1.0, energy: Energy | None = None
+        self,
+        name: str,
+        modelPath: str = "",
+        scale: float = 1.0,
+        energy: Energy | None = None,
+        ceiling: float | None = None,
     ) -> CGFlowPotential:
         """Opens a model.
 
@@ -33,20 +38,21 @@ class CGFlowPotentialFactory(MLPotentialImplFactory):
             modelPath: A run directory, or what ``openmm-cgflow export --format openmmml`` wrote.
             scale: Factor of the free energy.
             energy: Which; see :meth:`openmm_cgflow.CGModel.energy_of_positions`.
+            ceiling: kJ/mol; see the same.
 
         Raises:
             CGFlowError: If there is no model.
         """
         if not modelPath:
             raise CGFlowError(f"MLPotential('{name}'): say which model: modelPath='runs/ala2', a run directory")
-        return CGFlowPotential(load(modelPath), scale, energy)
+        return CGFlowPotential(load(modelPath), scale, energy, ceiling)
 
 
 class CGFlowPotential(MLPotentialImpl):
     """The free energy on beads, or on the slow atoms where the topology is that of the training."""
 
-    def __init__(self, model: CGModel, scale: float, energy: Energy | None) -> None:
-        self.model, self.scale, self.energy = model, scale, energy
+    def __init__(self, model: CGModel, scale: float, energy: Energy | None, ceiling: float | None) -> None:
+        self.model, self.scale, self.energy, self.ceiling = model, scale, energy, ceiling
 
     def addForces(
         self, topology: app.Topology, system: openmm.System, atoms: Iterable[int] | None, forceGroup: int, **args: Any
@@ -58,7 +64,7 @@ class CGFlowPotential(MLPotentialImpl):
         """
         if args:
             raise CGFlowError(
-                f"MLPotential('cgflow'): unknown options {', '.join(args)}; scale and energy go with modelPath"
+                f"MLPotential('cgflow'): unknown options {', '.join(args)}; scale, energy and ceiling go with modelPath"
             )
         present = list(topology.atoms())
         chosen = range(len(present)) if atoms is None else list(atoms)
@@ -73,6 +79,6 @@ class CGFlowPotential(MLPotentialImpl):
                 f"MLPotential('cgflow'): got the elements {' '.join(found)}, expected those of the {len(slow)} slow "
                 f"atoms, {' '.join(elements[i] for i in slow)}, or of all {len(elements)} atoms of the training"
             )
-        force = self.model.create_force(scale=self.scale, atoms=beads, energy=self.energy)
+        force = self.model.create_force(scale=self.scale, atoms=beads, energy=self.energy, ceiling=self.ceiling)
         force.setForceGroup(forceGroup)
         system.addForce(force)

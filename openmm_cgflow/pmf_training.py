@@ -268,7 +268,7 @@ class PMFTrainer:
             scale = (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))) * 0.5**n_before
             if self.flow_fitter.reach < 1:  # still on its way to the model
                 scale = 1.0
-            self.flow_fitter.update(self.pmf, self.generator, scale, at_one=0.9)
+            self.flow_fitter.update(self.pmf, self.generator, scale, self.config.pmf.polish_at_target)
         self.n_polish += 1
         row = self._test()
         return self._ordered(self._end_cycle(row) if self.n_polish % self._polish_cycle == 0 else row)

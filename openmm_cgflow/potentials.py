@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -86,7 +87,7 @@ def add_potential(
         CGFlowError: If the potential cannot be loaded or does not take such positions.
     """
     if config.openmmml is not None:
-        return _add_openmmml(config.openmmml, topology, system)
+        return _add_openmmml(config.openmmml, config.files, topology, system)
     module = _load_torchscript(config) if config.torchscript is not None else _call_factory(config)
     source = str(config.torchscript or config.python)
     _refuse_wrong_energy(module, positions, source)
@@ -176,7 +177,7 @@ def _energy_and_gradient(module: nn.Module, xyz: Tensor) -> tuple[Tensor, Tensor
     return energy.detach(), gradient
 
 
-def _add_openmmml(name: str, topology: app.Topology, system: openmm.System) -> list[str]:
+def _add_openmmml(name: str, files: Mapping[str, Path], topology: app.Topology, system: openmm.System) -> list[str]:
     try:
         from openmmml import MLPotential
     except ImportError as error:
@@ -185,11 +186,14 @@ def _add_openmmml(name: str, topology: app.Topology, system: openmm.System) -> l
             "install it: pip install openmmml"
         ) from error
     try:
-        made = MLPotential(name).createSystem(copy_topology(topology), removeCMMotion=False)  # without a box
+        potential = MLPotential(name, **{argument: str(path) for argument, path in files.items()})
+        made = potential.createSystem(copy_topology(topology), removeCMMotion=False)  # without a box
     except Exception as error:  # each potential of openmm-ml raises what its own library does
-        raise CGFlowError(
-            f"system.potential.openmmml: openmm-ml cannot make {name}: {type(error).__name__}: {error}"
-        ) from error
+        if isinstance(error, KeyError) and error.args == (name,):
+            reason = "it has no potential of this name; see the list in its documentation"
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        raise CGFlowError(f"system.potential.openmmml: openmm-ml cannot make {name}: {reason}") from error
     for force in made.getForces():
         system.addForce(openmm.XmlSerializer.clone(force))
     return [f"{name}: made by openmm-ml"]

@@ -238,7 +238,7 @@ def test_export(finished, tmp_path, capsys):
         "openmmml": tmp_path / "copy",
     }
     for name, path in files.items():
-        options = [] if name == "openmmml" else ["--scale", "-0.5", "--beads"]
+        options = [] if name == "openmmml" else ["--scale", "-0.5", "--beads", "--ceiling", "1"]
         assert main(["export", str(finished), "--format", name, "-o", str(path), *options]) == 0
         assert str(path) in capsys.readouterr().out
         assert main(["export", str(finished), "--format", name, "-o", str(path), *options]) == 2
@@ -248,8 +248,9 @@ def test_export(finished, tmp_path, capsys):
         "config.yaml", "models", "provenance.json", "slow_atoms.json", "system.xml", "topology.pdb",
     }  # fmt: skip
     xyz = torch.tensor(model.molecular_system.positions[list(model.partition.slow)])
-    expected = model.energy_of_positions(-0.5)(xyz).item()
-    assert expected == runner.load(finished).energy_of_positions(-0.5)(xyz).item()
+    expected = model.energy_of_positions(-0.5, ceiling=1.0)(xyz).item()
+    assert expected == runner.load(finished).energy_of_positions(-0.5, ceiling=1.0)(xyz).item()
+    assert expected != model.energy_of_positions(-0.5)(xyz).item()
     assert torch.jit.load(files["torchscript"])(xyz).item() == pytest.approx(expected, rel=1e-9)
     system = openmm.System()
     for _ in range(4):
@@ -264,7 +265,7 @@ def test_export(finished, tmp_path, capsys):
 def test_export_for_openmmml_takes_no_options(finished, tmp_path, capsys):
     command = ["export", str(finished), "--format", "openmmml", "-o", str(tmp_path / "copy"), "--scale", "2"]
     assert main(command) == 2
-    assert "give scale and energy to MLPotential" in capsys.readouterr().err
+    assert "give scale, energy and ceiling to MLPotential" in capsys.readouterr().err
 
 
 def test_info(finished, capsys):

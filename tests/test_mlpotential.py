@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 import openmm
 import pytest
+import torch
 from openmm import app
 from test_deploy import all_atoms, close, evaluate, expected, model
 
@@ -39,6 +40,9 @@ def test_slow_atoms_of_the_molecule(potential, model):
     system = potential(scale=-0.5, energy="torsions").createSystem(topology)
     positions = all_atoms(model)
     close(evaluate(system, positions), expected(model, positions, model.partition.slow, -0.5, "torsions"))
+    limited = potential(ceiling=0.1).createSystem(topology)
+    wanted = model.energy_of_positions(ceiling=0.1)(torch.tensor(positions[list(model.partition.slow)]))
+    assert evaluate(limited, positions)[0] == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_beads_inside_a_larger_system(potential, model):

@@ -1,9 +1,10 @@
 """Machine-learned potentials: every way into a System, what they add up to, and all replicas in one call."""
 
+import importlib
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import learned
 import numpy as np
@@ -116,33 +117,46 @@ def test_torchscript_with_openmmtorch(butane, tmp_path, monkeypatch):
     assert np.allclose(forces, other_forces, rtol=1e-5, atol=1e-3)
 
 
-class _MLPotential:
-    """Stands in for openmm-ml, whose models need libraries and weights of their own."""
+@pytest.fixture
+def springs_of_openmmml(monkeypatch):
+    """A potential that openmm-ml knows as ``springs``: its own need libraries and weights that are not on PyPI."""
+    openmmml = pytest.importorskip("openmmml", reason="openmm-ml is not installed; the extra [test] has it")
+    base = importlib.import_module("openmmml.mlpotential")
 
-    def __init__(self, name):
-        if name != "springs":
-            raise ValueError(f"Unknown potential function: {name}")
+    class Springs(base.MLPotentialImpl):
+        def __init__(self, module):
+            self.module = module
 
-    def createSystem(self, topology, removeCMMotion=True):
-        assert topology.getPeriodicBoxVectors() is None
-        system = openmm.System()
-        for atom in topology.atoms():
-            system.addParticle(atom.element.mass)
-        system.addForce(python_force(learned.all_pairs()))
-        if removeCMMotion:
-            system.addForce(openmm.CMMotionRemover())
-        return system
+        def addForces(self, topology, system, atoms, forceGroup, **args):
+            assert topology.getPeriodicBoxVectors() is None
+            system.addForce(python_force(self.module))
+
+    class Factory(base.MLPotentialImplFactory):
+        def createImpl(self, name, modelPath=None):
+            return Springs(learned.all_pairs() if modelPath is None else learned.from_table(Path(modelPath)))
+
+    monkeypatch.setitem(openmmml.MLPotential._implFactories, "springs", Factory())
 
 
-def test_openmmml(butane, force_field, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openmmml", SimpleNamespace(MLPotential=_MLPotential))
+@pytest.mark.usefixtures("springs_of_openmmml")
+def test_openmmml(butane, force_field, tmp_path):
     found = molecule(butane | force_field, "openmmml", "springs")
     plain = MolecularSystem.from_files(**butane, **force_field)
     wanted = expected(learned.all_pairs(), found.positions)[0] + energy_and_forces(plain.system, plain.positions)[0]
     assert np.isclose(energy_and_forces(found.system, found.positions)[0], wanted)
     assert "springs: made by openmm-ml" in found.notes
-    with pytest.raises(CGFlowError, match="openmm-ml cannot make other: ValueError: Unknown potential function: other"):
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps([[0, 3, 5.0]]))
+    found = molecule(butane, "openmmml", "springs", files={"modelPath": table})
+    wanted = expected(learned.from_table(table), found.positions)[0]
+    assert np.isclose(energy_and_forces(found.system, found.positions)[0], wanted)
+    with pytest.raises(CGFlowError, match=r"openmm-ml cannot make springs: TypeError: .*'weights'"):
+        molecule(butane, "openmmml", "springs", files={"weights": table})
+    with pytest.raises(CGFlowError, match="openmm-ml cannot make other: it has no potential of this name"):
         molecule(butane, "openmmml", "other")
+
+
+def test_without_openmmml(butane, monkeypatch):
     monkeypatch.setitem(sys.modules, "openmmml", None)
     with pytest.raises(CGFlowError, match=r"ani2x needs the package openmm-ml.*pip install openmmml"):
         molecule(butane, "openmmml", "ani2x")
@@ -165,7 +179,7 @@ def test_openmmml(butane, force_field, monkeypatch):
         ({"python": "learned"}, "system.potential.python: String should match pattern"),
         ({}, "give exactly one of python (module:factory), torchscript (a file) and openmmml (a name)"),
         ({"python": "learned:bath", "openmmml": "ani2x"}, "give exactly one of python"),
-        ({"openmmml": "ani2x", "files": {"a": "b"}}, "files are arguments of a python factory"),
+        ({"torchscript": "model.pt", "files": {"a": "b"}}, "files are arguments of a python factory or of openmmml"),
         ({"pyton": "learned:bath"}, "system.potential.pyton: unknown key; did you mean 'python'?"),
     ],
 )
