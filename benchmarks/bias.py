@@ -11,6 +11,7 @@ blocks of the trajectory.
 """
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    sys.exit(exit_code(main))

@@ -10,11 +10,13 @@ import argparse
 import itertools
 import math
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import PeptideBuilder
+from md import exit_code
 from openmm import CustomTorsionForce, LangevinMiddleIntegrator, LocalEnergyMinimizer, Platform, Vec3, app, unit
 from openmm.app import element
 from PeptideBuilder import Geometry
@@ -192,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

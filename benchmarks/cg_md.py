@@ -10,6 +10,7 @@ over copies. KL is that of the map on 10 degree bins from the flow's, beside tha
 """
 
 import argparse
+import sys
 import time
 
 import numpy as np
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    sys.exit(exit_code(main))

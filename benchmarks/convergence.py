@@ -11,11 +11,13 @@ reference's main basin. The last row is that of the training itself, with the di
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import mdtraj
 import numpy as np
 import torch
+from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.flow import one_torch_thread
@@ -88,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -9,11 +9,13 @@ lattice engine's frames are evaluated in single Contexts, which is part of its t
 """
 
 import argparse
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from md import exit_code
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.config import PartitionConfig, SamplerConfig
@@ -90,4 +92,4 @@ def call(engine: ReplicaEngine, xyz: np.ndarray, sampler: SamplerConfig, seed: i
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -11,6 +11,7 @@ fourth step (``MTSLangevinIntegrator``).
 
 import argparse
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -123,4 +124,4 @@ class _Single(torch.nn.Module):
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    sys.exit(exit_code(main))

@@ -9,9 +9,11 @@ symmetric map of as many frames scores: each frame of the run mirrored or not at
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
+from md import exit_code
 
 from openmm_cgflow.distances import N_BINS, compare
 from openmm_cgflow.export import peptide_torsions
@@ -46,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

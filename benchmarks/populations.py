@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import mdtraj
 import numpy as np
 import torch
+from md import exit_code
 from mdtraj.geometry.dihedral import indices_phi, indices_psi
 
 import openmm_cgflow as cgf
@@ -126,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -9,10 +9,12 @@ of the MD replicas.
 """
 
 import argparse
+import sys
 
 import mdtraj
 import numpy as np
 import openmm
+from md import exit_code
 from openmm import unit
 from scipy.stats import ks_2samp
 
@@ -107,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

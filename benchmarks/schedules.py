@@ -11,9 +11,11 @@ updates in each. Populations are those of the minor mode, over the exact one; KL
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
+from md import exit_code
 from synthetic import add_options, train_and_evaluate
 
 _HOTTEST, _TARGET, _N_STAGES = 12027.236, 120.27236, 10  # K
@@ -63,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.exact import ExactEvaluation, Mode, evaluate_exactly
@@ -96,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -10,9 +10,11 @@ the others, and how far its mean is from theirs in standard errors.
 """
 
 import argparse
+import sys
 
 import numpy as np
 import torch
+from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.meanforce import comoving_gradients, frame_gradients
@@ -63,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -10,9 +10,11 @@ states. Printed: the mean potential energy above that of long chains, kT, after 
 """
 
 import argparse
+import sys
 
 import numpy as np
 import torch
+from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.config import Config
@@ -108,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
