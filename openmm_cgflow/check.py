@@ -7,9 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from openmm_cgflow.config import Config, TemperingConfig
+import numpy as np
+
+from openmm_cgflow.config import Config, SamplerConfig, TemperingConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.flow import one_torch_thread
+from openmm_cgflow.lattice import LatticeEngine
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 from openmm_cgflow.scaffold import Scaffold, rotamer_warning
@@ -22,6 +25,9 @@ __all__ = ["Cost", "count_stages", "dry_run", "measure_cost"]
 _PROBE_POOL_STEPS = 20
 _EVALUATIONS_OF_A_SWITCH = 600  # about; its paths are not known yet
 _N_PROBE_STEPS = 2
+_LONG_STEP = 10.0  # s, of one training step, above which fewer replicas are timed
+_FEWEST = 16  # of them
+_N_TIMED = 8  # energies that tell how long a step will be
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,11 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
     """Times a few training steps and scales them to the whole run."""
     sampler = config.sampler
     few_steps = min(sampler.n_pool_steps, _PROBE_POOL_STEPS)
+    n_replicas = _timed_replicas(sampler, scaffold, engine)
+    changed = {"n_pool_steps": few_steps, "n_replicas": n_replicas, "adaptive": False}
     quick = config.model_copy(
         update={
-            "sampler": sampler.model_copy(update={"n_pool_steps": few_steps, "adaptive": False}),
+            "sampler": sampler.model_copy(update=changed),
             # Whole rounds are timed, also where the limits would end them at once.
             "stopping": config.stopping.model_copy(update={"max_rounds": 100, "max_evaluations": math.inf}),
         }
@@ -105,7 +113,8 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
         seconds = time.perf_counter() - start
     evaluations = engine.n_energy_evaluations - before
     rate = evaluations / seconds
-    per_step, per_step_evaluations = seconds / _N_PROBE_STEPS, evaluations / _N_PROBE_STEPS
+    scale = sampler.n_replicas / n_replicas / _N_PROBE_STEPS
+    per_step, per_step_evaluations = scale * seconds, scale * evaluations
     n_stages = n_steps = 1
     if config.training.method == "pmf":
         n_rounds = min(config.stopping.max_rounds, config.stopping.max_evaluations / per_step_evaluations)
@@ -133,6 +142,17 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
         seconds_per_step=per_step,
         evaluations_per_second=rate,
     )
+
+
+def _timed_replicas(sampler: SamplerConfig, scaffold: Scaffold, engine: ReplicaEngine) -> int:
+    """All, unless each is a Context of its own with so slow a potential that the steps would take very long."""
+    if isinstance(engine, LatticeEngine):
+        return sampler.n_replicas
+    structures = np.repeat(scaffold.molecular_system.positions[None], _N_TIMED, axis=0)
+    start = time.perf_counter()
+    engine.evaluate(structures)
+    seconds = (time.perf_counter() - start) / _N_TIMED * sampler.chain_evaluations
+    return min(sampler.n_replicas, max(_FEWEST, int(_LONG_STEP / seconds)))
 
 
 def count_stages(settings: TemperingConfig, temperature: float, n_features: int) -> int:

@@ -195,6 +195,11 @@ class SamplerConfig(_Section):
     n_workers: int = Field(0, ge=0)
     """Worker processes of the contexts engine; 0 = one per core."""
 
+    @property
+    def chain_evaluations(self) -> int:
+        """Energy evaluations of one chain."""
+        return self.n_relax + self.n_equilibration + self.n_frames * (self.stride + 1)
+
 
 class PMFConfig(_Section):
     """The potential of mean force that is learned on the fly, and the training of the flow on it."""

@@ -181,7 +181,7 @@ class PMFTrainer:
         force = self.estimator(z, self.temperature)
         self._replica_cost = (self.estimator.n_energy_evaluations - before) / len(z)
         if not self.buffer.rounds:  # the first one pays for a pool of fast atoms as well
-            self._replica_cost = min(self._replica_cost, self._expected_cost)
+            self._replica_cost = min(self._replica_cost, self.config.sampler.chain_evaluations)
         self.buffer.add(z, force, self.generator)
         noise_left = self._fit_response(self.config.pmf.response_updates)
         if force.parts is not None:
@@ -240,12 +240,6 @@ class PMFTrainer:
         if not self.config.sampler.adaptive:
             return n
         return math.ceil(n * min(1.0, max(0.25, self.config.stopping.held_out / self._held_out)))
-
-    @property
-    def _expected_cost(self) -> int:
-        """Energy evaluations of a chain with the settings as they are."""
-        settings = self.config.sampler
-        return settings.n_relax + settings.n_equilibration + settings.n_frames * (settings.stride + 1)
 
     def _fit_response(self, n_updates: int, final: bool = False) -> float:
         data = self.buffer.data()

@@ -1,5 +1,6 @@
 import argparse
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,21 @@ def test_cost_of_a_learned_pmf_is_bounded_by_its_limits(butane):
     limited = measure_cost(with_settings(config, stopping={"max_evaluations": 3 * one}), scaffold, engine)
     assert limited.n_evaluations == pytest.approx(3 * one + extra, rel=0.02)
     assert limited.n_steps == 3 + 4
+
+
+def test_fewer_replicas_of_a_slow_potential_are_timed(butane, monkeypatch):
+    """And what they cost is scaled to all."""
+    config, scaffold, engine = butane
+    config = with_settings(config, sampler={"n_replicas": 64}, stopping={"max_rounds": 7})
+    counts = [engine.n_energy_evaluations]
+    whole = measure_cost(config, scaffold, engine)
+    counts.append(engine.n_energy_evaluations)
+    monkeypatch.setattr("openmm_cgflow.check._LONG_STEP", 0.0)
+    quick = measure_cost(config, scaffold, engine)
+    counts.append(engine.n_energy_evaluations)
+    in_whole, in_quick = np.diff(counts)
+    assert in_quick < 0.35 * in_whole  # 16 of 64 replicas
+    assert quick.n_evaluations == pytest.approx(whole.n_evaluations, rel=0.02)
 
 
 def test_cost_of_a_ladder_is_its_stages(butane):
