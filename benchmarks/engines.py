@@ -27,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("molecule", type=Path, help="configuration (.yaml) or structure (with --forcefield)")
     parser.add_argument("--forcefield", nargs="+", default=[])
-    parser.add_argument("--set", nargs="*", default=(), metavar="SETTING=VALUE", help="instead of the configuration's")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="SETTING=VALUE", help="instead of the configuration's"
+    )
     parser.add_argument("--slow", help="selection of the slow atoms; by default the configuration's, or backbone")
     parser.add_argument("--platform", default="Reference", help="OpenMM platform; by default Reference")
     parser.add_argument("--n-replicas", type=int, help="by default the configuration's")

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, seed: int) -> RunDirectory:
     """Trains with one seed, unless that run is to be kept."""
     folder = RunDirectory(Path(f"{arguments.output}-seed{seed}"))
     if not (arguments.keep and folder.samples.exists()):
-        config = cgf.load_config(arguments.config, [*(arguments.set or []), f"seed={seed}"])
+        config = cgf.load_config(arguments.config, [*arguments.set, f"seed={seed}"])
         cgf.train(config, folder.path, overwrite=folder.path.exists(), progress=False)
     return folder
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--reference")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="SETTING=VALUE")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("-o", "--output", required=True)
     arguments = parser.parse_args()

@@ -152,7 +152,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="YAML file of openmm-cgflow; its system and temperature are used")
     result.add_argument("-o", "--output", type=Path, required=True, help="the npz file to write")
-    result.add_argument("--set", nargs="*", default=(), metavar="SETTING=VALUE", help="instead of the file's")
+    result.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="SETTING=VALUE", help="instead of the file's"
+    )
     result.add_argument("--method", choices=("umbrella", "remd"), default="umbrella")
     result.add_argument("--torsions", nargs=2, default=("phi", "psi"), help="the two of the map (default: phi psi)")
     result.add_argument("--passes", type=int, default=2)

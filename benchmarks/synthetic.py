@@ -57,7 +57,7 @@ def summary(found: dict[int, ExactEvaluation], seconds: dict[int, float]) -> str
 def add_options(parser: argparse.ArgumentParser, n_samples: int) -> None:
     """What the runs of a script have in common."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", nargs="*", metavar="SETTING=VALUE", default=[])
+    parser.add_argument("--set", nargs="*", action="extend", metavar="SETTING=VALUE", default=[])
     parser.add_argument("--samples", type=int, default=n_samples)
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("-o", "--output", required=True)

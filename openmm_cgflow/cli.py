@@ -334,10 +334,11 @@ def _add_init(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.yaml")
     energy = parser.add_argument_group("energy function (exactly one of the first three)")
     one = energy.add_mutually_exclusive_group(required=True)
-    one.add_argument("--forcefield", nargs="+", metavar="XML", help="OpenMM force fields, such as amber14-all.xml")
+    several = {"nargs": "+", "action": "extend"}  # after one option or after several
+    one.add_argument("--forcefield", **several, metavar="XML", help="OpenMM force fields, such as amber14-all.xml")
     one.add_argument("--topology", metavar="FILE", help="Amber prmtop, GROMACS top or CHARMM psf")
     one.add_argument("--system-xml", metavar="FILE", help="serialized openmm.System")
-    energy.add_argument("--parameters", nargs="+", metavar="FILE", help="CHARMM parameter files, with a psf")
+    energy.add_argument("--parameters", **several, metavar="FILE", help="CHARMM parameter files, with a psf")
     energy.add_argument("--implicit-solvent", metavar="MODEL", help="hct, obc1, obc2, gbn or gbn2, with --topology")
     energy.add_argument("--include-dir", metavar="DIR", help="where GROMACS include files live")
     parser.add_argument("--temperature", default="300 K", metavar="T", help="such as '300 K' (default: %(default)s)")

@@ -185,7 +185,7 @@ def test_init_writes_a_commented_configuration_that_loads(systems, tmp_path, mon
     shutil.copy(source / "alanine_dipeptide.pdb", tmp_path / "my molecule.pdb")
     monkeypatch.chdir(tmp_path)
     text = output_of(
-        capsys, "init", "my molecule.pdb", "--forcefield", "amber99sbildn.xml", "amber99_obc.xml",
+        capsys, "init", "my molecule.pdb", "--forcefield", "amber99sbildn.xml", "--forcefield", "amber99_obc.xml",
         "--temperature", "310 K", "-o", "inputs/ala.yaml",
     )  # fmt: skip
     config = load_config("inputs/ala.yaml")
