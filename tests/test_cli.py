@@ -890,7 +890,13 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path):
     assert "ZeroDivisionError" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "n_workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("number", "n_workers"),
+    [
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 2, id="SIGINT"),
+    ],
+)
 def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, butane, tmp_path, capsys):
     """SIGINT reaches the worker processes too, as Ctrl-C on a terminal does."""
     output = tmp_path / "run"

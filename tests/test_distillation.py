@@ -134,6 +134,7 @@ def test_the_target_is_what_the_tests_mean():
 # ---------------------------------------------------------------- training on a potential of mean force
 
 
+@pytest.mark.slow
 def test_separated_modes_get_their_weights(samples):
     assert samples.ess > 0.9
     own = population(samples.z)
@@ -144,6 +145,7 @@ def test_separated_modes_get_their_weights(samples):
     assert error < 0.1 * MINORITY
 
 
+@pytest.mark.slow
 def test_weights_give_the_normalisation(samples):
     """The mean weight is the integral of exp(-energy), which is one."""
     weights = samples.log_weights.exp()
@@ -152,6 +154,7 @@ def test_weights_give_the_normalisation(samples):
     assert error < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.3, 0.6])
 def test_weights_are_right_wherever_the_samples_come_from(trained, gamma):
     samples = weighted_samples(trained, TARGET, SPACE, 60000, torch.Generator().manual_seed(3), gamma)
@@ -164,6 +167,7 @@ def test_weights_are_right_wherever_the_samples_come_from(trained, gamma):
     assert float((share * own).sum()) == pytest.approx(MINORITY, abs=4 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.05, 0.3])
 def test_gamma_lowers_the_free_energy_of_torsions_and_nothing_else(trained, gamma):
     """q(torsions | gamma) is near exp(-gamma F), normalised; that is what explores."""
@@ -179,6 +183,7 @@ def test_gamma_lowers_the_free_energy_of_torsions_and_nothing_else(trained, gamm
     assert int(barrier.sum()) > 10 * int((model[:, 0].abs() < 0.4).sum())
 
 
+@pytest.mark.slow
 def test_the_bounded_features_follow_the_torsions(trained):
     """The mean of the conditional, which the linear map starts with at zero, has been learned at every torsion."""
     generator = torch.Generator().manual_seed(5)
@@ -190,6 +195,7 @@ def test_the_bounded_features_follow_the_torsions(trained):
         assert float((torch.cov(bounded.T) - COVARIANCE).abs().max()) < 0.15
 
 
+@pytest.mark.slow
 def test_plain_reverse_kl_gets_the_weights_of_the_modes_wrong():
     """The contrast: slopes alone do not see the mass behind a barrier. Here it is a third of what it should be."""
     beta = thermal_beta(300.0)
@@ -217,6 +223,7 @@ def sharp(z):
     return torch.logsumexp(modes + torch.tensor([0.8, 0.2]).double().log(), dim=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rises", [True, False])
 def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
     """Trained at gamma = 1 from the start, batches have no weight worth the name, and the flow stays where it was."""

@@ -68,11 +68,13 @@ def reference(at_one_z):
     return frozen_md(molecule, partition.slow, frames.xyz[0, -1].numpy(), seed=3)
 
 
+@pytest.mark.slow
 def test_mean_energy(at_one_z, reference):
     frames = at_one_z[-1]
     assert abs(sigmas(frames.energy.numpy(), reference[0])) < 4
 
 
+@pytest.mark.slow
 def test_fast_atoms_are_distributed_alike(at_one_z, reference):
     """Means and widths of the bonds, angles and stiff dihedrals of the fast atoms.
 
@@ -105,6 +107,7 @@ def test_fast_atoms_are_distributed_alike(at_one_z, reference):
     assert np.abs(sigmas(*(columns((table - mean) ** 2) for table in away))).max() < 4
 
 
+@pytest.mark.slow
 def test_a_motion_remover_would_be_seen(at_one_z):
     """With frozen atoms CMMotionRemover biases the fast ones: the tests above must be able to see that."""
     molecule, partition, _, frames = at_one_z
@@ -112,6 +115,7 @@ def test_a_motion_remover_would_be_seen(at_one_z):
     assert abs(sigmas(frames.energy.numpy(), biased)) > 4
 
 
+@pytest.mark.slow
 def test_both_estimators_have_the_same_mean(at_one_z):
     """Co-moving and Cartesian, on the same frames; the noise of the co-moving one is far smaller."""
     _, _, scaffold, frames = at_one_z

@@ -98,6 +98,7 @@ def trained():
     return trainer, advance(trainer)
 
 
+@pytest.mark.slow
 def test_populations_are_found(trained):
     """From a slow coordinate that is a mixture of both particles, 0.6 of one and 0.4 of the other."""
     trainer, rows = trained
@@ -118,6 +119,7 @@ def test_populations_are_found(trained):
     assert rows[-1]["ess"] > 0.85
 
 
+@pytest.mark.slow
 def test_one_model_knows_all_temperatures(trained):
     trainer, _ = trained
     joint = trainer.joint
@@ -131,6 +133,7 @@ def test_one_model_knows_all_temperatures(trained):
         assert float(1 / (len(weights) * weights.square().sum())) > 0.8
 
 
+@pytest.mark.slow
 def test_rows_tell_the_course(trained):
     trainer, rows = trained
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))

@@ -242,6 +242,7 @@ def repeated():
     return found.mean(1) - exact_difference(), found.std(1), fits
 
 
+@pytest.mark.slow
 def test_free_energies_of_separated_basins_are_recovered(repeated):
     errors, spreads, _ = repeated
     assert abs(exact_difference()) > 1.5
@@ -251,6 +252,7 @@ def test_free_energies_of_separated_basins_are_recovered(repeated):
     assert abs(float(errors.mean())) < 4 * typical / math.sqrt(len(errors))
 
 
+@pytest.mark.slow
 def test_the_spread_of_the_ensemble_is_the_error(repeated):
     """Of the order of the true error, over repetitions; less would stop a training too early, more never."""
     errors, spreads, _ = repeated
@@ -288,6 +290,7 @@ def test_known_differences_mend_errors_that_mean_forces_have_in_common():
     assert misfits["with"] < misfits["without"] + 0.02  # and the mean forces are still fitted
 
 
+@pytest.mark.slow
 def test_more_data_mean_a_smaller_error(repeated):
     _, spreads, _ = repeated
     few = float(spreads.square().mean().sqrt())
@@ -295,6 +298,7 @@ def test_more_data_mean_a_smaller_error(repeated):
     assert float(many.square().mean().sqrt()) < 0.6 * few
 
 
+@pytest.mark.slow
 def test_what_is_left_after_the_fit_is_noise(repeated):
     _, _, fits = repeated
     assert sum(misfit for _, misfit in fits) / len(fits) == pytest.approx(1.0, abs=0.15)

@@ -160,6 +160,7 @@ def converged():
         return trainer, advance(trainer)
 
 
+@pytest.mark.slow
 def test_populations_of_a_known_molecule(converged):
     trainer, _ = converged
     exact = exact_population()
@@ -183,6 +184,7 @@ def test_populations_of_a_known_molecule(converged):
         assert float(away.mean().abs()) < 0.15
 
 
+@pytest.mark.slow
 def test_the_rounds_end_for_a_named_reason(converged):
     trainer, rows = converged
     assert trainer.ended_by.startswith("converged: ")
@@ -193,6 +195,7 @@ def test_the_rounds_end_for_a_named_reason(converged):
     assert last["ess"] >= 0.9 * 0.9
 
 
+@pytest.mark.slow
 def test_rows_tell_the_course(converged):
     trainer, rows = converged
     n_rounds = len(trainer.buffer.rounds)
@@ -218,6 +221,7 @@ def test_rows_tell_the_course(converged):
         trainer.next_stage()
 
 
+@pytest.mark.slow
 def test_every_round_measures_on_the_barrier_and_in_the_basins(converged):
     trainer, _ = converged
     later = torch.cat(trainer.estimator.asked[3:])
@@ -229,6 +233,7 @@ def test_every_round_measures_on_the_barrier_and_in_the_basins(converged):
     assert float((own > 8).double().mean()) < 0.02  # the model itself hardly goes there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height", [1.0, 2.0, 3.0])
 def test_gamma_is_chosen_so_that_samples_climb(converged, height):
     """The largest gamma whose samples lie so high above the model's: the next larger one's do not."""
@@ -253,6 +258,7 @@ def test_gamma_is_chosen_so_that_samples_climb(converged, height):
     assert climb(tried[tried.index(chosen.gamma) + 1]) < height + 0.3
 
 
+@pytest.mark.slow
 def test_a_higher_goal_means_a_smaller_gamma(converged):
     trainer, _ = converged
     gammas = []
@@ -281,6 +287,7 @@ def test_the_largest_number_of_rounds_is_kept(few_tests):
     assert trainer.estimator.n_energy_evaluations == 96
 
 
+@pytest.mark.slow
 def test_what_the_steps_after_the_rounds_did_not_reach_is_named(converged, monkeypatch):
     trainer, rows = converged
     assert trainer.unmet == []

@@ -191,6 +191,7 @@ def known():
     return fitted()
 
 
+@pytest.mark.slow
 def test_a_fitted_response_takes_the_noise_out(known):
     """Of the same mean force, at other z than it was fitted to, with standard errors that know it."""
     response, left = known
@@ -207,6 +208,7 @@ def test_a_fitted_response_takes_the_noise_out(known):
         assert float((told / ratio).log().abs()) < 0.3
 
 
+@pytest.mark.slow
 def test_it_corrects_chains_that_have_not_come_to_rest(known):
     response, _ = known
     z, parts, expected = harmonic(2000, 3, shifted=1.0)
@@ -216,6 +218,7 @@ def test_it_corrects_chains_that_have_not_come_to_rest(known):
     assert float(before / after) > 10
 
 
+@pytest.mark.slow
 def test_it_points_where_the_fast_atoms_go(known):
     response, _ = known
     z, _, _ = harmonic(2000, 5)

@@ -243,6 +243,7 @@ def kl_to_target(flow, temperature, log_volume=None):
     return float((log_q.exp() * (log_q - log_p)).sum() * cell)
 
 
+@pytest.mark.slow
 def test_training_reaches_a_known_density():
     settings = config(
         training={"learning_rate": 1e-2, "n_steps_first": 60, "n_steps": 20, "n_steps_last": 150},
