@@ -135,7 +135,8 @@ class CoordinatesConfig(_Section):
     reference_atoms: tuple[int, int, int] | None = None
     """Cartesian only: the atoms at the origin, on the x axis and in the xy plane (0-based, bonded in a row)."""
     peptide_bonds: Literal["keep", "sample"] = "keep"
-    """``keep``: every amide bond stays cis or trans as in the input structure; ``sample``: both, as slow torsions."""
+    """``keep``: every amide bond stays cis or trans as in the input structure; ``sample``: both, as slow torsions, and
+    the hydrogens on their nitrogens are slow as well."""
     bound: float = Field(6.0, gt=1.0)
     """Half-width of the spline interval of bounded coordinates, in units of their scale; for the joint density of a
     target, half of the box in thermal widths of the pseudo-particles until it is measured how far they get."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import connected_components
+from openmm_cgflow.zmatrix import amide_bonds, bond_graph
 
 __all__ = ["Partition"]
 
@@ -31,18 +32,23 @@ class Partition:
     fast: tuple[int, ...]
 
     @classmethod
-    def resolve(cls, molecular_system: MolecularSystem, selection: str | Sequence[int]) -> Self:
+    def resolve(
+        cls, molecular_system: MolecularSystem, selection: str | Sequence[int], sampled_amides: bool = False
+    ) -> Self:
         """Finds the slow atoms.
 
         Arguments:
             molecular_system: The molecule.
             selection: ``"backbone"`` (N, CA, C of every amino-acid residue, the carbons of the caps and the nitrogen
                 of a C-terminal cap), ``"heavy"`` (all but hydrogens), an MDTraj selection, or 0-based indices.
+            sampled_amides: Amide bonds are to turn, so the hydrogens on their nitrogens are slow, too.
 
         Raises:
             CGFlowError: If the selection is not understood, empty, everything, too small, or not bonded together.
         """
         slow = _indices(molecular_system, selection)
+        if sampled_amides:
+            slow = sorted({*slow, *_amide_hydrogens(molecular_system, slow)})
         _check(molecular_system, slow, _quote(selection))
         chosen = set(slow)
         return cls(tuple(slow), tuple(i for i in range(molecular_system.n_atoms) if i not in chosen))
@@ -168,6 +174,21 @@ def _cap(residue: Any, amino: set[int], neighbours: list[list[int]], elements: l
             chosen.add(i)
             chosen.update(j for j in neighbours[i] if j in inside and elements[j] == "C")
     return chosen
+
+
+def _amide_hydrogens(molecular_system: MolecularSystem, slow: list[int]) -> set[int]:
+    """Hydrogens on the nitrogens of amide bonds about which slow atoms turn.
+
+    Half way, such a nitrogen is a pyramid, and its hydrogen on the one side or the other: short chains do not change
+    sides, and which one they start on would decide the free energy of the cis state.
+    """
+    graph = bond_graph(molecular_system.n_atoms, molecular_system.bonds)
+    elements, chosen = molecular_system.elements, set(slow)
+    found = set()
+    for bond in amide_bonds(graph, elements):
+        if bond <= chosen and all(chosen & set(graph[i]) - bond for i in bond):
+            found |= {i for atom in bond if elements[atom] == "N" for i in graph[atom] if elements[i] == "H"}
+    return found
 
 
 def _check(molecular_system: MolecularSystem, slow: list[int], name: str) -> None:

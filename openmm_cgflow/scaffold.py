@@ -218,7 +218,8 @@ class MoleculeScaffold(Scaffold):
     ) -> Self:
         graph = bond_graph(system.n_atoms, system.bonds)
         stiff = amide_bonds(graph, system.elements) if config.coordinates.peptide_bonds == "keep" else ()
-        slow, fast = slow_zmatrix(graph, partition.slow, stiff), fast_zmatrix(graph, partition.slow)
+        slow = slow_zmatrix(graph, partition.slow, stiff, system.elements)
+        fast = fast_zmatrix(graph, partition.slow)
         if config.coordinates.kind == "cartesian":
             triple = config.coordinates.reference_atoms or reference_triple(graph, partition.slow)
             if not (set(triple) <= set(partition.slow) and graph.has_edge(*triple[:2]) and graph.has_edge(*triple[1:])):

@@ -132,8 +132,8 @@ def slow_torsions(topology: mdtraj.Topology, slow: Iterable[int]) -> dict[str, t
         topology: The molecule.
         slow: Slow atoms; they are bonded together and hold no ring.
     """
-    graph = _graph(topology)
-    zmatrix = slow_zmatrix(graph, list(slow), amide_bonds(graph, _elements(topology)))
+    graph, elements = _graph(topology), _elements(topology)
+    zmatrix = slow_zmatrix(graph, list(slow), amide_bonds(graph, elements), elements)
     rows = np.column_stack((zmatrix.atoms, zmatrix.references))[zmatrix.rotatable, ::-1].tolist()
     return {_label(topology, row): tuple(row) for row in rows}
 

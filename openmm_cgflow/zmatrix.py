@@ -66,18 +66,22 @@ def amide_bonds(graph: nx.Graph, elements: Sequence[str]) -> set[frozenset[int]]
     }
 
 
-def slow_zmatrix(graph: nx.Graph, slow: Sequence[int], stiff: Collection[frozenset[int]] = ()) -> ZMatrix:
+def slow_zmatrix(
+    graph: nx.Graph, slow: Sequence[int], stiff: Collection[frozenset[int]] = (), elements: Sequence[str] = ()
+) -> ZMatrix:
     """Z-matrix of the slow atoms along their longest chain, branches as impropers.
 
     Arguments:
         graph: The molecule.
         slow: Slow atoms.
         stiff: Bonds that are not turned: their torsions vibrate around the input structure's.
+        elements: Of all atoms; hydrogens are branches where another atom may be in the chain.
 
     Raises:
         CGFlowError: If the slow atoms contain a ring, whose closing bond has no coordinate of its own.
     """
     tree = graph.subgraph(slow)
+    hydrogens = {i for i, element in enumerate(elements) if element == "H"}
     rings = nx.cycle_basis(tree)
     if rings:
         raise CGFlowError(
@@ -85,7 +89,7 @@ def slow_zmatrix(graph: nx.Graph, slow: Sequence[int], stiff: Collection[frozens
             "supported: leave at least one atom of each ring out of partition.slow (init: --slow); fast atoms "
             "may form rings"
         )
-    path = _longest_path(tree)
+    path = _longest_path(tree, hydrogens)
     parent: dict[int, int] = {}
     references = {path[0]: (-1, -1, -1), path[1]: (path[0], -1, -1), path[2]: (path[1], path[0], -1)}
     for child, above in nx.bfs_predecessors(tree, path[0]):
@@ -95,7 +99,8 @@ def slow_zmatrix(graph: nx.Graph, slow: Sequence[int], stiff: Collection[frozens
     while queue:
         atom = queue.pop(0)
         atoms.append(atom)
-        children = sorted((i for i in tree[atom] if parent.get(i) == atom), key=lambda i: (-height[i], i))
+        below = (i for i in tree[atom] if parent.get(i) == atom)
+        children = sorted(below, key=lambda i: (-height[i], i in hydrogens, i))
         for child in children:
             if child not in references:
                 above = parent[atom]
@@ -185,12 +190,15 @@ def _finish(
     )
 
 
-def _longest_path(tree: nx.Graph) -> list[int]:
-    """The longest chain of a tree; ties go to the lower indices, so the result does not depend on bond order."""
+def _longest_path(tree: nx.Graph, hydrogens: Collection[int] = ()) -> list[int]:
+    """The longest chain of a tree, if possible without hydrogens at its ends.
+
+    Ties go to the lower indices, so the result does not depend on bond order.
+    """
 
     def farthest(start: int) -> int:
         lengths = nx.single_source_shortest_path_length(tree, start)
-        return min(lengths, key=lambda i: (-lengths[i], i))
+        return min(lengths, key=lambda i: (-lengths[i], i in hydrogens, i))
 
     end = farthest(min(tree))
     start = farthest(end)

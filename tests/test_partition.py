@@ -82,6 +82,22 @@ def test_backbone_with_other_caps_and_free_ends(residues, expected):
     assert names(molecule, Partition.resolve(molecule, "backbone")) == expected
 
 
+@pytest.mark.parametrize(
+    ("residues", "expected"),
+    [
+        (
+            (ACE, ALA, NME_CH3),
+            "ACE1:CH3 ACE1:C ALA2:N ALA2:CA ALA2:C ALA2:H NME3:N NME3:CH3 NME3:H",
+        ),
+        ((FOR, ALA, NHE), "FOR1:C ALA2:N ALA2:CA ALA2:C NHE3:N"),  # nothing slow that would turn
+    ],
+)
+def test_hydrogens_of_amide_bonds_that_turn_are_slow(residues, expected):
+    molecule = peptide(*residues)
+    partition = Partition.resolve(molecule, "backbone", sampled_amides=True)
+    assert sorted(names(molecule, partition).split()) == sorted(expected.split())
+
+
 def test_heavy(alanine, butane):
     assert names(butane, Partition.resolve(butane, "heavy")) == "BUT1:C1 BUT1:C2 BUT1:C3 BUT1:C4"
     heavy = Partition.resolve(alanine, "heavy")

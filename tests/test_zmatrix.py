@@ -47,6 +47,19 @@ def test_slow_atoms_of_alanine_dipeptide(alanine):
     assert not zmatrix.improper.any()
 
 
+def test_slow_hydrogens_are_branches(alanine):
+    """The last torsion is still that of the carbon, whose number is higher."""
+    names, graph, elements = alanine
+    slow = [names.index(name) for name in (*BACKBONE, "ALA:H", "NME:H")]
+    zmatrix = slow_zmatrix(graph, slow, elements=elements)
+    plain = slow_zmatrix(graph, [names.index(name) for name in BACKBONE])
+    found, expected = named(names, zmatrix), named(names, plain)
+    assert {name: found[name] for name in BACKBONE} == expected
+    improper = {names[i] for i in zmatrix.atoms[zmatrix.improper]}
+    assert improper == {"ALA:H", "NME:H"}
+    assert zmatrix.rotatable.sum() == plain.rotatable.sum() == 4
+
+
 def test_fast_atoms_of_alanine_dipeptide(alanine):
     names, graph, _ = alanine
     zmatrix = fast_zmatrix(graph, [names.index(name) for name in BACKBONE])
