@@ -58,6 +58,9 @@ def test_slow_hydrogens_are_branches(alanine):
     improper = {names[i] for i in zmatrix.atoms[zmatrix.improper]}
     assert improper == {"ALA:H", "NME:H"}
     assert zmatrix.rotatable.sum() == plain.rotatable.sum() == 4
+    # Nor does the chain begin with one, though its number is the lowest.
+    graph = bond_graph(5, [(0, 1), (1, 2), (2, 3), (1, 4)])
+    assert slow_zmatrix(graph, range(5), elements="HNCCC").atoms[:3].tolist() == [3, 2, 1]
 
 
 def test_fast_atoms_of_alanine_dipeptide(alanine):
