@@ -18,7 +18,7 @@ import numpy as np
 from md import exit_code
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
-from openmm_cgflow.config import PartitionConfig, SamplerConfig
+from openmm_cgflow.config import Config, SamplerConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.replicas import ReplicaEngine, create_engine
 
@@ -26,7 +26,7 @@ from openmm_cgflow.replicas import ReplicaEngine, create_engine
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("molecule", type=Path, help="configuration (.yaml) or structure (with --forcefield)")
-    parser.add_argument("--forcefield", nargs="+", default=[])
+    parser.add_argument("--forcefield", nargs="+", action="extend", default=[])
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="SETTING=VALUE", help="instead of the configuration's"
     )
@@ -35,11 +35,7 @@ def main() -> None:
     parser.add_argument("--n-replicas", type=int, help="by default the configuration's")
     parser.add_argument("--n-calls", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to compare")
-    arguments = parser.parse_args()
-    try:
-        run(arguments)
-    except CGFlowError as error:
-        parser.exit(2, f"{error}\n")
+    run(parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -47,12 +43,11 @@ def run(arguments: argparse.Namespace) -> None:
         config = load_config(arguments.molecule, arguments.set)
         if config.system is None:
             raise CGFlowError(f"{arguments.molecule}: the configuration has no system section")
-        selection, sampler = config.partition.slow, config.sampler
         molecule = MolecularSystem.from_files(config.system)
     else:
-        molecule = MolecularSystem.from_files(arguments.molecule, arguments.forcefield)
-        selection, sampler = PartitionConfig().slow, SamplerConfig()
-    slow = Partition.resolve(molecule, arguments.slow or selection).slow
+        molecule, config = MolecularSystem.from_files(arguments.molecule, arguments.forcefield), Config()
+    sampler = config.sampler
+    slow = (Partition.resolve(molecule, arguments.slow) if arguments.slow else Partition.of(molecule, config)).slow
     n_replicas = arguments.n_replicas or sampler.n_replicas
     sampler = sampler.model_copy(update={"platform": arguments.platform, "n_replicas": n_replicas})
     variants = {f"contexts, {n} worker(s)": {"engine": "contexts", "n_workers": n} for n in arguments.workers}

@@ -62,8 +62,7 @@ def dry_run(config: Config) -> Iterator[str]:
     molecular_system = MolecularSystem.from_files(config.system)
     yield f"molecule: {molecular_system.n_atoms} atoms, {len(molecular_system.bonds)} bonds"
     yield from (f"note: {note}" for note in molecular_system.notes)
-    sampled_amides = config.coordinates.peptide_bonds == "sample"
-    partition = Partition.resolve(molecular_system, config.partition.slow, sampled_amides)
+    partition = Partition.of(molecular_system, config)
     yield "partition: " + partition.describe(molecular_system)
     with create_engine(molecular_system, partition.slow, config.sampler) as engine:
         scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate)

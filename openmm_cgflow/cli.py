@@ -210,8 +210,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     output: Path = options.output
     for_openmmml = options.format == "openmmml"
-    changed = options.energy or options.scale != 1.0 or options.ceiling is not None
-    if for_openmmml and (options.beads or changed):
+    how = {"scale": options.scale, "energy": options.energy, "ceiling": options.ceiling}
+    if for_openmmml and (options.beads or how != {"scale": 1.0, "energy": None, "ceiling": None}):
         raise CGFlowError(
             "--format openmmml copies the model: give scale, energy and ceiling to MLPotential, beads as a topology"
         )
@@ -228,12 +228,11 @@ def _export(options: argparse.Namespace) -> int:
         copy_model(options.run_directory, model.stage, output)
         usage = f"openmmml.MLPotential('cgflow', modelPath='{output}')"
     elif options.format == "python-force":
-        how = {"scale": options.scale, "energy": options.energy, "ceiling": options.ceiling}
         save_force(model.create_force(atoms=beads, **how), output)
         usage = f"openmm.XmlSerializer.deserialize(open('{output}').read()); it runs code: read only files you trust"
     else:
         atoms = None if options.beads else model.partition.slow
-        save_torchscript(model.energy_of_positions(options.scale, options.energy, options.ceiling), output, atoms)
+        save_torchscript(model.energy_of_positions(**how), output, atoms)
         usage = f"torch.jit.load('{output}') or openmmtorch.TorchForce('{output}')"
     print(f"wrote {output}, of {model.temperature:g} K. Use it with:\n  {usage}")
     return 0

@@ -227,7 +227,8 @@ class PMFConfig(_Section):
     polish_updates: int = Field(600, ge=1)
     """Updates of the flow after the last round; repeated until they no longer help."""
     polish_at_target: float = Field(0.9, ge=0, le=1)
-    """Fraction of them that train the target temperature; the others are for hotter ones, of use on targets."""
+    """Fraction of them that train the target temperature; the others are for hotter ones, which matter for synthetic
+    systems."""
 
 
 class StoppingConfig(_Section):

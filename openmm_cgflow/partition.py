@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import networkx as nx
+
+from openmm_cgflow.config import Config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.system import MolecularSystem
 from openmm_cgflow.topology import connected_components
@@ -30,6 +33,11 @@ class Partition:
 
     slow: tuple[int, ...]
     fast: tuple[int, ...]
+
+    @classmethod
+    def of(cls, molecular_system: MolecularSystem, config: Config) -> Self:
+        """The slow atoms that a configuration asks for; see :meth:`resolve`."""
+        return cls.resolve(molecular_system, config.partition.slow, config.coordinates.peptide_bonds == "sample")
 
     @classmethod
     def resolve(
@@ -143,14 +151,11 @@ def _backbone(molecular_system: MolecularSystem) -> list[int]:
             'MDTraj selection such as "name C1 C2 C3", or a list of indices'
         )
     amino = {i for atoms in main for i in atoms}
-    neighbours: list[list[int]] = [[] for _ in range(molecular_system.n_atoms)]
-    for first, second in molecular_system.bonds:
-        neighbours[first].append(int(second))
-        neighbours[second].append(int(first))
+    graph = bond_graph(molecular_system.n_atoms, molecular_system.bonds)
     chosen = set(amino)
     for residue, atoms in zip(residues, main, strict=True):
         if not atoms:
-            chosen |= _cap(residue, amino, neighbours, molecular_system.elements)
+            chosen |= _cap(residue, amino, graph, molecular_system.elements)
     return sorted(chosen)
 
 
@@ -161,7 +166,7 @@ def _main_chain(residue: Any) -> list[int]:
     return [named[key] for key in wanted] if all(key in named for key in wanted) else []
 
 
-def _cap(residue: Any, amino: set[int], neighbours: list[list[int]], elements: list[str]) -> set[int]:
+def _cap(residue: Any, amino: set[int], graph: nx.Graph, elements: list[str]) -> set[int]:
     """Of a residue joined to an amino acid by a C-N bond: the joining atom and the carbons on it.
 
     So ACE gives C and CH3, FOR gives C, NME gives N and its carbon under any name, NH2 gives N.
@@ -169,10 +174,10 @@ def _cap(residue: Any, amino: set[int], neighbours: list[list[int]], elements: l
     inside = {atom.index for atom in residue.atoms()}
     chosen = set()
     for i in inside:
-        partners = [j for j in neighbours[i] if j in amino]
+        partners = [j for j in graph[i] if j in amino]
         if any({elements[i], elements[j]} == {"C", "N"} for j in partners):
             chosen.add(i)
-            chosen.update(j for j in neighbours[i] if j in inside and elements[j] == "C")
+            chosen.update(j for j in graph[i] if j in inside and elements[j] == "C")
     return chosen
 
 

@@ -77,8 +77,7 @@ def train(
         if config.system is None:
             raise CGFlowError("the configuration has no system section, and no molecular_system was given")
         molecular_system = MolecularSystem.from_files(config.system)
-    sampled_amides = config.coordinates.peptide_bonds == "sample"
-    partition = Partition.resolve(molecular_system, config.partition.slow, sampled_amides)
+    partition = Partition.of(molecular_system, config)
     with ExitStack() as stack:
         stack.enter_context(one_torch_thread())
         saved: dict[str, Any] | None = None
