@@ -10,6 +10,8 @@ import pytest
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS"):
     os.environ.setdefault(_name, "1")
 
+from openmm_cgflow.platforms import GPU_PLATFORMS, platform_choice  # noqa: E402
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,29 +38,40 @@ def few_tests():
         yield
 
 
+@pytest.fixture(params=["Reference", "CPU", pytest.param("a GPU's", marks=pytest.mark.gpu)])
+def every_platform(request):
+    """Every kind of OpenMM platform, in double precision where it can be chosen."""
+    name = request.param
+    return platform_choice(name if name in ("Reference", "CPU") else _gpu_platform(), "double")
+
+
+@pytest.fixture
+def gpu_platform():
+    """Name of the OpenMM platform of the GPU; for tests marked ``gpu``."""
+    return _gpu_platform()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("gpu") and not _has_gpu():
+        if item.get_closest_marker("gpu") and _gpu_platform() is None:
             item.add_marker(pytest.mark.skip(reason="no OpenMM platform on a GPU"))
         if item.get_closest_marker("torchforce") and not _has_torchforce():
             item.add_marker(pytest.mark.skip(reason="the extra [torchforce] is not installed or cannot be loaded"))
 
 
 @cache
-def _has_gpu():
+def _gpu_platform():
     from openmm import Context, OpenMMException, Platform, System, VerletIntegrator
 
     system = System()
     system.addParticle(1.0)
-    for k in range(Platform.getNumPlatforms()):
-        platform = Platform.getPlatform(k)
-        if platform.getName() in ("CUDA", "HIP", "OpenCL"):
-            try:
-                Context(system, VerletIntegrator(0.001), platform)
-            except OpenMMException:
-                continue
-            return True
-    return False
+    for name in GPU_PLATFORMS:
+        try:
+            Context(system, VerletIntegrator(0.001), Platform.getPlatformByName(name))
+        except OpenMMException:
+            continue
+        return name
+    return None
 
 
 @cache

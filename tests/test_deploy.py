@@ -14,10 +14,12 @@ from test_joint import joint_flow, linear
 from openmm_cgflow import CGFlowError, MolecularSystem, Partition, load_config
 from openmm_cgflow.deploy import save_torchscript
 from openmm_cgflow.model import CGModel, new_flow, new_pmf
+from openmm_cgflow.platforms import PlatformChoice
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.scaffold import Scaffold
 from openmm_cgflow.units import thermal_beta
 
+REFERENCE = PlatformChoice("Reference")
 ENERGIES = ("pmf", "flow", "torsions")
 MECHANISMS = ("python", pytest.param("torchforce", marks=pytest.mark.torchforce))
 
@@ -55,8 +57,8 @@ def expected(model, positions, atoms, scale=1.0, energy=None):
     return value.item(), -gradient.numpy()
 
 
-def evaluate(system, positions, platform="Reference", groups=-1):
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName(platform))
+def evaluate(system, positions, platform=REFERENCE, groups=-1):
+    context = platform.context(system, openmm.VerletIntegrator(0.001))
     context.setPositions(positions)
     state = context.getState(energy=True, forces=True, groups=groups)
     return state.getPotentialEnergy()._value, state.getForces(asNumpy=True)._value
@@ -77,13 +79,12 @@ def close(found, true):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("energy", ENERGIES)
-def test_force_equals_autograd(model, mechanism, energy):
+def test_force_equals_autograd(model, mechanism, energy, every_platform):
     positions, slow = all_atoms(model), model.partition.slow
     system = system_of(model.create_force(scale=-0.7, energy=energy, mechanism=mechanism), len(positions))
-    for platform in ("Reference", "CPU"):
-        found = evaluate(system, positions, platform)
-        close(found, expected(model, positions, slow, -0.7, energy))
-        assert not found[1][list(model.partition.fast)].any()
+    found = evaluate(system, positions, every_platform)
+    close(found, expected(model, positions, slow, -0.7, energy))
+    assert not found[1][list(model.partition.fast)].any()
 
 
 def test_table_of_torsions(model):

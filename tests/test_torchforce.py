@@ -13,9 +13,11 @@ from torch import nn
 
 from openmm_cgflow import torchforce
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.platforms import PlatformChoice
 from openmm_cgflow.torchforce import TorchEnergy, python_force, torch_force
 
 _N_ATOMS, _CHOSEN = 5, [4, 0, 2]
+_REFERENCE = PlatformChoice("Reference")
 
 
 class Springs(nn.Module):
@@ -50,12 +52,12 @@ def system_of(force, n_atoms=_N_ATOMS):
     return system
 
 
-def context_of(force, platform="Reference"):
+def context_of(force, platform=_REFERENCE):
     return context_in(system_of(force), platform)
 
 
-def context_in(system, platform="Reference"):
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName(platform))
+def context_in(system, platform=_REFERENCE):
+    return platform.context(system, openmm.VerletIntegrator(0.001))
 
 
 def evaluate(context, xyz):
@@ -80,10 +82,9 @@ mechanisms = pytest.mark.parametrize(
 
 @mechanisms
 @pytest.mark.parametrize("atoms", [None, _CHOSEN])
-@pytest.mark.parametrize("platform", ["Reference", "CPU"])
-def test_equals_autograd(make, atoms, platform):
+def test_equals_autograd(make, atoms, every_platform):
     module = Springs(_N_ATOMS if atoms is None else len(atoms))
-    energy, forces = evaluate(context_of(make(module, atoms), platform), positions())
+    energy, forces = evaluate(context_of(make(module, atoms), every_platform), positions())
     true_energy, true_forces = expected(module, slice(None) if atoms is None else atoms, positions())
     assert energy == pytest.approx(true_energy, rel=1e-5)
     np.testing.assert_allclose(forces, true_forces, atol=1e-5 * np.abs(true_forces).max())
