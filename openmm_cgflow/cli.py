@@ -395,7 +395,12 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         help=".dcd or .xtc; a topology PDB and a COLVAR table go beside it (default: %(default)s)",
     )
     parser.add_argument("--stage", type=_count, metavar="K", help="tempering stage, 0 the hottest (default: the last)")
-    parser.add_argument("--seed", type=_count, metavar="N", help="same seed, same file (default: the configuration's)")
+    parser.add_argument(
+        "--seed",
+        type=_count,
+        metavar="N",
+        help="same seed, same frames; without it the same others than those in samples.dcd",
+    )
     parser.add_argument("--n-equilibration", type=_count, metavar="N", help="steps of each structure's own chain")
     parser.add_argument(
         "--acceptance", type=float, metavar="F", help="fraction of draws that become structures; 1 = all"

@@ -323,7 +323,8 @@ class CGModel:
 
         Arguments:
             n: Number of samples.
-            seed: Same seed, same samples; the configuration's by default.
+            seed: Same seed, same samples. By default one derived from the configuration's; that itself gives the
+                frames of the run's own ``samples.dcd`` once more.
             n_equilibration: Steps of each chain; ``sampling.n_equilibration`` by default. Joint densities need none.
             acceptance: That fraction, ``sampling.acceptance`` by default; with 1 they are the flow's as drawn.
 
@@ -337,7 +338,7 @@ class CGModel:
         changed = {"n_equilibration": n_equilibration, "acceptance": acceptance}
         sampling = config.sampling.model_copy(update={k: v for k, v in changed.items() if v is not None})
         with one_torch_thread(), create_engine(self.molecular_system, self.partition.slow, settings) as engine:
-            return draw_samples(self, engine, n, config.seed if seed is None else seed, sampling)
+            return draw_samples(self, engine, n, derive_seed(config.seed, 16) if seed is None else seed, sampling)
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`from_state` reads back."""

@@ -47,9 +47,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """How a training went, step by step: every column of ``metrics.csv`` that says so, in a panel.
+    """How a training went, step by step: every column of ``metrics.csv`` that says so and changes, in a panel.
 
-    With a potential of mean force: effective sample size, errors of free energies, error of predicted mean forces.
+    With a potential of mean force: effective sample size, errors of free energies by the fit and by switching, error of
+    predicted mean forces.
     With the reverse KL there is no loss, for only the gradient of the objective is computed: the residual is what the
     mean force and the flow's own slope disagree by; it cannot fall below the noise of the mean forces.
 
@@ -59,6 +60,7 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
     panels = [
         (("ess",), "relative effective\nsample size", False),
         (("free_energy_error", "moved"), "free energy of states\n(kT)", True),
+        (("value_error", "value_misfit"), "differences by switching\n(kT)", True),
         (("held_out",), "held-out error\n(in units of noise)", True),
         (("gamma",), "exploring gamma", True),
         (("residual", "noise"), "rms slope mismatch\n(kT per unit of z)", True),
@@ -67,7 +69,8 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
         (("temperature",), "temperature (K)", False),
         (("invalid",), "quarantined\nreplicas", False),
     ]
-    known = set(rows[0]) if rows else set()
+    found = {name: np.array([row[name] for row in rows], dtype=float) for name in (rows[0] if rows else ())}
+    known = {name for name, values in found.items() if len(np.unique(values[np.isfinite(values)])) > 1}
     panels = [panel for panel in panels if panel[0][0] in known]
     figure = Figure(figsize=(7.5, 1.0 + 1.5 * max(len(panels), 1)), layout="constrained")
     axes = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
@@ -77,15 +80,14 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
         for name, colour in zip(names, (_BLUE, _ORANGE), strict=False):
             if name not in known:
                 continue
-            values = np.array([row[name] for row in rows], dtype=float)
+            values = found[name]
             smooth = _running_median(values)
             axis.plot(step, values, color=colour, alpha=0.25, linewidth=0.7)
             style = "-" if name == names[0] else "--"
             axis.plot(step, smooth, style, color=colour, linewidth=1.6, label=name.replace("_", " "))
         if len(names) > 1:
             axis.legend(frameon=False, ncols=2, fontsize="small")
-        finite = [row[names[0]] for row in rows if np.isfinite(row[names[0]])]
-        if logarithmic and finite and min(finite) > 0:
+        if logarithmic and np.nanmin(found[names[0]]) > 0:
             axis.set_yscale("log")
         for start in step[1:][np.diff(stage) != 0]:
             axis.axvline(start, color=_GREY, linewidth=0.5, linestyle=":")
@@ -284,8 +286,9 @@ def _wrap(angles: np.ndarray) -> np.ndarray:
     return np.mod(np.asarray(angles, dtype=np.float64) + np.pi, 2 * np.pi) - np.pi
 
 
-def _running_median(values: np.ndarray, width: int = 25) -> np.ndarray:
-    half = min(width, len(values)) // 2
+def _running_median(values: np.ndarray) -> np.ndarray:
+    """Over a twentieth of all steps, at most 25 of them: the few of a potential of mean force stay as they are."""
+    half = min(25, len(values) // 20) // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return np.array([np.median(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])
 

@@ -68,3 +68,27 @@ def test_histograms_are_densities(tmp_path, n_panels):
             assert np.allclose(drawn[name], probability / [1, 2])
     plots.save(figure, tmp_path / "histograms.png")
     assert len((tmp_path / "histograms.png").read_bytes()) > 3000
+
+
+def test_convergence_shows_what_changes():
+    """A row lacks what its phase does not measure; what never changes is not drawn; few steps are not smoothed."""
+    nan = float("nan")
+    rows = [
+        {
+            "step": k,
+            "ess": 0.1 * k,
+            "temperature": 300.0,
+            "invalid": 0,
+            "gamma": nan,
+            "value_error": 1 / k if k > 4 else nan,
+        }
+        for k in range(1, 10)
+    ]
+    axes = plots.convergence(rows).axes
+    assert [axis.get_ylabel().split("\n")[0] for axis in axes] == ["relative effective", "differences by switching"]
+    every, smooth = (line.get_ydata() for line in axes[0].lines)
+    np.testing.assert_array_equal(every, smooth)
+    assert axes[1].get_yscale() == "log"
+    many = [{"step": k, "ess": k % 5 == 0} for k in range(500)]
+    every, smooth = (line.get_ydata() for line in plots.convergence(many).axes[0].lines)
+    assert every.std() > 0 and not smooth.any()

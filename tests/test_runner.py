@@ -295,6 +295,15 @@ def test_samples_have_the_weights_that_are_left(finished):
         model.sample(5, acceptance=0)
 
 
+def test_more_samples_are_others_than_those_of_the_run(finished):
+    model, table = load(finished), read_colvar(finished / "samples.colvar")
+    more, again = model.sample(5), model.sample(5)
+    np.testing.assert_array_equal(more.z, again.z)
+    assert not np.isin(
+        more.z[:, 0].round(6), table[next(name for name in table if name.startswith("z."))].round(6)
+    ).any()
+
+
 def test_the_table_of_samples_says_what_they_are(finished):
     model, table = load(finished), read_colvar(finished / "samples.colvar")
     again = model.sample(len(table["time"]), seed=model.scaffold.config.seed)
