@@ -118,7 +118,7 @@ def compare(reference: np.ndarray, samples: np.ndarray) -> Distances:
     p, q = reference.ravel(), samples.ravel()
     smooth_p, smooth_q = (x + PSEUDOCOUNT / x.size for x in (p, q))
     return Distances(
-        kl=float(entropy(smooth_p, smooth_q)),
+        kl=max(0.0, float(entropy(smooth_p, smooth_q))),  # equal ones may be a rounding error below
         js=float(jensenshannon(p, q) ** 2),
         tv=float(np.abs(p - q).sum() / 2),
         outside=float(q[p == 0].sum()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -183,6 +184,37 @@ def advance(trainer: Any, n: int | None = None) -> list[dict[str, float]]:
             trainer.next_stage()
         rows.append(trainer.step())
     return rows
+
+
+def saved(trainer: Any) -> io.BytesIO:
+    """The state of a trainer as a file."""
+    file = io.BytesIO()
+    torch.save(trainer.state_dict(), file)
+    return file
+
+
+def loaded(file: io.BytesIO) -> dict[str, Any]:
+    """What :func:`saved` wrote."""
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+class Uninterrupted:
+    """A training from its start to its end, saved after every step.
+
+    Attributes:
+        trainer: As it is in the end.
+        rows: Metrics of every step.
+        files: State after each number of steps.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.rows: list[dict[str, float]] = []
+        self.files: dict[int, io.BytesIO] = {}
+        while not trainer.done:
+            self.rows += advance(trainer, 1)
+            self.files[trainer.n_steps] = saved(trainer)
 
 
 def flattened(state: Any, name: str = "") -> dict[str, Any]:

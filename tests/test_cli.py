@@ -900,7 +900,7 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path):
 def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, butane, tmp_path, capsys):
     """SIGINT reaches the worker processes too, as Ctrl-C on a terminal does."""
     output = tmp_path / "run"
-    words = ["train", str(butane), "-o", str(output), "--set", "stopping.max_rounds=20", "sampling.n_samples=5"]
+    words = ["train", str(butane), "-o", str(output), "--set", "stopping.max_rounds=10", "sampling.n_samples=5"]
     process = subprocess.Popen(
         [sys.executable, "-m", "openmm_cgflow", *words, f"sampler.n_workers={n_workers}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -926,9 +926,9 @@ def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, buta
     assert printed == ["openmm-cgflow", *words, f"sampler.n_workers={n_workers}", "--resume"]
     assert json.loads((output / "provenance.json").read_text())["status"] == "stopped"
     n_rows = len(metrics.read_text().splitlines()) - 1
-    assert 1 <= n_rows < 20
+    assert 1 <= n_rows < 10
     assert (output / "checkpoints" / "last.pt").exists()
     # One process from here on: the number of workers does not change the run.
     assert "finished" in output_of(capsys, *printed[1:-2], "sampler.n_workers=1", "--resume")
     assert f"continuing from {output / 'checkpoints' / 'last.pt'}" in (output / "run.log").read_text()
-    assert len(metrics.read_text().splitlines()) == 1 + 20 + 1 + 2
+    assert len(metrics.read_text().splitlines()) == 1 + 10 + 1 + 2

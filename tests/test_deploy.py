@@ -95,11 +95,15 @@ def test_table_of_torsions(model):
     assert evaluate(again, positions)[0] == pytest.approx(true[0], abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def drawn(model):
+    return model.sample(400, seed=2).trajectory.xyz.astype(np.float64)
+
+
 @pytest.mark.parametrize("energy", ENERGIES)
-def test_an_energy_levels_off_at_its_ceiling(model, energy):
+def test_an_energy_levels_off_at_its_ceiling(model, drawn, energy):
     """As it was below, flat above, and the same in a force; kJ/mol."""
-    slow = list(model.partition.slow)
-    xyz = model.sample(400, seed=2).trajectory.xyz.astype(np.float64)
+    slow, xyz = list(model.partition.slow), drawn
     free, ceiling = model.energy_of_positions(energy=energy), 2.0
     limited = model.energy_of_positions(energy=energy, ceiling=ceiling)
     with torch.no_grad():

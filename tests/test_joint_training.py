@@ -1,11 +1,10 @@
 """Training of the joint density: nothing to learn at the optimum, a known density, the slow direction, restarts."""
 
-import io
 import math
 
 import pytest
 import torch
-from analytic import advance, assert_identical
+from analytic import Uninterrupted, advance, assert_identical, loaded
 from test_joint import joint_flow, linear
 
 from openmm_cgflow.config import Config
@@ -183,22 +182,19 @@ def restart_trainer(seed=0):
     return trainer_of(config(tempering={"min_ess": 0.95}, seed=seed), roughness=0.02 * (1 + seed))
 
 
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return Uninterrupted(restart_trainer())
+
+
 @pytest.mark.parametrize("stop", [1, 4, 5, 9])
-def test_restart_equals_uninterrupted_bit_for_bit(stop):
-    straight = restart_trainer()
-    expected = advance(straight)
-    assert len(straight.temperatures) > 2 and len(expected) > 10
-    first = restart_trainer()
-    rows = advance(first, stop)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    advance(first, 2)
-    file.seek(0)
+def test_restart_equals_uninterrupted_bit_for_bit(stop, uninterrupted):
+    straight, rows = uninterrupted.trainer, uninterrupted.rows
+    assert len(straight.temperatures) > 2 and len(rows) > 10
     second = restart_trainer(seed=5)
     second.config = straight.config
-    second.load_state_dict(torch.load(file, weights_only=True))
-    rows += advance(second)
-    assert rows == expected
+    second.load_state_dict(loaded(uninterrupted.files[stop]))
+    assert advance(second) == rows[stop:]
     assert_identical(second.state_dict(), straight.state_dict())
 
 

@@ -64,6 +64,7 @@ def check(trainer, mixture, energy, weight_error, width_error, smallest_ess):
     assert relative_ess(-energy(samples.z) - samples.log_q) > smallest_ess
 
 
+@pytest.mark.slow
 def test_three_modes_in_two_dimensions(monkeypatch):
     monkeypatch.setattr(pmf_training, "_N_TEST", 2048)
     trainer, mixture, energy = new_trainer(

@@ -1,7 +1,6 @@
 """Training on a learned potential of mean force: right populations, named ends, limits, and bitwise restarts."""
 
 import copy
-import io
 import math
 
 import numpy as np
@@ -10,9 +9,13 @@ import torch
 from analytic import (
     BONDS,
     AnalyticMeanForce,
+    Uninterrupted,
+    advance,
     assert_identical,
     internal_coordinates,
+    loaded,
     random_structure,
+    saved,
 )
 
 from openmm_cgflow import distillation, pmf_training
@@ -120,13 +123,6 @@ def new_trainer(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_se
         response = FastResponse(1, N_BOUNDED, torch.ones((1, 3)), (16,)) if followed else no_response(1, N_BOUNDED)
     estimator = (Followed if followed else Recorder)(free_energy, noise=noise, invalid=invalid, seed=estimator_seed)
     return PMFTrainer(config, COORDINATES, flow, pmf, response, estimator)
-
-
-def advance(trainer, n=None):
-    rows = []
-    while not trainer.done and (n is None or len(rows) < n):
-        rows.append(trainer.step())
-    return rows
 
 
 FEW = {"_N_TEST": 256, "_N_PROBE": 64, "_POLISH": 3}
@@ -573,42 +569,25 @@ def readable(row):
     return {name: "nan" if math.isnan(value) else value for name, value in row.items()}
 
 
-def saved(trainer):
-    file = io.BytesIO()
-    torch.save(trainer.state_dict(), file)
-    return file
-
-
-def loaded(file):
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FEW.items():
             patch.setattr(pmf_training, name, value)
-        trainer = restart_trainer()
-        return trainer, advance(trainer)
+        return Uninterrupted(restart_trainer())
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 6, 8, 9, 10])
 def test_restart_equals_uninterrupted_bit_for_bit(stop, few_tests, uninterrupted):
     """After rounds, after the last one, between switches, and in the last fit and training of the flow alone; another
     seed in what is overwritten."""
-    straight, expected = uninterrupted
-    assert len(straight.buffer.rounds) == 5 and straight.values.n_steps == 2 and len(expected) >= 11
+    straight, rows = uninterrupted.trainer, uninterrupted.rows
+    assert len(straight.buffer.rounds) == 5 and straight.values.n_steps == 2 and len(rows) >= 11
 
-    first = restart_trainer()
-    rows = advance(first, stop)
-    file = saved(first)
-    advance(first, 2)  # what the first one does later is no part of the file
     second = restart_trainer(seed=5)
-    second.load_state_dict(loaded(file))
+    second.load_state_dict(loaded(uninterrupted.files[stop]))
     assert second.n_steps == stop
-    rows += advance(second)
-    assert same_rows(rows, expected)
+    assert same_rows(advance(second), rows[stop:])
     assert_identical(second.state_dict(), straight.state_dict())
     assert second.ended_by == straight.ended_by
 
@@ -641,10 +620,7 @@ FORGOTTEN = {
 
 @pytest.mark.parametrize("stop", FORGOTTEN)
 def test_a_forgotten_part_of_the_state_is_noticed(stop, few_tests, uninterrupted):
-    _, expected = uninterrupted
-    first = restart_trainer()
-    advance(first, stop)
-    file = saved(first)
+    file, expected = uninterrupted.files[stop], uninterrupted.rows
     fresh = saved(restart_trainer(seed=5))
     for part in FORGOTTEN[stop]:
         state, other = loaded(file), loaded(fresh)
@@ -660,6 +636,6 @@ def test_a_forgotten_part_of_the_state_is_noticed(stop, few_tests, uninterrupted
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(few_tests, uninterrupted):
-    rows = uninterrupted[1][:3]
+    rows = uninterrupted.rows[:3]
     assert same_rows(advance(restart_trainer(), 3), rows)
     assert not same_rows(advance(restart_trainer(seed=5), 3), rows)

@@ -1,13 +1,12 @@
 """Training: the gradient is that of the reverse KL, it converges on a known density, and it continues bit for bit."""
 
-import io
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from analytic import AnalyticMeanForce, advance, assert_identical
+from analytic import AnalyticMeanForce, Uninterrupted, advance, assert_identical, loaded
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
@@ -358,43 +357,34 @@ def restart_trainer(seed=0, **values):
     return Trainer(restart_settings(**values), Plane(), new_flow(seed), estimator)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 7, 9, 13])
-def test_restart_equals_uninterrupted_bit_for_bit(stop):
-    """In the middle of stages, at their ends and after the first step; another seed in what is overwritten."""
-    straight = restart_trainer()
-    expected = advance(straight)
-    assert len(straight.temperatures) > 3 and len(expected) > 14
-    assert 0 < sum(row["skipped"] for row in expected) < 8  # the guard has work to do
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return Uninterrupted(restart_trainer())
 
-    first = restart_trainer()
-    rows = advance(first, stop)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    advance(first, 2)  # what the first one does later is no part of the file
-    file.seek(0)
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 7, 9, 13])
+def test_restart_equals_uninterrupted_bit_for_bit(stop, uninterrupted):
+    """In the middle of stages, at their ends and after the first step; another seed in what is overwritten."""
+    straight, rows = uninterrupted.trainer, uninterrupted.rows
+    assert len(straight.temperatures) > 3 and len(rows) > 14
+    assert 0 < sum(row["skipped"] for row in rows) < 8  # the guard has work to do
+
     second = restart_trainer(seed=5)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    rows += advance(second)
-    assert rows == expected
+    second.load_state_dict(loaded(uninterrupted.files[stop]))
+    assert advance(second) == rows[stop:]
     assert_identical(second.state_dict(), straight.state_dict())
 
 
-def test_a_forgotten_part_of_the_state_is_noticed():
+def test_a_forgotten_part_of_the_state_is_noticed(uninterrupted):
     """Each part matters: leave one out and the continuation differs."""
-    expected = advance(restart_trainer())
-    first = restart_trainer()
-    advance(first, 7)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
     fresh = restart_trainer(seed=5).state_dict()
     fresh["optimizer"] = restart_trainer().state_dict()["optimizer"]
     for part in ("flow", "optimizer", "generator", "estimator", "norms", "temperatures", "n_steps", "n_stage_steps"):
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
+        state = loaded(uninterrupted.files[7])
         state[part] = fresh[part]
         second = restart_trainer()
         second.load_state_dict(state)
-        assert advance(second, 4) != expected[7:11], part
+        assert advance(second, 4) != uninterrupted.rows[7:11], part
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another():
