@@ -399,7 +399,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         "--seed",
         type=_count,
         metavar="N",
-        help="same seed, same frames; without it the same others than those in samples.dcd",
+        help="same seed, same frames (default: one whose frames are not those of samples.dcd)",
     )
     parser.add_argument("--n-equilibration", type=_count, metavar="N", help="steps of each structure's own chain")
     parser.add_argument(
