@@ -65,11 +65,10 @@ def file_logging(path: Path, *, console: bool) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[Callable[[], None]]:
-    """Keeps what is logged before there is a file to log to; the function it yields passes it on, once."""
+    """Keeps what is logged before there is a file to log to; the function it yields passes it on, after the block."""
     handler = MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
 
     def release() -> None:
-        _logger.removeHandler(handler)
         for record in handler.buffer:
             _logger.handle(record)
         handler.buffer.clear()

@@ -89,14 +89,14 @@ def train(
                 logger.info("%s: nothing to resume, starting from the beginning", run.path)
         platform = keep_platform(config.sampler.platform, saved["platform"]) if saved else config.sampler.platform
         settings = config.sampler.model_copy(update={"platform": platform})
-        release_log = stack.enter_context(held_back())
-        engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
         arrays = saved["scaffold"] if saved else None
-        scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
+        with held_back() as release_log:
+            engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
+            scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
         if not resume:  # whatever can be wrong with the input was found before the directory is touched
             run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
             stack.enter_context(run.logging())
-        release_log()
+            release_log()
         _describe(scaffold, engine)
         chains = scaffold.chains(engine)
         trainer = new_trainer(config, scaffold, chains)

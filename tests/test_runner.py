@@ -124,6 +124,14 @@ def test_run_directory_holds_everything(either):
     assert record["temperatures_K"][-1] == 300.0
 
 
+def test_the_log_begins_with_versions_and_says_nothing_twice(either):
+    lines = [line[20:] for line in (either[1] / "run.log").read_text().splitlines()]
+    assert lines[0].startswith("INFO    openmm_cgflow ")
+    before = lines[: next(i for i, line in enumerate(lines) if line.startswith(("INFO    step ", "INFO    stage ")))]
+    assert any("harmonic reference" in line for line in before)
+    assert len(set(before)) == len(before)
+
+
 def test_the_pmf_is_learned_at_the_target_temperature_and_the_end_is_named(finished):
     record = json.loads((finished / "provenance.json").read_text())
     assert record["temperatures_K"] == [300.0]
@@ -174,6 +182,7 @@ def test_resumed_equals_uninterrupted(either, tmp_path):
         train(config, output, resume=True, progress=False, max_time=0.0 if n_sessions < 6 else None)
         n_sessions += 1
     assert n_sessions == 7
+    assert (output / "run.log").read_text().count("harmonic reference") == 1
     assert (output / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
     for path in sorted((finished / "models").iterdir()):
         a, b = (torch.load(folder / "models" / path.name, weights_only=True) for folder in (finished, output))
