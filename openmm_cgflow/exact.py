@@ -96,7 +96,7 @@ class ExactEvaluation:
         kl_joint_floor: What as many exact samples score.
         levels: The model by beta, mol/kJ, the target last.
         learned_map: What the slow coordinates are made of, where that was learned.
-        energy_evaluations: Of the training.
+        energy_evaluations: Of the run, its check and its own samples included.
     """
 
     run: str
@@ -117,7 +117,7 @@ class ExactEvaluation:
         """The evaluation as text."""
         lines = [
             f"{self.samples['file']}: {self.samples['n_frames']} samples; {self.energy_evaluations:.3g} energy "
-            "evaluations of training",
+            "evaluations of the run",
             f"{'mode':26s}{'population':>12s}{'exact':>10s}{'mean off by, nm':>18s}{'spread / exact':>16s}",
         ]
         weighted = {f"{name}, weighted": mode for name, mode in self.weighted_modes.items()}
