@@ -70,15 +70,15 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
         (("invalid",), "quarantined\nreplicas", False),
     ]
     found = {name: np.array([row[name] for row in rows], dtype=float) for name in (rows[0] if rows else ())}
-    known = {name for name, values in found.items() if len(np.unique(values[np.isfinite(values)])) > 1}
-    panels = [panel for panel in panels if panel[0][0] in known]
+    changing = {name for name, values in found.items() if len(np.unique(values[np.isfinite(values)])) > 1}
+    panels = [panel for panel in panels if changing.intersection(panel[0])]
     figure = Figure(figsize=(7.5, 1.0 + 1.5 * max(len(panels), 1)), layout="constrained")
     axes = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
-    step = np.array([row["step"] for row in rows])
-    stage = np.array([row.get("stage", 0) for row in rows])
+    step = found.get("step", np.zeros(0))
+    stage = found.get("stage", np.zeros(len(rows)))
     for axis, (names, label, logarithmic) in zip(axes, panels, strict=False):
         for name, colour in zip(names, (_BLUE, _ORANGE), strict=False):
-            if name not in known:
+            if name not in found:
                 continue
             values = found[name]
             smooth = _running_median(values)
@@ -87,7 +87,8 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
             axis.plot(step, smooth, style, color=colour, linewidth=1.6, label=name.replace("_", " "))
         if len(names) > 1:
             axis.legend(frameon=False, ncols=2, fontsize="small")
-        if logarithmic and np.nanmin(found[names[0]]) > 0:
+        first = found[names[0]]
+        if logarithmic and (first[np.isfinite(first)] > 0).all():
             axis.set_yscale("log")
         for start in step[1:][np.diff(stage) != 0]:
             axis.axvline(start, color=_GREY, linewidth=0.5, linestyle=":")
@@ -287,7 +288,7 @@ def _wrap(angles: np.ndarray) -> np.ndarray:
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """Over a twentieth of all steps, at most 25 of them: the few of a potential of mean force stay as they are."""
+    """Over a twentieth of all steps, at most 25: the few of a potential of mean force stay about as they are."""
     half = min(25, len(values) // 20) // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return np.array([np.median(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])

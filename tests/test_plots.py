@@ -92,3 +92,18 @@ def test_convergence_shows_what_changes():
     many = [{"step": k, "ess": k % 5 == 0} for k in range(500)]
     every, smooth = (line.get_ydata() for line in plots.convergence(many).axes[0].lines)
     assert every.std() > 0 and not smooth.any()
+
+
+def test_a_panel_is_there_if_any_of_its_columns_changes():
+    """Switching may be done in one step, from which on its error is what it is, and the fit still moves."""
+    nan = float("nan")
+    rows = [
+        {"step": k, "ess": 0.9, "value_error": 0.1 if k > 2 else nan, "value_misfit": 1 / k if k > 2 else nan}
+        for k in range(1, 10)
+    ]
+    (axis,) = plots.convergence(rows).axes
+    assert axis.get_ylabel().startswith("differences by switching") and axis.get_yscale() == "log"
+    assert [line.get_label() for line in axis.lines if not line.get_label().startswith("_")] == [
+        "value error",
+        "value misfit",
+    ]
