@@ -66,6 +66,9 @@ class PotentialConfig(_Section):
     """Such a module, saved by torch.jit; evaluated by openmmtorch where that can be imported."""
     openmmml: str | None = None
     """A name that ``openmmml.MLPotential`` knows."""
+    options: dict[str, bool | int | float | str] = {}
+    """With python: more keyword arguments of the factory; with openmmml: of ``createSystem``, such as charge,
+    multiplicity or modelIndex."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -73,6 +76,11 @@ class PotentialConfig(_Section):
             raise ValueError("give exactly one of python (module:factory), torchscript (a file) and openmmml (a name)")
         if self.files and self.torchscript is not None:
             raise ValueError("files are arguments of a python factory or of openmmml; torchscript is one file itself")
+        if self.options and self.torchscript is not None:
+            raise ValueError("options are arguments of a python factory or of openmmml; torchscript takes none")
+        both = self.files.keys() & self.options.keys()
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))}: in files and in options; give it once")
         return self
 
 

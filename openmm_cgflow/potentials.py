@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -87,7 +86,7 @@ def add_potential(
         CGFlowError: If the potential cannot be loaded or does not take such positions.
     """
     if config.openmmml is not None:
-        return _add_openmmml(config.openmmml, config.files, topology, system)
+        return _add_openmmml(config.openmmml, config, topology, system)
     module = _load_torchscript(config) if config.torchscript is not None else _call_factory(config)
     source = str(config.torchscript or config.python)
     _refuse_wrong_energy(module, positions, source)
@@ -117,9 +116,9 @@ def _call_factory(config: PotentialConfig) -> nn.Module:
     except AttributeError as error:
         raise CGFlowError(f"system.potential.python: the module {name} has no {attribute}") from error
     try:
-        module = factory(**config.files)
+        module = factory(**config.files, **config.options)
     except TypeError as error:
-        named = ", ".join(config.files) or "no arguments"
+        named = ", ".join((*config.files, *config.options)) or "no arguments"
         raise CGFlowError(f"system.potential: {config.python} cannot be called with {named}: {error}") from error
     if not isinstance(module, nn.Module):
         raise CGFlowError(
@@ -177,7 +176,7 @@ def _energy_and_gradient(module: nn.Module, xyz: Tensor) -> tuple[Tensor, Tensor
     return energy.detach(), gradient
 
 
-def _add_openmmml(name: str, files: Mapping[str, Path], topology: app.Topology, system: openmm.System) -> list[str]:
+def _add_openmmml(name: str, config: PotentialConfig, topology: app.Topology, system: openmm.System) -> list[str]:
     try:
         from openmmml import MLPotential
     except ImportError as error:
@@ -186,8 +185,9 @@ def _add_openmmml(name: str, files: Mapping[str, Path], topology: app.Topology, 
             "install it: pip install openmmml"
         ) from error
     try:
-        potential = MLPotential(name, **{argument: str(path) for argument, path in files.items()})
-        made = potential.createSystem(copy_topology(topology), removeCMMotion=False)  # without a box
+        potential = MLPotential(name, **{argument: str(path) for argument, path in config.files.items()})
+        # The copy has no box.
+        made = potential.createSystem(copy_topology(topology), removeCMMotion=False, **config.options)
     except Exception as error:  # each potential of openmm-ml raises what its own library does
         if isinstance(error, KeyError) and error.args == (name,):
             reason = "it has no potential of this name; see the list in its documentation"
@@ -196,4 +196,5 @@ def _add_openmmml(name: str, files: Mapping[str, Path], topology: app.Topology, 
         raise CGFlowError(f"system.potential.openmmml: openmm-ml cannot make {name}: {reason}") from error
     for force in made.getForces():
         system.addForce(openmm.XmlSerializer.clone(force))
-    return [f"{name}: made by openmm-ml"]
+    given = "".join(f", {option} {value}" for option, value in config.options.items())
+    return [f"{name}: made by openmm-ml{given}"]

@@ -128,8 +128,8 @@ def scripted() -> torch.jit.ScriptModule:
     return torch.jit.script(ScriptedSprings())
 
 
-def from_table(table: Path) -> Springs:
-    return Springs([tuple(row) for row in json.loads(table.read_text())])
+def from_table(table: Path, scale: float = 1.0) -> Springs:
+    return Springs([(i, j, scale * strength) for i, j, strength in json.loads(table.read_text())])
 
 
 def not_a_module() -> int:

@@ -75,11 +75,12 @@ def test_added_to_a_force_field(butane, force_field):
     assert both.fingerprint() != plain.fingerprint()
 
 
-def test_files_are_arguments(butane, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"scale": 2}])
+def test_files_and_options_are_arguments(butane, tmp_path, options):
     table = tmp_path / "table.json"
     table.write_text(json.dumps([(0, 1, 5.0), (3, 13, 7.0)]))
-    found = molecule(butane, value="learned:from_table", files={"table": table})
-    wanted, _ = expected(learned.from_table(table), found.positions)
+    found = molecule(butane, value="learned:from_table", files={"table": table}, options=options)
+    wanted, _ = expected(learned.from_table(table, **options), found.positions)
     assert np.isclose(energy_and_forces(found.system, found.positions)[0], wanted)
 
 
@@ -127,8 +128,9 @@ def springs_of_openmmml(monkeypatch):
         def __init__(self, module):
             self.module = module
 
-        def addForces(self, topology, system, atoms, forceGroup, **args):
+        def addForces(self, topology, system, atoms, forceGroup, charge=0):
             assert topology.getPeriodicBoxVectors() is None
+            self.module.strength += charge
             system.addForce(python_force(self.module))
 
     class Factory(base.MLPotentialImplFactory):
@@ -150,6 +152,11 @@ def test_openmmml(butane, force_field, tmp_path):
     found = molecule(butane, "openmmml", "springs", files={"modelPath": table})
     wanted = expected(learned.from_table(table), found.positions)[0]
     assert np.isclose(energy_and_forces(found.system, found.positions)[0], wanted)
+    charged = molecule(butane, "openmmml", "springs", files={"modelPath": table}, options={"charge": -1})
+    assert np.isclose(energy_and_forces(charged.system, charged.positions)[0], 0.8 * wanted)
+    assert "springs: made by openmm-ml, charge -1" in charged.notes
+    with pytest.raises(CGFlowError, match=r"openmm-ml cannot make springs: TypeError: .*'spin'"):
+        molecule(butane, "openmmml", "springs", options={"spin": 2})
     with pytest.raises(CGFlowError, match=r"openmm-ml cannot make springs: TypeError: .*'weights'"):
         molecule(butane, "openmmml", "springs", files={"weights": table})
     with pytest.raises(CGFlowError, match="openmm-ml cannot make other: it has no potential of this name"):
@@ -180,6 +187,9 @@ def test_without_openmmml(butane, monkeypatch):
         ({}, "give exactly one of python (module:factory), torchscript (a file) and openmmml (a name)"),
         ({"python": "learned:bath", "openmmml": "ani2x"}, "give exactly one of python"),
         ({"torchscript": "model.pt", "files": {"a": "b"}}, "files are arguments of a python factory or of openmmml"),
+        ({"torchscript": "model.pt", "options": {"a": 1}}, "options are arguments of a python factory or of openmmml"),
+        ({"python": "learned:bath", "files": {"a": "b"}, "options": {"a": 1}}, "a: in files and in options"),
+        ({"python": "learned:from_table", "options": {"a": 1}}, "learned:from_table cannot be called with a: "),
         ({"pyton": "learned:bath"}, "system.potential.pyton: unknown key; did you mean 'python'?"),
     ],
 )
