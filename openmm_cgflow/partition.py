@@ -48,7 +48,8 @@ class Partition:
         Arguments:
             molecular_system: The molecule.
             selection: ``"backbone"`` (N, CA, C of every amino-acid residue, the carbons of the caps and the nitrogen
-                of a C-terminal cap), ``"heavy"`` (all but hydrogens), an MDTraj selection, or 0-based indices.
+                of a C-terminal cap), ``"heavy"`` (all but hydrogens, and the hydrogens of hydroxyl and thiol groups),
+                an MDTraj selection, or 0-based indices.
             sampled_amides: Amide bonds are to turn, so the hydrogens on their nitrogens are slow, too.
 
         Raises:
@@ -99,7 +100,7 @@ def _indices(molecular_system: MolecularSystem, selection: str | Sequence[int]) 
         if selection.strip().lower() == "backbone":
             return _backbone(molecular_system)
         if selection.strip().lower() == "heavy":
-            return [i for i, symbol in enumerate(molecular_system.elements) if symbol not in ("H", "D")]
+            return _heavy(molecular_system)
         return _select(molecular_system, selection)
     return _listed(molecular_system, selection)
 
@@ -179,6 +180,23 @@ def _cap(residue: Any, amino: set[int], graph: nx.Graph, elements: list[str]) ->
             chosen.add(i)
             chosen.update(j for j in graph[i] if j in inside and elements[j] == "C")
     return chosen
+
+
+def _heavy(molecular_system: MolecularSystem) -> list[int]:
+    """All but hydrogens, save the one of a hydroxyl or thiol group.
+
+    It turns alone, so its states differ, as those of a methyl group do not, and it binds to what is near: short
+    chains do not go from one to the other.
+    """
+    graph, elements = bond_graph(molecular_system.n_atoms, molecular_system.bonds), molecular_system.elements
+    light = {i for i, symbol in enumerate(elements) if symbol in ("H", "D")}
+    alone = {
+        i
+        for i in light
+        for parent in graph[i]
+        if elements[parent] in ("O", "S", "Se") and len(graph[parent]) == 2 and not light.issuperset(graph[parent])
+    }
+    return [i for i in range(molecular_system.n_atoms) if i not in light or i in alone]
 
 
 def _amide_hydrogens(molecular_system: MolecularSystem, slow: list[int]) -> set[int]:

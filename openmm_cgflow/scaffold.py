@@ -28,6 +28,7 @@ from openmm_cgflow.zmatrix import (
     bond_graph,
     fast_zmatrix,
     reference_triple,
+    rotamers,
     slow_zmatrix,
     stereocentres,
 )
@@ -89,7 +90,7 @@ class Scaffold(ABC):
 
     @abstractmethod
     def fast_rotamers(self) -> list[str]:
-        """Torsions among the fast atoms that move heavy atoms, as labels of their four atoms.
+        """Torsions among the fast atoms whose states differ, as labels of their four atoms.
 
         Short chains do not cross their barriers, so their populations are not sampled.
         """
@@ -245,14 +246,9 @@ class MoleculeScaffold(Scaffold):
         return cls(config, system, partition, assembly, harmonic)
 
     def fast_rotamers(self) -> list[str]:
-        system, fast = self.molecular_system, self.harmonic.fast
-        names = []
-        for parent, *rest in fast.references[fast.rotatable].tolist():
-            # The torsion turns all atoms on its parent together, whichever of them carries it.
-            turned = fast.atoms[fast.references[:, 0] == parent].tolist()
-            heavy = [atom for atom in turned if system.elements[atom] != "H"]
-            names += ["-".join(map(system.atom_label, (*rest[::-1], parent, atom))) for atom in heavy[:1]]
-        return names
+        label = self.molecular_system.atom_label
+        torsions = rotamers(self.harmonic.fast, self.molecular_system.elements)
+        return ["-".join(map(label, torsion)) for torsion in torsions]
 
     def bounded_covariance(self) -> Tensor | None:
         coordinates = self.assembly.coordinates
@@ -319,6 +315,6 @@ def _cartesian(
 def rotamer_warning(rotamers: list[str]) -> str:
     """What to tell the user of :meth:`Scaffold.fast_rotamers`."""
     return (
-        f"{len(rotamers)} torsion(s) of heavy atoms are fast: {', '.join(rotamers)}. Short chains do not cross their "
-        "barriers, so their populations are not sampled. Make their atoms slow, for example with partition.slow: heavy"
+        f"{len(rotamers)} torsion(s) of fast atoms have barriers: {', '.join(rotamers)}. Short chains do not cross "
+        "them, so their populations are not sampled. Make their atoms slow, for example with partition.slow: heavy"
     )

@@ -15,7 +15,16 @@ import numpy as np
 
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["ZMatrix", "amide_bonds", "bond_graph", "fast_zmatrix", "reference_triple", "slow_zmatrix", "stereocentres"]
+__all__ = [
+    "ZMatrix",
+    "amide_bonds",
+    "bond_graph",
+    "fast_zmatrix",
+    "reference_triple",
+    "rotamers",
+    "slow_zmatrix",
+    "stereocentres",
+]
 
 
 @dataclass(frozen=True)
@@ -211,3 +220,17 @@ def _heights(tree: nx.Graph, root: int) -> dict[int, int]:
     for child, parent in reversed(list(nx.bfs_predecessors(tree, root))):
         height[parent] = max(height[parent], height[child] + 1)
     return height
+
+
+def rotamers(fast: ZMatrix, elements: Sequence[str]) -> list[tuple[int, int, int, int]]:
+    """Torsions of fast atoms whose states differ: they turn a heavy atom, or a hydrogen alone, as in hydroxyl groups.
+
+    A methyl group looks the same after a third of a turn.
+    """
+    found = []
+    for parent, *rest in fast.references[fast.rotatable].tolist():
+        # The torsion turns all atoms on its parent together, whichever of them carries it.
+        turned = fast.atoms[fast.references[:, 0] == parent].tolist()
+        told_apart = [atom for atom in turned if elements[atom] != "H" or len(turned) == 1]
+        found += [(rest[1], rest[0], parent, atom) for atom in told_apart[:1]]
+    return found

@@ -17,6 +17,7 @@ SYSTEMS = Path(__file__).parents[1] / "systems"
 ACE = ("ACE", "CH3 H1 H2 H3 C O", "CH3-H1 CH3-H2 CH3-H3 CH3-C C-O")
 FOR = ("FOR", "H C O", "H-C C-O")
 ALA = ("ALA", "N H CA HA CB HB1 HB2 HB3 C O", "N-H N-CA CA-HA CA-CB CB-HB1 CB-HB2 CB-HB3 CA-C C-O")
+SER = ("SER", "N H CA HA CB HB1 HB2 OG HG C O", "N-H N-CA CA-HA CA-CB CB-HB1 CB-HB2 CB-OG OG-HG CA-C C-O")
 NME = ("NME", "N H C H1 H2 H3", "N-H N-C C-H1 C-H2 C-H3")
 NME_CH3 = ("NME", "N H CH3 H1 H2 H3", "N-H N-CH3 CH3-H1 CH3-H2 CH3-H3")
 NMA = ("NMA", "N H CA HA1 HA2 HA3", "N-H N-CA CA-HA1 CA-HA2 CA-HA3")
@@ -103,6 +104,12 @@ def test_heavy(alanine, butane):
     heavy = Partition.resolve(alanine, "heavy")
     assert len(heavy.slow) == 10 and not any(alanine.elements[i] == "H" for i in heavy.slow)
     assert {alanine.elements[i] for i in heavy.fast} == {"H"}
+
+
+def test_heavy_has_the_hydrogens_of_hydroxyl_groups():
+    molecule = peptide(FOR, SER, NHE)
+    expected = "FOR1:C FOR1:O SER2:N SER2:CA SER2:CB SER2:OG SER2:HG SER2:C SER2:O NHE3:N"
+    assert names(molecule, Partition.resolve(molecule, "heavy")) == expected
 
 
 def test_backbone_without_amino_acids_suggests_heavy(butane):

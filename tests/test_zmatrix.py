@@ -12,6 +12,7 @@ from openmm_cgflow.zmatrix import (
     bond_graph,
     fast_zmatrix,
     reference_triple,
+    rotamers,
     slow_zmatrix,
     stereocentres,
 )
@@ -297,3 +298,20 @@ def test_slow_atoms_start_with_the_longest_chain(name):
     longest = nx.diameter(graph)
     assert max(nx.single_source_shortest_path_length(graph, first[0]).values()) == longest
     assert graph.has_edge(*first[:2]) and graph.has_edge(*first[1:])
+
+
+# ---------------------------------------------------------------- torsions of fast atoms whose states differ
+
+
+@pytest.mark.parametrize(
+    ("text", "bonds", "expected"),
+    [
+        ("CCCC" + "HHH", [(0, 1), (1, 2), (2, 3), (2, 4), (2, 5), (2, 6)], [(0, 1, 2, 3)]),  # a heavy atom
+        ("CCC" + "HHH", [(0, 1), (1, 2), (2, 3), (2, 4), (2, 5)], []),  # a methyl group
+        ("CCOH", [(0, 1), (1, 2), (2, 3)], [(0, 1, 2, 3)]),  # a hydroxyl group
+    ],
+)
+def test_rotamers(text, bonds, expected):
+    """Slow atoms 0, 1 and 2: what 2 carries turns about its bond with 1."""
+    graph, elements = molecule(text, bonds)
+    assert rotamers(fast_zmatrix(graph, range(3)), elements) == expected
