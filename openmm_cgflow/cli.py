@@ -121,7 +121,7 @@ def _check(options: argparse.Namespace) -> int:
     with console_logging():
         for line in dry_run(config):
             print(line)
-    print(f"ready. Next:\n  {_PROGRAM} train {_quoted(options.file)} -o {_quoted(Path('runs') / options.file.stem)}")
+    print(f"ready. Next:\n  {_PROGRAM} train {_configuration(options)} -o {_quoted(Path('runs') / options.file.stem)}")
     return 0
 
 
@@ -129,9 +129,7 @@ def _train(options: argparse.Namespace) -> int:
     from openmm_cgflow.rundir import RunDirectory
 
     run = RunDirectory(options.output)
-    chosen = [] if options.seed is None else ["--seed", str(options.seed)]
-    chosen += ["--set", *options.settings] if options.settings else []
-    source = shlex.join([str(options.file), *chosen])
+    source = _configuration(options)
     run.check_free(resume=options.resume, overwrite=options.overwrite, source=source)
     config = _load(options)
     from openmm_cgflow.runner import train
@@ -285,6 +283,13 @@ def _load(options: argparse.Namespace) -> Config:
     if config.system is None:
         raise CGFlowError(f"{options.file}: no section 'system'; `{_PROGRAM} init` writes a file that has all it needs")
     return config
+
+
+def _configuration(options: argparse.Namespace) -> str:
+    """The words of a command that say what is trained."""
+    chosen = [] if options.seed is None else ["--seed", str(options.seed)]
+    chosen += ["--set", *options.settings] if options.settings else []
+    return shlex.join([str(options.file), *chosen])
 
 
 def _quoted(path: Path) -> str:

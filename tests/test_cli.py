@@ -226,6 +226,7 @@ def test_check_names_what_ends_the_training(butane, capsys):
     assert re.search(r"training: at most \d+ steps .* energy evaluations at .* per second", text)
     assert "it ends once the criteria of the stopping section are met" in text
     text = output_of(capsys, "check", butane, "--set", *LADDER)
+    assert f"openmm-cgflow train {butane} --set {LADDER[0]} " in text  # what was checked
     assert "training: 2 stages from 600 K to 300 K, 6 steps" in text
     assert re.search(r"estimated wall time: \d", text)
 
