@@ -49,6 +49,11 @@ class Verification:
         """What `rms_difference` would be if only the switching had errors, kT."""
         return float(np.sqrt(len(self.error) / np.sum(1 / np.square(self.error))))
 
+    def deviations(self, tolerance: float) -> np.ndarray:
+        """Differences in units of their errors, shape (n,): those of switching, and `tolerance` (kT) of the PMF."""
+        difference = np.array(self.pmf) - self.switching
+        return np.abs(difference) / np.hypot(self.error, tolerance)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self) | {"rms_difference": self.rms_difference, "rms_error": self.rms_error, "unit": "kT"}

@@ -154,15 +154,19 @@ def test_the_check_by_switching_is_on_disk(finished, finished_ladder):
     assert not (finished_ladder / "verification.json").exists()  # there is no PMF to check
 
 
-@pytest.mark.parametrize(("difference", "warned"), [(0.15, False), (0.3, True)])
-def test_a_check_that_fails_says_so(difference, warned, tiny, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("differences", "warned"),
+    [([0.15] * 8, None), ([0.3] * 8, "off by 0.30 kT, 2.7 times"), ([0.0] * 7 + [-0.5], "off by 0.50 kT, 4.5 times")],
+)
+def test_a_check_that_fails_says_so(differences, warned, tiny, tmp_path, monkeypatch, caplog):
     """Errors of 0.1 kT of the switching and 0.05 kT of the PMF add up to 0.11."""
-    found = Verification([[0.0]] * 2, [1.0 + difference, 2.0 + difference], [1.0, 2.0], [0.1, 0.1], [1.0, 1.0], 7)
+    found = Verification([[0.0]] * 8, differences, [0.0] * 8, [0.1] * 8, [1.0] * 8, 7)
     monkeypatch.setattr(runner, "verify", lambda *_: found)
     config = tiny.model_copy(update={"stopping": tiny.stopping.model_copy(update={"free_energy_error": 0.05})})
     caplog.set_level("INFO")
     runner._verify(RunDirectory(tmp_path), None, None, config)
-    assert [("more than errors explain" in text) for text in caplog.messages] == [False] + [True] * warned
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [warned in text for text in warnings] == [True] if warned else warnings == []
 
 
 def test_the_ladder_starts_hot(finished_ladder):
