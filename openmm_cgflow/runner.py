@@ -246,8 +246,9 @@ def _verify(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Co
     if np.sqrt(np.mean(deviations**2)) > _MANY_ERRORS or deviations[worst] > _ONE_FAR_OFF:
         logger.warning(
             "that is more than errors explain: one conformation is off by %.2f kT, %.1f times what is to be expected, "
-            "and populations may be off by as much. Fast atoms that take longer than a chain to turn are the usual "
-            "cause: add them to partition.slow, or raise sampler.n_equilibration",
+            "and populations may be off by as much. Where the training ended at a limit, raise "
+            "stopping.max_evaluations; else fast atoms that take longer than a chain to turn are the usual cause: add "
+            "them to partition.slow, or raise sampler.n_equilibration",
             abs(found.pmf[worst] - found.switching[worst]),
             deviations[worst],
         )
