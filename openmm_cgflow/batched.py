@@ -53,7 +53,9 @@ def python_functions(xml: str) -> list[Any]:
 
 def batched_energy(force: openmm.Force) -> BatchedEnergy | None:
     """The function of a ``PythonForce`` if it can take many copies at once, otherwise None."""
-    if not isinstance(force, openmm.PythonForce) or force.getParticles():
+    if not isinstance(force, openmm.PythonForce):
+        return None
+    if hasattr(force, "getParticles") and force.getParticles():  # since OpenMM 8.6 it can act on some atoms
         return None
     (function,) = python_functions(openmm.XmlSerializer.serialize(force))  # OpenMM gives it to its serializer alone
     return function if isinstance(function, BatchedEnergy) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ class Chain:
 
 def is_divergence(error: openmm.OpenMMException) -> bool:
     """Whether OpenMM stopped because of non-finite numbers (Reference never does: it goes on with them)."""
-    return "nan" in str(error).lower()
+    return re.search(r"\bnan\b", str(error), re.IGNORECASE) is not None
 
 
 def state_arrays(state: openmm.State) -> tuple[np.ndarray, np.ndarray | None, float | None]:

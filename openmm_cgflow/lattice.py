@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 _HALF_WIDTH = 20.0  # nm; beyond it float32 positions are coarser than 2e-6 nm
 _STRETCH = 1.25  # no bond is expected to be longer than this times its length in the input structure
-_MAX_ATTEMPTS = 3
+# Where one replica in a thousand diverges, two rounds of three of a thousand copies have one that does.
+_MAX_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ class LatticeEngine:
 
     So each frame is evaluated apart, in a single-copy Context or with all frames at once, which gives its forces too;
     these evaluations are counted. Batches larger than the lattice are cut in rounds, smaller ones padded; the padding
-    is computed, so it is counted. On CPUs, where it would cost as much as replicas do, a lattice of half, a quarter,
-    ... of the sites takes batches that fit it.
+    is computed, so it is counted. To have little of it, a lattice of half, a quarter, ... of the sites takes batches
+    that fit it.
 
     A copy that becomes non-finite or outgrows its place may have disturbed its neighbours' pair lists. Such a
-    round is repeated without it, at most three times in all, and the copies taken out are run one at a time by the
-    contexts engine, which has the last word on ``valid``.
+    round is repeated without it, eight times at most, and the copies taken out are run one at a time by the contexts
+    engine, which has the last word on ``valid``.
 
     Arguments:
         lattice: The copies.
@@ -262,7 +263,7 @@ class LatticeEngine:
     def _n_copies(self, n_replicas: int) -> int:
         """Copies of the lattice that takes so many replicas."""
         n_copies = len(self._lattice.sites)
-        while not self.platform.is_gpu and (n_copies + 1) // 2 >= n_replicas and n_copies > 1:
+        while (n_copies + 1) // 2 >= n_replicas and n_copies > 1:
             n_copies = (n_copies + 1) // 2
         return n_copies
 

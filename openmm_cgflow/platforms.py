@@ -84,10 +84,13 @@ def keep_platform(requested: str | None, earlier: str) -> str | None:
         requested: Name set by the user, or None; it wins.
         earlier: Name of the platform of the checkpoint or model.
     """
-    if requested is None and earlier not in available_platforms():
-        logger.warning("the run was on OpenMM's platform %s, which is not here: results will differ bitwise", earlier)
+    if requested is not None:
+        return requested
+    problem = "is not here" if earlier not in available_platforms() else _problem(platform_choice(earlier))
+    if problem:
+        logger.warning("the run was on OpenMM's platform %s, which %s: results will differ bitwise", earlier, problem)
         return None
-    return requested or earlier
+    return earlier
 
 
 def choose_platform(
@@ -117,16 +120,23 @@ def _named(name: str, precision: str, source: str) -> PlatformChoice:
     if match is None:
         raise CGFlowError(_absent(name, source, available))
     choice = platform_choice(match, precision, f"set by {source}")
+    if problem := _problem(choice):
+        raise CGFlowError(
+            f"{source}: the platform {match} {problem}. Available: {', '.join(available)}; leave the setting out to "
+            "have one chosen."
+        )
+    return choice
+
+
+def _problem(choice: PlatformChoice) -> str:
+    """Why a registered platform does not work, such as CUDA without a device; empty where it does."""
     particle = openmm.System()
     particle.addParticle(1.0)
     try:
         choice.context(particle, openmm.VerletIntegrator(0.001))
     except openmm.OpenMMException as error:
-        raise CGFlowError(
-            f"{source}: the platform {match} is installed but cannot be used on this machine: {error}. "
-            f"Available: {', '.join(available)}; leave the setting out to have one chosen."
-        ) from None
-    return choice
+        return f"is installed but cannot be used on this machine: {error}"
+    return ""
 
 
 def _absent(name: str, source: str, available: list[str]) -> str:

@@ -446,7 +446,7 @@ def test_molecules_too_large_for_their_place_run_alone(monkeypatch):
 
 def test_rounds_that_keep_failing_end_in_single_contexts(monkeypatch):
     bath = HarmonicBath()
-    start = np.repeat(bath.toy.positions[None], 6, axis=0)
+    start = np.repeat(bath.toy.positions[None], 10, axis=0)
     rounds = []
     original = LatticeEngine._round
 
@@ -457,9 +457,9 @@ def test_rounds_that_keep_failing_end_in_single_contexts(monkeypatch):
         return frames, good
 
     monkeypatch.setattr(LatticeEngine, "_round", failing)
-    with create_engine(bath.toy, bath.slow, settings(n_replicas=6)) as engine:
+    with create_engine(bath.toy, bath.slow, settings(n_replicas=10)) as engine:
         frames = engine.run(start, 300.0, seed=1, **SCHEDULE)
-    assert rounds == [6, 5, 4] and len(rounds) == lattice_module._MAX_ATTEMPTS
+    assert rounds == [10, 9, 8, 7, 6, 5, 4, 3] and len(rounds) == lattice_module._MAX_ATTEMPTS
     assert frames.valid.all()
 
 

@@ -78,6 +78,8 @@ def test_minimum_versions(setup):
         "zuko": ">=1.4",
     }
     extras = setup["options.extras_require"]
+    # Before it, a PythonForce was called by another thread on CUDA, and torch then gave nan (openmm/openmm#5412).
+    assert [_requirements(extras[f"cuda{k}"]) for k in (12, 13)] == [{f"OpenMM-CUDA-{k}": ">=8.6.1"} for k in (12, 13)]
     assert _requirements(extras["torchforce"])["torch"] == "==2.9.*"
     assert {"test", "notebooks", "torchforce", "cuda12", "cuda13"} <= set(extras)
 

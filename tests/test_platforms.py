@@ -6,7 +6,7 @@ import openmm
 import pytest
 
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.platforms import available_platforms, choose_platform, platform_choice
+from openmm_cgflow.platforms import available_platforms, choose_platform, keep_platform, platform_choice
 
 SPEEDS = {"Reference": 2e-5, "CPU": 1e-4, "CUDA": 1e-3, "OpenCL": 1e-3, "HIP": 1e-3}
 
@@ -119,6 +119,21 @@ def test_registered_platform_that_does_not_work(monkeypatch):
     monkeypatch.setattr("openmm_cgflow.platforms.PlatformChoice.context", fail)
     with pytest.raises(CGFlowError, match=r"cannot be used on this machine: No compatible device"):
         choose_platform("CPU", "mixed", no_probe)
+
+
+def test_a_run_stays_on_its_platform(monkeypatch, caplog):
+    assert keep_platform(None, "CPU") == "CPU"
+    assert keep_platform("Reference", "CPU") == "Reference"  # the user's wish
+    assert not caplog.text
+    assert keep_platform(None, "Abacus") is None
+    assert "platform Abacus, which is not here" in caplog.text
+
+    def fail(*_):
+        raise openmm.OpenMMException("No compatible device")
+
+    monkeypatch.setattr("openmm_cgflow.platforms.PlatformChoice.context", fail)
+    assert keep_platform(None, "CPU") is None  # so that another one can be chosen
+    assert "platform CPU, which is installed but cannot be used on this machine: No compatible device" in caplog.text
 
 
 def test_registered_platforms_are_listed():

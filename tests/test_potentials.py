@@ -169,6 +169,12 @@ def test_without_openmmml(butane, monkeypatch):
         molecule(butane, "openmmml", "ani2x")
 
 
+def test_a_python_force_of_openmm_8_5_is_found(butane, monkeypatch):
+    """Before 8.6 it acted on all atoms, and could not be asked."""
+    monkeypatch.delattr(openmm.PythonForce, "getParticles")
+    assert batched_energy(molecule(butane).system.getForce(0)) is not None
+
+
 # ---------------------------------------------------------------- errors
 
 

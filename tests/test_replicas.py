@@ -11,7 +11,7 @@ import pytest
 from openmm import unit
 from toys import HarmonicBath, make_toy
 
-from openmm_cgflow.chain import Chain, Dynamics, Schedule
+from openmm_cgflow.chain import Chain, Dynamics, Schedule, is_divergence
 from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.contexts import ContextsEngine
 from openmm_cgflow.errors import CGFlowError
@@ -417,3 +417,15 @@ def test_interrupt_reaches_the_parent_only(root, tmp_path):
     done = run_script(root, tmp_path, INTERRUPTED)
     assert done.stdout.split("\n")[:-1] == ["main module", "interrupted", "alive True"]
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "diverged"),
+    [
+        ("Particle coordinate is NaN.  For more information, see https://...", True),
+        ("Energy or force at minimum is nan", True),
+        ("Error launching CUDA compiler: /home/fernando/maintenance/nvcc", False),
+    ],
+)
+def test_divergence_is_told_from_other_errors(message, diverged):
+    assert is_divergence(openmm.OpenMMException(message)) is diverged
