@@ -30,14 +30,15 @@ class ANI(nn.Module):
         return torchani.units.hartree2kjoulemol(energy).reshape(positions.shape[:-2])
 
 
-def load_ani(structure: Path, name: str = "ANI1ccx", index: int | None = None) -> ANI:
+def load_ani(structure: Path, name: str = "ANI1ccx", index: int | None = None, device: str = "cpu") -> ANI:
     """The potential for the atoms of a PDB file.
 
     Arguments:
         structure: The PDB file.
         name: Of a class of ``torchani.models``.
         index: Of one network of the eight; all of them otherwise.
+        device: Where torch computes it.
     """
     model = getattr(torchani.models, name)(periodic_table_index=True)
     numbers = [atom.element.atomic_number for atom in app.PDBFile(str(structure)).topology.atoms()]
-    return ANI(model if index is None else model[index], torch.tensor(numbers))
+    return ANI(model if index is None else model[index], torch.tensor(numbers)).to(device)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import openmm
 
-__all__ = ["BatchEvaluator", "BatchedEnergy", "Evaluator", "batched_energy", "python_functions", "split_batched"]
+__all__ = [
+    "BatchEvaluator",
+    "BatchedEnergy",
+    "Evaluator",
+    "batched_energy",
+    "network_on_gpu",
+    "python_functions",
+    "split_batched",
+]
 
 _CHUNK = 1024  # structures of one call; more would only take more memory
 
@@ -59,6 +68,13 @@ def batched_energy(force: openmm.Force) -> BatchedEnergy | None:
         return None
     (function,) = python_functions(openmm.XmlSerializer.serialize(force))  # OpenMM gives it to its serializer alone
     return function if isinstance(function, BatchedEnergy) else None
+
+
+def network_on_gpu(system: openmm.System) -> bool:
+    """Whether a ``PythonForce`` may hold a network on torch's GPU, where openmm-ml puts them: one for each process."""
+    torch = sys.modules.get("torch")  # loaded with the network; force fields do not need it
+    has_python = any(isinstance(force, openmm.PythonForce) for force in system.getForces())
+    return has_python and torch is not None and torch.cuda.is_initialized()
 
 
 def split_batched(system: openmm.System) -> tuple[list[BatchedEnergy], openmm.System]:

@@ -147,8 +147,8 @@ def save_torchscript(energy: FreeEnergy, path: Path, atoms: Sequence[int] | None
         atoms: Indices of the slow atoms where the module shall be given the positions of all, as ``TorchForce`` does;
             None where it shall be given those of the slow atoms alone.
     """
-    module = traced(energy)
-    module = torch.jit.freeze(module if atoms is None else of_all_atoms(module, atoms).eval())
+    chosen = range(len(energy.order)) if atoms is None else atoms
+    module = torch.jit.freeze(of_all_atoms(traced(energy), chosen).eval())
     with atomic_path(path) as temporary:
         torch.jit.save(module, str(temporary))
 

@@ -45,15 +45,16 @@ class DimeNetWithPrior(nn.Module):
         return self.network(positions) + self.prior(positions)
 
 
-def load_dimenet(weights: Path, prior: Path) -> DimeNetWithPrior:
+def load_dimenet(weights: Path, prior: Path, device: str = "cpu") -> DimeNetWithPrior:
     """The potential of ``systems/alanine_dipeptide_heavy``, whose SOURCE.md describes both files.
 
     Arguments:
         weights: Parameters of the network, npz.
         prior: Bonded terms, types of the atoms and the cutoff, JSON.
+        device: Where torch computes it, such as ``cuda``.
 
     Raises:
-        CGFlowError: If a file cannot be read or lacks something.
+        CGFlowError: If a file cannot be read or lacks something, or torch has no such device.
     """
     try:
         described = json.loads(Path(prior).read_text())
@@ -67,7 +68,10 @@ def load_dimenet(weights: Path, prior: Path) -> DimeNetWithPrior:
         network = DimeNetPP(parameters, species, cutoff)
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CGFlowError(f"{weights}: not the weights of a DimeNet++: {type(error).__name__}: {error}") from error
-    return DimeNetWithPrior(network, terms)
+    try:
+        return DimeNetWithPrior(network, terms).to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CGFlowError(f"device: torch cannot compute on {device!r}: {error}") from error
 
 
 class DimeNetPP(nn.Module):
@@ -150,7 +154,7 @@ class _Bases(nn.Module):
         rbf, sbf, directions = features.split((len(self.frequencies), self.zeros.numel(), 3), dim=-1)
         directions = directions * self.sign_of_edge[..., None]
         cosines = directions @ directions.transpose(-1, -2)
-        apart = 1 - torch.eye(n, dtype=self.dtype)
+        apart = 1 - torch.eye(n, dtype=self.dtype, device=xyz.device)
         angular = _legendre(cosines) * (apart[:, :, None] * apart[:, None, :] * apart)[..., None]
         return rbf, sbf.unflatten(-1, self.zeros.shape), angular
 

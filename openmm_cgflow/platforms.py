@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import openmm
@@ -17,6 +17,7 @@ __all__ = [
     "PlatformChoice",
     "available_platforms",
     "choose_platform",
+    "fastest_platform",
     "keep_platform",
     "platform_choice",
 ]
@@ -111,7 +112,12 @@ def choose_platform(
         return _named(requested, precision, "sampler.platform")
     if from_environment := os.environ.get(_ENVIRONMENT):
         return _named(from_environment, precision, _ENVIRONMENT)
-    return _fastest(precision, seconds_per_step)
+    for failure in openmm.Platform.getPluginLoadFailures():
+        # OpenCL's plugin comes with every OpenMM; those of CUDA and HIP were installed on purpose.
+        if "libOpenMMCUDA" in failure or "libOpenMMHIP" in failure:
+            logger.warning("A GPU plugin of OpenMM did not load; looking for another platform: %s", failure)
+    choices = [platform_choice(name, precision) for name in available_platforms()]
+    return fastest_platform(choices, seconds_per_step, "replica and step")
 
 
 def _named(name: str, precision: str, source: str) -> PlatformChoice:
@@ -156,24 +162,31 @@ def _absent(name: str, source: str, available: list[str]) -> str:
     return message
 
 
-def _fastest(precision: str, seconds_per_step: Callable[[PlatformChoice], float]) -> PlatformChoice:
-    for failure in openmm.Platform.getPluginLoadFailures():
-        # OpenCL's plugin comes with every OpenMM; those of CUDA and HIP were installed on purpose.
-        if "libOpenMMCUDA" in failure or "libOpenMMHIP" in failure:
-            logger.warning("A GPU plugin of OpenMM did not load; looking for another platform: %s", failure)
+def fastest_platform(
+    choices: Iterable[PlatformChoice], seconds: Callable[[PlatformChoice], float], what: str
+) -> PlatformChoice:
+    """The one of several platforms that takes the fewest seconds; of two that are alike, the earlier.
+
+    Arguments:
+        choices: The platforms; one whose probe raises ``openmm.OpenMMException`` is passed over.
+        seconds: The probe.
+        what: What it times, for the log.
+
+    Raises:
+        CGFlowError: If none of them works.
+    """
     best: PlatformChoice | None = None
     best_time = float("inf")
     timings = []
-    for name in available_platforms():
-        choice = platform_choice(name, precision)
+    for choice in choices:
         try:
-            seconds = seconds_per_step(choice)
+            taken = seconds(choice)
         except openmm.OpenMMException as error:
-            logger.warning("OpenMM's platform %s cannot be used on this machine: %s", name, error)
+            logger.warning("OpenMM's platform %s cannot be used on this machine: %s", choice.name, error)
             continue
-        timings.append(f"{name} {1e6 * seconds:.2g}")
-        if best is None or seconds * _MARGIN < best_time:
-            best, best_time = choice, seconds
+        timings.append(f"{choice.name} {1e6 * taken:.2g}")
+        if best is None or taken * _MARGIN < best_time:
+            best, best_time = choice, taken
     if best is None:
         raise CGFlowError("None of OpenMM's platforms works on this machine; see: python -m openmm.testInstallation")
-    return PlatformChoice(best.name, best.properties, f"timed, µs per replica and step: {', '.join(timings)}")
+    return PlatformChoice(best.name, best.properties, f"timed, µs per {what}: {', '.join(timings)}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from openmm_cgflow.config import PotentialConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.topology import copy_topology
-from openmm_cgflow.torchforce import TorchEnergy, python_force, torch_force
+from openmm_cgflow.torchforce import TorchEnergy, module_device, python_force, torch_force
 
 __all__ = ["ReplicaEnergy", "add_potential"]
 
@@ -170,10 +170,10 @@ def _takes_batches(module: nn.Module, positions: np.ndarray) -> bool:
 
 def _energy_and_gradient(module: nn.Module, xyz: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        xyz = xyz.clone().requires_grad_()
+        xyz = xyz.to(module_device(module), copy=True).requires_grad_()
         energy = module(xyz)
         (gradient,) = torch.autograd.grad(energy.sum(), xyz)
-    return energy.detach(), gradient
+    return energy.detach().cpu(), gradient.cpu()
 
 
 def _add_openmmml(name: str, config: PotentialConfig, topology: app.Topology, system: openmm.System) -> list[str]:

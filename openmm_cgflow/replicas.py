@@ -12,13 +12,13 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
-from openmm_cgflow.batched import BatchEvaluator, split_batched
+from openmm_cgflow.batched import BatchEvaluator, network_on_gpu, split_batched
 from openmm_cgflow.chain import Chain, Dynamics, Frames, Schedule
 from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.contexts import ContextsEngine, default_workers
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.lattice import Lattice, LatticeEngine, plan_lattice
-from openmm_cgflow.platforms import PlatformChoice, choose_platform, platform_choice
+from openmm_cgflow.platforms import PlatformChoice, choose_platform, fastest_platform, platform_choice
 from openmm_cgflow.replicate import NotReplicableError
 
 __all__ = ["Frames", "Molecule", "ReplicaEngine", "create_engine", "frozen_system"]
@@ -26,8 +26,6 @@ __all__ = ["Frames", "Molecule", "ReplicaEngine", "create_engine", "frozen_syste
 logger = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 0.02
-# Up to here a molecule's energy is cheaper on one core than the launches of a GPU's kernels.
-_SMALL = 150
 
 
 class Molecule(Protocol):
@@ -143,8 +141,10 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
         wanted = settings.engine == "lattice" or (settings.engine == "auto" and (platform.is_gpu or bool(batched)))
         return lattice() if wanted else None
 
+    in_one_process = network_on_gpu(system)
+
     def n_workers(platform: PlatformChoice) -> int:
-        return settings.n_workers or (1 if platform.is_gpu else default_workers())
+        return settings.n_workers or (1 if platform.is_gpu or in_one_process else default_workers())
 
     def seconds_per_step(platform: PlatformChoice) -> float:
         tiny = replace(dynamics, timestep=1e-6)  # a bad input structure must not explode here
@@ -158,8 +158,15 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
     plan = plan_for(platform)
     if isinstance(plan, Lattice):
         single = platform
-        if platform.is_gpu and len(template) <= _SMALL:
-            single = platform_choice("Reference", reason="small molecule")
+        if platform.is_gpu:
+            # The energy of one small molecule is cheaper on a core than the launches of a GPU's kernels.
+            choices = [platform_choice("Reference"), platform_choice("CPU"), platform]
+            apart = system if not batched or not rest.getNumForces() else rest
+
+            def seconds_per_evaluation(choice: PlatformChoice) -> float:
+                return _time_evaluation(Chain(apart, choice, dynamics), template) / n_workers(choice)
+
+            single = fastest_platform(choices, seconds_per_evaluation, "evaluation")
         if not batched:
             contexts = ContextsEngine(system, template, single, dynamics, n_workers(single))
             return LatticeEngine(plan, slow, template, platform, dynamics, contexts)
@@ -228,6 +235,16 @@ def _time_step(chain: Chain, start: np.ndarray) -> float:
     if elapsed < 10 * _PROBE_SECONDS:
         elapsed = min(elapsed, _seconds(chain, n_steps), _seconds(chain, n_steps))
     return elapsed / n_steps
+
+
+def _time_evaluation(chain: Chain, xyz: np.ndarray) -> float:
+    """Seconds for the energy and forces of a structure, of as many as take ``_PROBE_SECONDS``, at least two."""
+    chain.evaluate(xyz)
+    n, begin = 0, time.perf_counter()
+    while n < 2 or time.perf_counter() - begin < _PROBE_SECONDS:
+        chain.evaluate(xyz)
+        n += 1
+    return (time.perf_counter() - begin) / n
 
 
 def _seconds(chain: Chain, n_steps: int) -> float:

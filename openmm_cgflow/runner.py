@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openmm
 from openmm import app, unit
 
 from openmm_cgflow import plots
@@ -117,9 +118,13 @@ def train(
                 model = session.model()
                 if complete:
                     complete = _finish(run, model, engine, config, lambda: session.must_stop(stop))
-        except BaseException:
+        except BaseException as error:
             with suppress(CGFlowError):  # where the disk is full, the first error is the one to tell
                 session.write_provenance("failed")
+            if isinstance(error, openmm.OpenMMException):  # such as a GPU that is full, or gone
+                raise CGFlowError(
+                    f"OpenMM stopped with: {error}. The last checkpoint is kept; continue with --resume"
+                ) from error
             raise
         session.write_provenance("finished" if complete else "stopped")
         if not complete:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["TorchEnergy", "of_all_atoms", "python_force", "torch_force"]
+__all__ = ["TorchEnergy", "module_device", "of_all_atoms", "python_force", "torch_force"]
 
 
 class TorchEnergy:
@@ -29,7 +29,7 @@ class TorchEnergy:
 
     It can be pickled, which is how ``openmm.XmlSerializer`` writes a ``PythonForce``. So reading such XML runs code:
     read only files that you trust, where this package and the class of the module can be imported. What is read back
-    is on the CPU, wherever the module was.
+    is on the device where the module was, or on the CPU where there is no such device.
 
     Arguments:
         module: Positions of the chosen atoms, nm, shape (n, 3), float64 and on the module's device -> energy, kJ/mol.
@@ -41,7 +41,7 @@ class TorchEnergy:
     def __init__(self, module: nn.Module, atoms: Sequence[int] | None = None, outputs_forces: bool = False) -> None:
         self.module, self.outputs_forces = module, outputs_forces
         self.atoms = None if atoms is None else np.array(atoms, dtype=np.int64)
-        self._device = _device(module)
+        self._device = module_device(module)
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
         """Energy, kJ/mol, and forces on all atoms of the System, kJ/mol/nm, shape (n_atoms, 3)."""
@@ -64,21 +64,24 @@ class TorchEnergy:
                 forces = -torch.autograd.grad(energy, xyz)[0]
         return energy.item(), forces.cpu().numpy()
 
-    def __getstate__(self) -> tuple[bytes, bool, np.ndarray | None, bool]:
+    def __getstate__(self) -> tuple[bytes, bool, str, np.ndarray | None, bool]:
         buffer, scripted = io.BytesIO(), isinstance(self.module, torch.jit.ScriptModule)
         (torch.jit.save if scripted else torch.save)(self.module, buffer)
-        return buffer.getvalue(), scripted, self.atoms, self.outputs_forces
+        return buffer.getvalue(), scripted, str(self._device), self.atoms, self.outputs_forces
 
-    def __setstate__(self, state: tuple[bytes, bool, np.ndarray | None, bool]) -> None:
-        data, scripted, self.atoms, self.outputs_forces = state
+    def __setstate__(self, state: tuple[bytes, bool, str, np.ndarray | None, bool]) -> None:
+        data, scripted, device, self.atoms, self.outputs_forces = state
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"
         if scripted:
-            self.module = torch.jit.load(io.BytesIO(data), map_location="cpu")
+            self.module = torch.jit.load(io.BytesIO(data), map_location=device)
         else:
-            self.module = torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
-        self._device = _device(self.module)
+            self.module = torch.load(io.BytesIO(data), map_location=device, weights_only=False)
+        self._device = module_device(self.module)
 
 
-def _device(module: nn.Module) -> torch.device:
+def module_device(module: nn.Module) -> torch.device:
+    """Where its first parameter or buffer is; the CPU where it has none."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -112,6 +115,11 @@ def torch_force(
 
 
 class _ChosenAtoms(nn.Module):
+    """On GPUs TorchForce gives positions there, and in float32 unless the Context computes in double precision.
+
+    Constants of a frozen module stay on the CPU, whatever device the module is sent to.
+    """
+
     # TorchScript cannot read an annotation of the buffer here, which mypy would want below.
     def __init__(self, module: nn.Module, atoms: Sequence[int]) -> None:
         super().__init__()
@@ -121,13 +129,17 @@ class _ChosenAtoms(nn.Module):
 
 class _EnergyOfChosenAtoms(_ChosenAtoms):
     def forward(self, positions: Tensor) -> Tensor:
-        return self.module(positions[self.atoms])  # type: ignore[index]
+        at = positions[self.atoms].to(device=torch.device("cpu"), dtype=torch.float64)  # type: ignore[index]
+        return self.module(at).to(positions.device)
 
 
 class _ForcesOfChosenAtoms(_ChosenAtoms):
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        energy, forces = self.module(positions[self.atoms])  # type: ignore[index]
-        return energy, torch.zeros_like(positions).index_copy(0, self.atoms, forces.to(positions))  # type: ignore[arg-type]
+        at = positions[self.atoms].to(device=torch.device("cpu"), dtype=torch.float64)  # type: ignore[index]
+        energy, forces = self.module(at)
+        atoms = self.atoms.to(positions.device)
+        everywhere = torch.zeros_like(positions).index_copy(0, atoms, forces.to(positions))  # type: ignore[arg-type]
+        return energy.to(positions.device), everywhere
 
 
 def of_all_atoms(

@@ -12,11 +12,12 @@ import torch
 from test_joint import joint_flow, linear
 
 from openmm_cgflow import CGFlowError, MolecularSystem, Partition, load_config
-from openmm_cgflow.deploy import save_torchscript
+from openmm_cgflow.deploy import save_torchscript, traced, traced_with_forces
 from openmm_cgflow.model import CGModel, new_flow, new_pmf
 from openmm_cgflow.platforms import PlatformChoice
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.scaffold import Scaffold
+from openmm_cgflow.torchforce import of_all_atoms
 from openmm_cgflow.units import thermal_beta
 
 REFERENCE = PlatformChoice("Reference")
@@ -225,6 +226,20 @@ def test_torchscript_needs_nothing_else(model, tmp_path, energy, beads):
     for value, gradient in json.loads(printed):
         true = expected(model, positions, range(len(slow)) if beads else slow, 0.5, energy)
         close((value, -np.array(gradient)), true)
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_modules_take_single_precision(model, energy):
+    """As TorchForce gives it on GPUs."""
+    slow, single = list(model.partition.slow), all_atoms(model).astype(np.float32)
+    at = torch.tensor(single, requires_grad=True)
+    true = expected(model, single.astype(np.float64), slow, 1.0, energy)
+    value = of_all_atoms(traced(model.energy_of_positions(1.0, energy)), slow)(at)
+    (gradient,) = torch.autograd.grad(value, at)
+    close((value.item(), -gradient.numpy()), true)
+    value, forces = of_all_atoms(traced_with_forces(model.energy_of_positions(1.0, energy)), slow, True)(at.detach())
+    assert forces.dtype == torch.float32
+    close((value.item(), forces.numpy()), true)
 
 
 @pytest.mark.parametrize("atoms", [[0, 1, 2], [0, 0, 1, 2], [0, 1, 2, -1]])

@@ -1,5 +1,6 @@
 """DimeNet++ against the authors' numbers, and against its definition spelled out edge by edge."""
 
+import copy
 import json
 import math
 
@@ -51,6 +52,14 @@ def _parameters(seed=1):
             for part in ("ResidualSubLayer", "ResidualSubLayer_1"):
                 dense(f"{name}/~/{layer}/~/{part}", 4, 4, bias=True)
     return {name: value.double() for name, value in parameters.items()}
+
+
+def test_all_tensors_go_with_the_module_to_its_device(network):
+    """The meta device computes nothing, but refuses tensors of another device, as a GPU does."""
+    prior = BondedPrior([[0, 1, 0.15, 1e5]], [[0, 1, 2, 110.0, 0.1]], [[0, 1, 2, 3, 3, 1.0]], [])
+    potential = copy.deepcopy(DimeNetWithPrior(network, prior)).to("meta")
+    energy = potential(torch.zeros(5, 4, 3, dtype=torch.float64, device="meta"))
+    assert energy.shape == (5,) and energy.device.type == "meta"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from openmm_cgflow.contexts import ContextsEngine
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.partition import Partition
 from openmm_cgflow.platforms import platform_choice
-from openmm_cgflow.replicas import create_engine, frozen_system
+from openmm_cgflow.replicas import _time_evaluation, create_engine, frozen_system
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.system import MolecularSystem
 
@@ -429,3 +429,46 @@ def test_interrupt_reaches_the_parent_only(root, tmp_path):
 )
 def test_divergence_is_told_from_other_errors(message, diverged):
     assert is_divergence(openmm.OpenMMException(message)) is diverged
+
+
+# ---------------------------------------------------------------- on GPUs, of which there is none here
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """OpenMM's CPU platform counts as that of a GPU."""
+    monkeypatch.setattr("openmm_cgflow.platforms.GPU_PLATFORMS", ("CPU",))
+    return settings(engine="auto", platform="CPU", n_replicas=8)
+
+
+@pytest.mark.parametrize("fastest", ["Reference", "CPU"])
+def test_frames_of_a_gpu_are_evaluated_where_that_is_fastest(gpu, fastest, monkeypatch):
+    def seconds(chain, _):
+        return 1e-6 if chain._context.getPlatform().getName() == fastest else 1e-3
+
+    monkeypatch.setattr("openmm_cgflow.replicas._time_evaluation", seconds)
+    bath = HarmonicBath()
+    with create_engine(bath.toy, bath.slow, gpu) as engine:
+        assert engine.description.startswith("lattice engine, 8 replicas at once, platform CPU")
+        assert f"frames evaluated by: contexts engine, 1 worker(s), platform {fastest}" in engine.description
+        assert "µs per evaluation" in engine.description
+
+
+def test_evaluations_are_timed():
+    bath = HarmonicBath()
+    chain = Chain(bath.toy.system, platform_choice("Reference"), Dynamics(0.002, 50.0, 1e4))
+    assert 0 < _time_evaluation(chain, bath.toy.positions) < 0.1
+
+
+@pytest.mark.parametrize(("initialised", "n_workers"), [(True, 1), (False, 3)])
+def test_one_process_holds_the_network_on_a_gpu(initialised, n_workers, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: initialised)
+    monkeypatch.setattr("openmm_cgflow.replicas.default_workers", lambda: 3)
+    toy = HarmonicBath().toy
+    toy.system.addForce(openmm.PythonForce(_nothing))
+    with create_engine(toy, (0, 1), settings(platform="Reference", n_workers=0)) as engine:
+        assert f"contexts engine, {n_workers} worker(s)" in engine.description
+
+
+def _nothing(state):
+    return 0.0, np.zeros(state.getPositions(asNumpy=True).shape)

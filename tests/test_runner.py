@@ -5,6 +5,7 @@ import shutil
 
 import mdtraj
 import numpy as np
+import openmm
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from openmm_cgflow import (
     train,
 )
 from openmm_cgflow.export import read_colvar
+from openmm_cgflow.pmf_training import PMFTrainer
 from openmm_cgflow.rundir import RunDirectory
 from openmm_cgflow.sanitize import energy_and_forces
 from openmm_cgflow.scaffold import Scaffold
@@ -225,6 +227,16 @@ def test_a_failed_run_says_so(tiny, tmp_path):
     run = RunDirectory(tmp_path / "run")
     assert run.read_provenance()["status"] == "failed"
     assert "ERROR   ReplicaError: " in run.log.read_text().splitlines()[-1]
+
+
+def test_a_lost_gpu_ends_in_one_message(tiny, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise openmm.OpenMMException("Error downloading array posq: CUDA_ERROR_ILLEGAL_ADDRESS (700)")
+
+    monkeypatch.setattr(PMFTrainer, "step", lost)
+    with pytest.raises(CGFlowError, match=r"OpenMM stopped with: .*\(700\)\. The last checkpoint is kept; continue"):
+        train(tiny, tmp_path / "run", progress=False)
+    assert RunDirectory(tmp_path / "run").read_provenance()["status"] == "failed"
 
 
 def test_another_seed_gives_another_run(tiny, finished, tmp_path):

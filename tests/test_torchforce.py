@@ -116,10 +116,30 @@ def test_runs_where_gradients_are_off():
     assert np.abs(forces).max() > 0
 
 
-def test_read_back_on_the_cpu():
-    again = pickle.loads(pickle.dumps(TorchEnergy(Springs(3), _CHOSEN)))
+def test_read_back_where_it_was():
+    energy = TorchEnergy(Springs(3), _CHOSEN)
+    again = pickle.loads(pickle.dumps(energy))
     assert again.module.strength.device.type == "cpu"
     np.testing.assert_array_equal(again.atoms, _CHOSEN)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_read_back_on_the_cpu_where_there_is_no_gpu():
+    energy = TorchEnergy(Springs(3), _CHOSEN)
+    energy._device = torch.device("cuda:0")  # as the one that wrote it might have been
+    assert pickle.loads(pickle.dumps(energy)).module.strength.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU")
+def test_networks_on_a_gpu():
+    """Torch's, whatever OpenMM's platform."""
+    true_energy, true_forces = expected(Springs(3), _CHOSEN, positions())
+    force = python_force(Springs(3).to("cuda"), _CHOSEN)
+    for made in (force, openmm.XmlSerializer.clone(force)):
+        energy, forces = evaluate(context_of(made), positions())
+        assert energy == pytest.approx(true_energy, rel=1e-5)
+        np.testing.assert_allclose(forces, true_forces, atol=1e-5 * np.abs(true_forces).max())
 
 
 def test_missing_library_is_named(monkeypatch):
