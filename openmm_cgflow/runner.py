@@ -64,7 +64,7 @@ def train(
         config: Settings; their ``system`` section may be missing if ``molecular_system`` is given.
         output: The run directory.
         molecular_system: The molecule, instead of the files that ``config.system`` names.
-        resume: Continue the run that ``output`` holds, bit for bit as if it had not stopped.
+        resume: Continue the run that ``output`` holds, bit for bit as if it had not stopped (not so on GPUs).
         overwrite: Delete the run that ``output`` holds.
         max_time: Seconds of wall time after which to stop with a checkpoint.
         progress: Show a progress bar; by default on a terminal only.
