@@ -73,7 +73,7 @@ class MeanForceEstimator(Protocol):
 
     def __call__(self, z: Tensor, temperature: float) -> MeanForce: ...
 
-    def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def switch(self, paths: Tensor, temperature: float, slowness: int) -> tuple[Tensor, Tensor]:
         """Works along paths, and which may be used; see :func:`openmm_cgflow.switching.switch`."""
 
     def tune(self, noise: float) -> None:
@@ -260,8 +260,9 @@ class MolecularMeanForce:
         first = self.chains.settings.n_frames
         self.n_frames = round(min(max(best, first), _MOST_FRAMES * first))
 
-    def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return switch(self.chains, paths, temperature, derive_seed(self.chains.seed, 11, self.chains.n_calls))
+    def switch(self, paths: Tensor, temperature: float, slowness: int) -> tuple[Tensor, Tensor]:
+        seed = derive_seed(self.chains.seed, 11, self.chains.n_calls)
+        return switch(self.chains, paths, temperature, seed, slowness)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -9,8 +9,9 @@ sampling, Neal 2001). Forward and backward works together give dA by Bennett's a
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +25,12 @@ from openmm_cgflow.fastchains import FastChains
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["Differences", "Switches", "acceptance_ratio", "switch"]
+__all__ = ["Differences", "Switches", "acceptance_ratio", "slower", "switch"]
 
-_N_LANGEVIN = 10  # steps of the fast atoms after each move of the slow ones
+logger = logging.getLogger(__name__)
+
+_N_LANGEVIN = 10  # steps of the fast atoms after each move of the slow ones, at a slowness of 1
+_DISSIPATED, _SLOWEST = 2.0, 16  # kT above which switching becomes slower, and the largest slowness
 _N_EQUILIBRATION = 150  # steps of the fast atoms at either end
 _N_START = 20  # more evaluations to set out: relaxation, energies
 _N_BOOTSTRAP = 200
@@ -46,7 +50,9 @@ def acceptance_ratio(forward: np.ndarray, backward: np.ndarray) -> float:
     return float(brentq(excess, low, high))
 
 
-def switch(chains: FastChains, paths: Tensor, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
+def switch(
+    chains: FastChains, paths: Tensor, temperature: float, seed: int, slowness: int = 1
+) -> tuple[Tensor, Tensor]:
     """Moves one replica along each path.
 
     Arguments:
@@ -54,6 +60,7 @@ def switch(chains: FastChains, paths: Tensor, temperature: float, seed: int) -> 
         paths: Slow coordinates, shape (n, n_points, n_features).
         temperature: K.
         seed: Same seed, same works.
+        slowness: Multiplies the steps of the fast atoms after each move.
 
     Returns:
         Works in kT and which of them may be used, shapes (n,).
@@ -72,13 +79,26 @@ def switch(chains: FastChains, paths: Tensor, temperature: float, seed: int) -> 
         energy = torch.as_tensor(engine.evaluate(moved.numpy())[0])
         change = beta * (energy - frames.energy[:, 0])
         change -= assembly.log_volume_fast(shifted) - assembly.log_volume_fast(y)
-        frames = chains.propagate(paths[:, step], moved, temperature, _N_LANGEVIN, derive_seed(seed, 23, step))
+        frames = chains.propagate(
+            paths[:, step], moved, temperature, slowness * _N_LANGEVIN, derive_seed(seed, 23, step)
+        )
         # An overlap of infinite energy counts, with no weight, whatever follows; what is not a number does not.
         work = torch.where(torch.isposinf(work), work, work + change)
         valid &= frames.valid & ~torch.isnan(work)
         if not valid.any():
             raise ReplicaError(f"no switch was usable after step {step} of {paths.shape[1] - 1}")
     return work.clamp(max=_LARGEST_WORK), valid
+
+
+def slower(slowness: int, dissipation: float) -> int:
+    """The slowness with which to go on along a path that dissipated so many kT.
+
+    As many switches are needed as the exponential of what they dissipate, and that falls as their slowness grows, so
+    beyond some kT slower ones are cheaper.
+    """
+    if not dissipation > _DISSIPATED:  # not known, too
+        return slowness
+    return min(_SLOWEST, slowness * 2 ** math.ceil(math.log2(dissipation / _DISSIPATED)))
 
 
 class Differences(NamedTuple):
@@ -100,30 +120,56 @@ class Switches:
 
     Arguments:
         paths: Slow coordinates, shape (n_paths, n_points, n_features).
+
+    Attributes:
+        works: There and back, of each path.
+        slowness: At which these were done, of each path.
     """
 
     def __init__(self, paths: Tensor) -> None:
         self.paths = paths
         self.works: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0)) for _ in paths]
+        self.slowness = [1] * len(paths)
 
-    def cost(self, n_paths: int, n_switches: int) -> int:
-        """Energy evaluations of switching along some of the paths there and back, at most."""
+    def cost(self, n_switches: int, slowness: int = 1) -> int:
+        """Energy evaluations of switching along one of the paths there and back, at most."""
         # A move, the steps that follow, and the frame that they end with.
-        per_switch = self.paths.shape[1] * (1 + _N_LANGEVIN + 1) + _N_EQUILIBRATION + _N_START
-        return 2 * n_paths * n_switches * per_switch
+        per_switch = self.paths.shape[1] * (1 + slowness * _N_LANGEVIN + 1) + _N_EQUILIBRATION + _N_START
+        return 2 * n_switches * per_switch
 
-    def add(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], which: list[int], n_switches: int) -> list[int]:
+    def add(
+        self,
+        run: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+        which: list[int],
+        n_switches: int,
+        slowness: Sequence[int] | None = None,
+    ) -> list[int]:
         """Switches along some of the paths; returns those of which too few were usable, fewer than two of a direction.
 
-        Their works stay as they were.
+        Their works stay as they were. Works at another slowness than before take the place of those.
 
         Arguments:
-            run: Works along paths, and which may be used, as from :func:`switch`.
+            run: Works along paths at a slowness, and which may be used, as from :func:`switch`.
             which: Numbers of the paths.
             n_switches: Of each, in each direction.
+            slowness: Of each, see :func:`switch`; 1 by default.
         """
+        each = dict(zip(which, slowness or [1] * len(which), strict=True))
+        failed = []
+        for slow in sorted(set(each.values())):
+            same = [path for path in which if each[path] == slow]
+            try:
+                failed += self._add(run, same, n_switches, slow)
+            except ReplicaError as error:
+                logger.warning("switching: %s", error)
+                failed += same
+        return sorted(failed)
+
+    def _add(
+        self, run: Callable[[Tensor, int], tuple[Tensor, Tensor]], which: list[int], n_switches: int, slowness: int
+    ) -> list[int]:
         chosen = self.paths[which]
-        work, valid = run(torch.cat((chosen, chosen.flip(1))).repeat_interleave(n_switches, 0))
+        work, valid = run(torch.cat((chosen, chosen.flip(1))).repeat_interleave(n_switches, 0), slowness)
         work, valid = work.double().reshape(2, -1, n_switches), valid.reshape(2, -1, n_switches)
         failed = []
         for k, path in enumerate(which):
@@ -131,8 +177,10 @@ class Switches:
             if min(len(there), len(back)) < 2:
                 failed.append(path)
                 continue
-            before = self.works[path]
-            self.works[path] = torch.cat((before[0], there)), torch.cat((before[1], back))
+            if slowness == self.slowness[path]:
+                before = self.works[path]
+                there, back = torch.cat((before[0], there)), torch.cat((before[1], back))
+            self.works[path], self.slowness[path] = (there, back), slowness
         return failed
 
     def differences(self, seed: int) -> Differences:
@@ -152,11 +200,12 @@ class Switches:
         return Differences(*np.array(rows).reshape(-1, 3).T)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"paths": self.paths, "works": list(self.works)}
+        return {"paths": self.paths, "works": list(self.works), "slowness": list(self.slowness)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Switches:
         """Inverse of :meth:`state_dict`."""
         switches = cls(state["paths"])
         switches.works = [tuple(pair) for pair in state["works"]]
+        switches.slowness = list(state["slowness"])
         return switches

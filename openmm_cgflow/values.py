@@ -11,13 +11,12 @@ import torch
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates import Coordinates
-from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.flow import CGFlow
 from openmm_cgflow.meanforce import MeanForceEstimator
 from openmm_cgflow.paths import low_paths
 from openmm_cgflow.pmf import PMF, Values
 from openmm_cgflow.seeds import derive_seed
-from openmm_cgflow.switching import Differences, Switches
+from openmm_cgflow.switching import Differences, Switches, slower
 
 __all__ = ["ValueSwitching"]
 
@@ -30,7 +29,7 @@ _SMALLEST_ERROR = 0.02  # kT, that a difference counts with
 
 class ValueSwitching:
     """Switches until every difference is known to ``stopping.free_energy_error``, or at most 24 times as the
-    evaluations allow.
+    evaluations allow; more slowly where much work is dissipated.
 
     Use: ``start(...)`` once there is a PMF, then ``step(...)`` while ``wanted``. Not started, it wants nothing.
 
@@ -82,11 +81,12 @@ class ValueSwitching:
         Those where it does not succeed are left: without them the last fit has mean forces alone, as elsewhere.
         """
         assert self._switches is not None
-        try:
-            lost = self._switches.add(lambda paths: estimator.switch(paths, temperature), self._next, _N_SWITCHES)
-        except ReplicaError as error:
-            logger.warning("switching: %s", error)
-            lost = self._next
+        lost = self._switches.add(
+            lambda paths, slowness: estimator.switch(paths, temperature, slowness),
+            self._next,
+            _N_SWITCHES,
+            [self._slowness(path) for path in self._next],
+        )
         if lost:
             logger.warning("%d of %d conformations could not be switched to", len(lost), len(self._switches.paths))
         self.lost = sorted({*self.lost, *lost})
@@ -98,13 +98,25 @@ class ValueSwitching:
         if self._switches is not None:
             self._found = self._switches.differences(derive_seed(self.config.seed, 12))
 
-    def _plan(self, estimator: MeanForceEstimator) -> None:
+    def _slowness(self, path: int) -> int:
+        """Of the next switches along a path."""
         assert self._switches is not None and self._found is not None
+        return slower(self._switches.slowness[path], self._found.dissipation[path])
+
+    def _plan(self, estimator: MeanForceEstimator) -> None:
+        """Of the next step: the paths along which to switch, the cheapest first where not all can be afforded."""
+        assert self._switches is not None and self._found is not None
+        self._next = []
+        if self.n_steps == _N_STEPS:
+            return
         stopping = self.config.stopping
         rough = np.setdiff1d(np.flatnonzero(self._found.error > stopping.free_energy_error), self.lost).tolist()
-        cost = self._switches.cost(len(rough), _N_SWITCHES)
-        affordable = estimator.n_energy_evaluations + cost <= stopping.max_evaluations
-        self._next = rough if affordable and self.n_steps < _N_STEPS else []
+        left = stopping.max_evaluations - estimator.n_energy_evaluations
+        for path in sorted(rough, key=self._slowness):
+            left -= self._switches.cost(_N_SWITCHES, self._slowness(path))
+            if left >= 0:
+                self._next.append(path)
+        self._next.sort()
 
     def values(self) -> Values | None:
         """What is known; None where nothing is."""

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.model import CGModel
 from openmm_cgflow.paths import low_paths
 from openmm_cgflow.replicas import ReplicaEngine
 from openmm_cgflow.seeds import derive_seed
-from openmm_cgflow.switching import Switches, switch
+from openmm_cgflow.switching import Switches, slower, switch
 
 __all__ = ["Verification", "verify"]
 
@@ -85,9 +86,17 @@ def verify(model: CGModel, engine: ReplicaEngine, n_conformations: int, n_replic
     chains = model.chains(engine)
     before = engine.n_energy_evaluations
     every = list(range(n_conformations))
-    if failed := switches.add(lambda paths: switch(chains, paths, model.temperature, seed), every, n_replicas):
+
+    def run(paths: Tensor, slowness: int) -> tuple[Tensor, Tensor]:
+        return switch(chains, paths, model.temperature, seed, slowness)
+
+    if failed := switches.add(run, every, n_replicas):
         raise ReplicaError(f"hardly any switch to {len(failed)} of {n_conformations} conformations was usable")
     found = switches.differences(derive_seed(seed, 21))
+    slowness = [slower(1, dissipation) for dissipation in found.dissipation]
+    if again := [path for path in every if slowness[path] > 1]:
+        switches.add(run, again, n_replicas, [slowness[path] for path in again])
+        found = switches.differences(derive_seed(seed, 21))
     return Verification(
         ends[:, : model.coordinates.n_circular].tolist(),
         pmf.tolist(),

@@ -139,7 +139,7 @@ class AnalyticMeanForce:
     ) -> None:
         self.free_energy, self.noise, self.invalid = free_energy, noise, list(invalid)
         self.generator = torch.Generator().manual_seed(seed)
-        self.n_energy_evaluations = 0
+        self.n_energy_evaluations, self.dissipation = 0, 0.5
 
     def __call__(self, z: Tensor, temperature: float) -> MeanForce:
         at = z.detach().clone().requires_grad_()
@@ -161,12 +161,13 @@ class AnalyticMeanForce:
     def tune(self, noise: float) -> None:
         """Nothing to choose."""
 
-    def switch(self, paths: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Gaussian works, which obey Crooks' theorem, with a dissipation of 1/2 kT."""
+    def switch(self, paths: Tensor, temperature: float, slowness: int) -> tuple[Tensor, Tensor]:
+        """Gaussian works, which obey Crooks' theorem; what they dissipate falls with the slowness."""
         difference = thermal_beta(temperature) * (self.free_energy(paths[:, -1]) - self.free_energy(paths[:, 0]))
         noise = torch.randn(len(paths), generator=self.generator, dtype=torch.float64)
-        self.n_energy_evaluations += len(paths)
-        return difference + 0.5 + noise, torch.ones(len(paths), dtype=torch.bool)
+        self.n_energy_evaluations += slowness * len(paths)
+        lost = self.dissipation / slowness
+        return difference + lost + math.sqrt(2 * lost) * noise, torch.ones(len(paths), dtype=torch.bool)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "n_energy_evaluations": self.n_energy_evaluations}

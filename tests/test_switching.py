@@ -10,7 +10,7 @@ from pymbar.other_estimators import bar
 
 from openmm_cgflow import switching
 from openmm_cgflow.errors import ReplicaError
-from openmm_cgflow.switching import Switches, acceptance_ratio, switch
+from openmm_cgflow.switching import Switches, acceptance_ratio, slower, switch
 from openmm_cgflow.units import thermal_beta
 
 
@@ -203,14 +203,15 @@ def crooks(differences, spread=1.0, seed=0, broken=()):
     generator = torch.Generator().manual_seed(seed)
     asked = []
 
-    def run(paths):
+    def run(paths, slowness):
         number, forward = paths[:, 0, 0].long(), paths[:, 0, 1] < paths[:, -1, 1]
         asked.append((number, forward))
         difference = torch.tensor(differences, dtype=torch.float64)[number] * (2 * forward.double() - 1)
         noise = torch.randn(len(paths), generator=generator, dtype=torch.float64)
         valid = torch.ones(len(paths), dtype=torch.bool)
         valid[list(broken)] = False
-        return difference + spread**2 / 2 + spread * noise, valid
+        lost = spread**2 / 2 / slowness
+        return difference + lost + math.sqrt(2 * lost) * noise, valid
 
     return run, asked
 
@@ -271,7 +272,32 @@ def test_collected_works_survive_a_restart():
     assert again.differences(3).value[0] == switches.differences(3).value[0]
 
 
-def test_cost_is_an_upper_limit():
+def test_works_of_one_slowness_are_kept():
+    """Those of slower switches take the place of earlier ones, and are more precise."""
+    switches = Switches(numbered(2))
+    run, asked = crooks([1.0, 3.0], spread=4.0)  # 8 kT
+    switches.add(run, [0, 1], 20)
+    fast = switches.differences(0)
+    switches.add(run, [0, 1], 20, [1, 8])
+    assert [len(number) for number, _ in asked] == [80, 40, 40]
+    assert [len(there) for there, _ in switches.works] == [40, 20] and switches.slowness == [1, 8]
+    slow = switches.differences(0)
+    assert slow.dissipation == pytest.approx([8.0, 1.0], abs=1.5) and slow.error[1] < 0.5 * fast.error[1]
+    switches.add(run, [1], 20, [8])
+    assert [len(there) for there, _ in switches.works] == [40, 40]
+    assert Switches.from_state(switches.state_dict()).slowness == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("before", "dissipation", "after"),
+    [(1, 0.5, 1), (1, 2.0, 1), (1, 2.1, 2), (1, 7.9, 4), (2, 7.9, 8), (4, 1.0, 4), (1, 1e3, 16), (2, math.nan, 2)],
+)
+def test_slower_where_much_is_dissipated(before, dissipation, after):
+    assert slower(before, dissipation) == after
+
+
+@pytest.mark.parametrize("slowness", [1, 3])
+def test_cost_is_an_upper_limit(slowness):
     engine, assembly = MovingBath(), molecule()
     chains = chains_of(engine, assembly)
     chains.run(line(20), TEMPERATURE, 10, 1, 1)
@@ -284,5 +310,6 @@ def test_cost_is_an_upper_limit():
 
     engine.run = counting
     switches, before = Switches(torch.stack((line(40), line(40)))), engine.n_energy_evaluations
-    switches.add(lambda paths: switch(chains, paths, TEMPERATURE, 1), [0, 1], 5)
-    assert 0.6 * switches.cost(2, 5) < engine.n_energy_evaluations - before <= switches.cost(2, 5)
+    switches.add(lambda paths, slow: switch(chains, paths, TEMPERATURE, 1, slow), [0, 1], 5, [1, slowness])
+    cost = switches.cost(5) + switches.cost(5, slowness)
+    assert 0.6 * cost < engine.n_energy_evaluations - before <= cost

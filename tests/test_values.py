@@ -70,18 +70,37 @@ def test_every_difference_is_known_as_well_as_asked(error):
 def test_easy_paths_are_left_when_they_are_known(monkeypatch):
     values, estimator = started(settings(error=0.1))
     lengths, switch = [], estimator.switch
-    estimator.switch = lambda asked, temperature: (lengths.append(len(asked)), switch(asked, temperature))[1]
+    estimator.switch = lambda asked, *how: (lengths.append(len(asked)), switch(asked, *how))[1]
     finish(values, estimator)
     assert lengths[0] == 2 * 4 * 16 and lengths == sorted(lengths, reverse=True) and len(lengths) == values.n_steps
+
+
+def test_switching_is_slower_where_much_is_dissipated():
+    values, estimator = started(settings(error=0.1))
+    estimator.dissipation = 12.0
+    found = finish(values, estimator)
+    assert values.n_steps < 24 and values._switches.slowness == [8] * 4
+    exact = phi(found.end) - phi(found.start)
+    assert float(found.error.max()) <= 0.1 and float(((found.difference - exact) / found.error).abs().max()) < 4
+
+
+def test_what_can_be_afforded_is_done():
+    values, estimator = started(settings(error=1e-4))
+    cost = values._switches.cost(16)
+    values, estimator = started(settings(error=1e-4, limit=2.5 * cost))
+    asked, switch = [], estimator.switch
+    estimator.switch = lambda paths, *how: (asked.append(len(paths) // 32), switch(paths, *how))[1]
+    values.step(estimator, TEMPERATURE)
+    assert asked == [2]
 
 
 def test_it_stops_within_the_evaluations():
     values, estimator = started(settings(error=1e-4, limit=3e5))
     switch = estimator.switch
 
-    def costly(asked, temperature):
+    def costly(asked, temperature, slowness):
         estimator.n_energy_evaluations += len(asked) * (150 + 12 * (asked.shape[1] - 1))  # as in a molecule
-        return switch(asked, temperature)
+        return switch(asked, temperature, slowness)
 
     estimator.switch = costly
     finish(values, estimator)
@@ -114,8 +133,8 @@ def test_conformations_that_cannot_be_reached_are_left_alone(caplog):
     values, estimator = started(settings(error=0.1))
     switch = estimator.switch
 
-    def breaking(asked, temperature):
-        work, valid = switch(asked, temperature)
+    def breaking(asked, *how):
+        work, valid = switch(asked, *how)
         ends = values._switches.paths[1, [0, -1]]
         lost = ((asked[:, 0] == ends[0]) & (asked[:, -1] == ends[1])).all(1)
         return work, valid & ~lost
@@ -134,7 +153,7 @@ def test_conformations_that_cannot_be_reached_are_left_alone(caplog):
 def test_nothing_can_be_switched(caplog):
     values, estimator = started(settings())
 
-    def failing(asked, temperature):
+    def failing(asked, *how):
         raise ReplicaError("no switch was usable")
 
     estimator.switch = failing
