@@ -22,7 +22,11 @@ SPRINGS = [(C, E, 1.2e3), (D, E, -3e2), (B, E, -3e2), (E, F, 750.0), (C, F, -150
 
 
 class MovingBath(QuadraticBath):
-    """A quadratic bath whose frames after few steps remember where they started: what moves them must be right."""
+    """A quadratic bath whose frames after few steps remember where they started: what moves them must be right.
+
+    Arguments:
+        memory: Of frames after ten steps.
+    """
 
     def __init__(self, memory=0.7):
         super().__init__(6, SPRINGS, SLOW)
@@ -50,7 +54,8 @@ class MovingBath(QuadraticBath):
             ff, fs = self._block(self.fast, self.fast), self._block(self.fast, self.slow)
             mean = -torch.linalg.solve(ff, fs @ start[:, self.slow])
             fresh = frames.xyz[:, 0, self.fast] - mean
-            mixed = self.memory * (start[:, self.fast] - mean) + math.sqrt(1 - self.memory**2) * fresh
+            memory = self.memory ** (others["stride"] / 10)
+            mixed = memory * (start[:, self.fast] - mean) + math.sqrt(1 - memory**2) * fresh
             frames.xyz[:, 0, self.fast] = mean + mixed
             frames = frames._replace(forces=-self.laplacian @ frames.xyz, energy=self.energy(frames.xyz))
         broken = self.broken.get(self.n_runs, [])

@@ -14,12 +14,12 @@ from openmm_cgflow.switching import Switches, acceptance_ratio, slower, switch
 from openmm_cgflow.units import thermal_beta
 
 
-def switched(path, n, engine, assembly, seed=1, follow=None):
+def switched(path, n, engine, assembly, seed=1, follow=None, slowness=1):
     """Works along a path and back, and the exact free-energy difference."""
     both = torch.stack((path, path.flip(0))).repeat_interleave(n, 0)
     chains = chains_of(engine, assembly)
     chains.follow = follow
-    work, valid = switch(chains, both, TEMPERATURE, seed)
+    work, valid = switch(chains, both, TEMPERATURE, seed, slowness)
     ends = exact(engine, assembly, path[[0, -1]])
     return work.reshape(2, n), valid.reshape(2, n), float(ends[1] - ends[0])
 
@@ -126,6 +126,15 @@ def test_slower_switching_dissipates_less():
     means = []
     for n_steps in (2, 5, 20):
         (forward, backward), _, _ = switched(line(n_steps), 1000, MovingBath(), molecule())
+        means.append(float(forward.mean() + backward.mean()) / 2)
+    assert means[0] > 1.3 * means[1] > 1.3**2 * means[2] > 0
+
+
+def test_more_steps_after_each_move_dissipate_less():
+    means = []
+    for slowness in (1, 4, 16):
+        (forward, backward), _, difference = switched(line(5), 2000, MovingBath(), molecule(), slowness=slowness)
+        assert abs(in_standard_errors(forward, difference)) < 4
         means.append(float(forward.mean() + backward.mean()) / 2)
     assert means[0] > 1.3 * means[1] > 1.3**2 * means[2] > 0
 
