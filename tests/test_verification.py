@@ -61,6 +61,19 @@ def test_the_exact_pmf_passes_and_a_wrong_one_does_not(few_points):
     assert found.n_evaluations > n_chains * (151 + 11 * engine.n_evaluated)
 
 
+def test_what_dissipates_much_is_switched_to_again_and_slower(few_points, monkeypatch):
+    before, _ = check()
+    worst = int(np.argmax(before.dissipation))
+    threshold = before.dissipation[worst] / 8
+    monkeypatch.setattr(switching, "_DISSIPATED", threshold)
+    found, engine = check()
+    same = [a == b for a, b in zip(found.switching, before.switching, strict=True)]
+    assert same == [dissipation <= threshold for dissipation in before.dissipation]
+    assert found.dissipation[worst] < 0.6 * before.dissipation[worst]
+    assert abs(found.switching[worst] - found.pmf[worst]) < 4 * found.error[worst]
+    assert found.n_evaluations == engine.n_energy_evaluations - 1000 > before.n_evaluations
+
+
 def test_its_errors_are_those_of_repeated_checks(few_points):
     """Over seeds, with the same paths: differences in units of their errors have the spread of one."""
     pulls = []
