@@ -33,6 +33,8 @@ _SHORTEST_PAIR = 0.03
 """nm; half the shortest bond there is, H-H."""
 _LONGEST_BOND = 1.0
 """nm; longer ones mean ångström taken for nm, or a molecule cut by a box."""
+_SLOPE_ERROR = 0.05
+"""Relative, of forces against the energy: more than single precision does, less than any wrong unit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,6 +323,24 @@ def _refuse_energy(system: openmm.System, xyz: np.ndarray, source: str) -> None:
             f"{source}: the energy changes by {moved - energy:.3g} kJ/mol when the whole molecule is "
             "moved and turned: remove position restraints and external fields from the System"
         )
+    with _located(source):
+        slope, expected = _slopes(system, xyz)
+    if not abs(slope - expected) <= _SLOPE_ERROR * abs(expected):
+        raise CGFlowError(
+            f"{source}: the forces are not those of the energy: it changes by {slope:.4g} kJ/mol/nm where they say "
+            f"{expected:.4g}. A potential in Python must give forces in kJ/mol/nm; those of another library may be in "
+            "kJ/mol/angstrom, or have the other sign"
+        )
+
+
+def _slopes(system: openmm.System, xyz: np.ndarray) -> tuple[float, float]:
+    """Slope of the energy against the forces, kJ/mol/nm, by differences and by the forces, off the minimum."""
+    away = xyz + 0.005 * np.random.default_rng(0).standard_normal(xyz.shape)
+    _, forces = energy_and_forces(system, away)
+    length = float(np.linalg.norm(forces))
+    step = 0.001 * forces / max(length, 1e-12)
+    above, below = (energy_and_forces(system, away + sign * step)[0] for sign in (1, -1))
+    return (above - below) / 0.002, -length
 
 
 def _moved(xyz: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from openmm_cgflow.loaders import read_system_xml
 from openmm_cgflow.potentials import ReplicaEnergy
 from openmm_cgflow.replicas import create_engine
 from openmm_cgflow.sanitize import energy_and_forces
-from openmm_cgflow.torchforce import python_force
+from openmm_cgflow.torchforce import TorchEnergy, python_force
 
 SHORT = {"n_relax": 2, "n_equilibration": 3, "n_frames": 2, "stride": 2}
 
@@ -161,6 +161,32 @@ def test_openmmml(butane, force_field, tmp_path):
         molecule(butane, "openmmml", "springs", files={"weights": table})
     with pytest.raises(CGFlowError, match="openmm-ml cannot make other: it has no potential of this name"):
         molecule(butane, "openmmml", "other")
+
+
+class WrongForces:
+    """Springs whose forces are in another unit."""
+
+    def __init__(self, factor):
+        self.factor, self.right = factor, TorchEnergy(learned.all_pairs())
+
+    def __call__(self, state):
+        energy, forces = self.right(state)
+        return energy, self.factor * forces
+
+
+@pytest.mark.parametrize("factor", [0.1, 1 / 4.184, -1.0, 1.0])
+def test_forces_that_are_not_the_slope_are_refused(butane, force_field, factor):
+    """As those of openmm-ml 1.8's ANI, in kJ/mol/angstrom: dynamics would go on, at another temperature."""
+    molecule = MolecularSystem.from_files(**butane, **force_field)
+    system = openmm.System()
+    for mass in molecule.masses:
+        system.addParticle(mass)
+    system.addForce(openmm.PythonForce(WrongForces(factor)))
+    if factor == 1.0:
+        MolecularSystem.from_openmm(molecule.topology, system, molecule.positions)
+        return
+    with pytest.raises(CGFlowError, match=r"the forces are not those of the energy: .*kJ/mol/angstrom"):
+        MolecularSystem.from_openmm(molecule.topology, system, molecule.positions)
 
 
 def test_without_openmmml(butane, monkeypatch):
