@@ -413,10 +413,10 @@ def clashing():
     return bath, start
 
 
-@pytest.mark.parametrize("platform", ["Reference", "CPU"])
-def test_diverged_copies_are_quarantined(platform):
+def test_diverged_copies_are_quarantined(every_platform):
     bath, start = clashing()
-    with create_engine(bath.toy, bath.slow, settings(n_replicas=4).model_copy(update={"platform": platform})) as engine:
+    options = settings(n_replicas=4).model_copy(update={"platform": every_platform.name})
+    with create_engine(bath.toy, bath.slow, options) as engine:
         frames = engine.run(start, 300.0, seed=1, **SCHEDULE)
         energy, _ = engine.evaluate(frames.xyz[frames.valid][:, 0])
     assert np.flatnonzero(~frames.valid).tolist() == [5, 7]
