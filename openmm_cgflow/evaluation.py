@@ -15,7 +15,7 @@ from openmm_cgflow.comparison import Ensemble, Grid, compare_densities, compare_
 from openmm_cgflow.config import load_config
 from openmm_cgflow.distances import N_BINS, PSEUDOCOUNT, effective_size
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.export import read_colvar
+from openmm_cgflow.export import colvar_constants, read_colvar
 from openmm_cgflow.observables import measure, residues_with_maps
 from openmm_cgflow.reference import GridReference, TrajectoryReference, load_frames, load_reference, load_structure
 from openmm_cgflow.report import Evaluation, write_evaluation
@@ -80,6 +80,8 @@ def evaluate(
 
     trajectory_file = run.samples if samples is None else Path(samples)
     ours, log_weight = read_samples(run, trajectory_file, structure)
+    constants = colvar_constants(trajectory_file.with_suffix(".colvar"))
+    temperature = constants.get("temperature_K", config.temperature)  # of another stage than the last, say
     observables = measure(ours, structure, slow, chosen)
     ensembles = {"samples": Ensemble(observables, np.ones(ours.n_frames), ours.n_frames)}
     if log_weight is not None:
@@ -97,14 +99,14 @@ def evaluate(
         samples=_describe_samples(trajectory_file, ensembles),
         reference=_describe_reference(theirs, chosen),
         settings={
-            "temperature_K": config.temperature,
+            "temperature_K": temperature,
             "seed": seed,
             "bins_per_turn": N_BINS,
             "pseudocount_of_kl": PSEUDOCOUNT,
         },
         maps=maps,
         torsions=torsions,
-        basins=compare_basins(ensembles, grid, thermal_beta(config.temperature), rng),
+        basins=compare_basins(ensembles, grid, thermal_beta(temperature), rng),
         sizes=compare_sizes(ensembles),
         states=compare_states(ensembles, grid),
     )

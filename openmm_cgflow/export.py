@@ -20,13 +20,14 @@ __all__ = [
     "SamplesLike",
     "check_trajectory_path",
     "colvar_columns",
+    "colvar_constants",
     "peptide_torsions",
     "read_colvar",
     "write_colvar",
     "write_trajectory",
 ]
 
-_FIELDS = "#! FIELDS "
+_FIELDS, _SET = "#! FIELDS ", "#! SET "
 
 
 class SamplesLike(Protocol):
@@ -126,12 +127,13 @@ def colvar_columns(samples: SamplesLike, names: Sequence[str]) -> dict[str, np.n
     return {"log_q": samples.log_q, **weight, "energy": samples.energy, **peptide_torsions(samples.trajectory), **z}
 
 
-def write_colvar(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes a PLUMED COLVAR file: ``#! FIELDS time ...``, then one row for each sample.
+def write_colvar(path: Path, columns: Mapping[str, np.ndarray], constants: Mapping[str, float] | None = None) -> None:
+    """Writes a PLUMED COLVAR file: ``#! FIELDS time ...`` and ``#! SET ...``, then one row for each sample.
 
     Arguments:
         path: The file.
         columns: Columns of shape (n,), angles in radians; ``time``, the index of the sample, is put before them.
+        constants: Numbers that all rows have in common, such as ``temperature_K``.
 
     Raises:
         CGFlowError: If the file cannot be written.
@@ -146,8 +148,25 @@ def write_colvar(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     table = np.column_stack([np.asarray(values, dtype=np.float64) for values in columns.values()])
     with atomic_path(path) as temporary, temporary.open("w") as file:
         file.write(_FIELDS + " ".join(["time", *columns]) + "\n")
+        file.writelines(f"{_SET}{name} {value:.10g}\n" for name, value in (constants or {}).items())
         for index, row in enumerate(table):
             file.write(" ".join([str(index), *(f"{value:.10g}" for value in row)]) + "\n")
+
+
+def colvar_constants(path: Path) -> dict[str, float]:
+    """The numbers that a COLVAR file sets for all rows.
+
+    Raises:
+        CGFlowError: If it cannot be read or one is not a number.
+    """
+    try:
+        with path.open() as file:
+            lines = [line.split()[2:] for line in file if line.startswith(_SET)]
+        return {name: float(value) for name, value in lines}
+    except OSError as error:
+        raise CGFlowError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError as error:
+        raise CGFlowError(f"{path}: a line that begins with '{_SET.strip()}' needs a name and a number") from error
 
 
 def read_colvar(path: Path) -> dict[str, np.ndarray]:

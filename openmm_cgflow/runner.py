@@ -176,7 +176,7 @@ def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | 
     """Writes a trajectory, its COLVAR table and, if asked, its topology side by side; returns their paths."""
     colvar = path.with_suffix(".colvar")
     write_trajectory(samples.trajectory, path, topology=topology)
-    write_colvar(colvar, colvar_columns(samples, model.coordinates.names))
+    write_colvar(colvar, colvar_columns(samples, model.coordinates.names), {"temperature_K": model.temperature})
     return [path, colvar, *([topology] if topology else [])]
 
 

@@ -314,6 +314,8 @@ def test_another_stage_has_another_temperature(ladder, tmp_path, capsys):
         text = output_of(capsys, "sample", ladder, "-n", 64, "-o", output, "--stage", stage, "--n-equilibration", 60)
         assert temperature in text
         energies.append(np.median(read_colvar(output.with_suffix(".colvar"))["energy"]))
+        text = output_of(capsys, "evaluate", ladder, "--samples", output, "-o", tmp_path / f"evaluation{stage}")
+        assert f"64 samples at {temperature}" in text
     # 36 vibrations gain kT/2 each from the higher temperature, 45 kJ/mol; half of it is far above the noise.
     assert energies[0] > energies[1] + 20
 

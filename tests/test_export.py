@@ -7,6 +7,7 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.export import (
     check_trajectory_path,
     colvar_columns,
+    colvar_constants,
     peptide_torsions,
     read_colvar,
     write_colvar,
@@ -82,8 +83,9 @@ def test_check_leaves_nothing_behind(tmp_path):
 def test_colvar_round_trip(tmp_path):
     path = tmp_path / "a.colvar"
     columns = {"log_q": np.linspace(-1e3, 1e-7, 5), "phi": np.array([np.nan, 1, 2, 3, -np.pi])}
-    write_colvar(path, columns)
-    assert path.read_text().splitlines()[0] == "#! FIELDS time log_q phi"
+    write_colvar(path, columns, {"temperature_K": 512.5})
+    assert path.read_text().splitlines()[:2] == ["#! FIELDS time log_q phi", "#! SET temperature_K 512.5"]
+    assert colvar_constants(path) == {"temperature_K": 512.5}
     back = read_colvar(path)
     assert list(back) == ["time", "log_q", "phi"]
     assert np.array_equal(back["time"], np.arange(5))
@@ -103,6 +105,9 @@ def test_colvar_refusals(tmp_path):
         path.write_text(text)
         with pytest.raises(CGFlowError, match=word):
             read_colvar(path)
+    path.write_text("#! FIELDS time a\n#! SET temperature_K warm\n")
+    with pytest.raises(CGFlowError, match="needs a name and a number"):
+        colvar_constants(path)
 
 
 def test_peptide_torsions(peptide, systems):
