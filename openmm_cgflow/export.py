@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -154,14 +155,15 @@ def write_colvar(path: Path, columns: Mapping[str, np.ndarray], constants: Mappi
 
 
 def colvar_constants(path: Path) -> dict[str, float]:
-    """The numbers that a COLVAR file sets for all rows.
+    """The numbers that a COLVAR file sets for all rows, in the lines before them.
 
     Raises:
         CGFlowError: If it cannot be read or one is not a number.
     """
     try:
         with path.open() as file:
-            lines = [line.split()[2:] for line in file if line.startswith(_SET)]
+            header = takewhile(lambda line: line.startswith("#!"), file)
+            lines = [line.split()[2:] for line in header if line.startswith(_SET)]
         return {name: float(value) for name, value in lines}
     except OSError as error:
         raise CGFlowError(f"{path}: cannot read: {error.strerror}") from error

@@ -124,7 +124,7 @@ class FreeEnergy(nn.Module):
 
     def forward(self, xyz: Tensor) -> Tensor:
         """Slow positions, nm, shape (..., n_slow, 3) -> (...)."""
-        xyz = xyz.to(self.order.device, torch.float64)  # a GPU's TorchForce gives float32 there
+        xyz = xyz.to(self.order.device, torch.float64)  # users may give others
         z = self.coordinates.from_xyz(xyz.index_select(-2, self.order))
         return self.of_coordinates(z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
 

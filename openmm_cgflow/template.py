@@ -56,8 +56,9 @@ temperature: {temperature:g} K
 seed: {seed}
 
 partition:
-  # backbone (N CA C and the carbons of the caps), heavy (all but hydrogens, with those of hydroxyl and thiol groups),
-  # an MDTraj selection such as "name N CA C", or a list of 0-based atom indices: one connected set without rings.
+  # backbone (N CA C, and the carbons and nitrogens of the caps), heavy (all but hydrogens, with those of hydroxyl and
+  # thiol groups), an MDTraj selection such as "name N CA C", or a list of 0-based atom indices: one connected set
+  # without rings.
   slow: {_scalar(slow)}
 
 coordinates:

@@ -252,6 +252,8 @@ def test_files(tmp_path):
     np.savez(weights, **{name: value.numpy() for name, value in _parameters().items()})
     prior.write_text(json.dumps(_PRIOR))
     potential = load_dimenet(weights, prior)
+    with pytest.raises(CGFlowError, match="device: torch cannot compute on 'abacus'"):
+        load_dimenet(weights, prior, device="abacus")
     assert isinstance(potential, DimeNetWithPrior)
     assert not list(filter(lambda p: p.requires_grad, potential.parameters()))
     parameters = _parameters()
