@@ -89,6 +89,8 @@ class PMF(nn.Module):
         if self.periodic:
             return
         n = self.n_circular
+        # In double precision: the last bits of a solver's result depend on where in memory its arguments happen to lie.
+        z, gradient = z.double(), gradient.double()
         at = torch.cat((z[:, :n], torch.ones_like(z[:, :1])), dim=-1)
         linear = torch.linalg.lstsq(at, gradient[:, :n]).solution
         left = gradient[:, :n] - at @ linear

@@ -126,10 +126,10 @@ def test_command_line_is_on_top(imports):
 
 
 def test_every_module_states_what_it_offers(root):
-    for path in (root / "openmm_cgflow").glob("*.py"):
+    for path in (root / "openmm_cgflow").rglob("*.py"):
         assert "__all__" in path.read_text(), path
 
 
 def test_nothing_touches_global_matplotlib(root):
-    for path in (root / "openmm_cgflow").glob("*.py"):
+    for path in (root / "openmm_cgflow").rglob("*.py"):
         assert "pyplot" not in path.read_text().replace("no pyplot", ""), path

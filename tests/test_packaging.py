@@ -3,10 +3,13 @@
 import ast
 import configparser
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 import yaml
@@ -57,7 +60,7 @@ def test_environment_is_conda_forge_only(environment):
 
 def test_imports_are_declared(setup, root):
     used = set()
-    for path in (root / "openmm_cgflow").glob("*.py"):
+    for path in (root / "openmm_cgflow").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 used |= {alias.name.split(".")[0] for alias in node.names}
@@ -111,6 +114,27 @@ def test_installed_metadata():
     assert installed.version == openmm_cgflow.__version__
     commands = {entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"}
     assert commands == {"openmm-cgflow": "openmm_cgflow.cli:main"}
+
+
+def test_the_wheel_holds_every_module_and_runs_away_from_the_tree(root, tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(root / "openmm_cgflow", source / "openmm_cgflow", ignore=ignored)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("openmm_cgflow/")}
+        archive.extractall(tmp_path / "installed")
+    files = {path.relative_to(source).as_posix() for path in (source / "openmm_cgflow").rglob("*") if path.is_file()}
+    assert packed == files
+    code = "import sys, openmm_cgflow.cli as cli; print(cli.__file__, file=sys.stderr); sys.exit(cli.main())"
+    command = [sys.executable, "-c", code, "train", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert str(tmp_path / "installed") in ran.stderr and "--resume" in ran.stdout
 
 
 def test_importing_is_light():

@@ -1,0 +1,119 @@
+"""Short runs of all three methods: records their numbers, or compares them bit for bit with a record.
+
+    python benchmarks/same_numbers.py record FOLDER     # before a change that must not change any number
+    python benchmarks/same_numbers.py compare FOLDER    # after it
+
+The same seed gives the same numbers on one machine with the same versions of torch and OpenMM; elsewhere the last
+digits differ, and chains of molecular dynamics amplify that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import mdtraj
+import numpy as np
+
+from openmm_cgflow import load_config, train
+
+SYSTEMS = Path(__file__).resolve().parent.parent / "systems"
+COMMON = (
+    "sampler.n_replicas=16",
+    "sampler.n_pool_steps=30",
+    "sampler.n_workers=1",
+    "sampler.platform=Reference",
+    "flow.n_layers=2",
+    "flow.hidden_features=[16]",
+    "sampling.n_samples=16",
+    "sampling.n_equilibration=5",
+    "sampling.plots=false",
+    "training.checkpoint_interval=1000",
+)
+# Rounds, switching, the last fit and the flow alone: every phase of the default method.
+PMF = (
+    "pmf.n_updates=5",
+    "pmf.final_updates=5",
+    "pmf.response_updates=5",
+    "pmf.flow_updates=2",
+    "pmf.flow_batch_size=32",
+    "pmf.polish_updates=50",
+    "pmf.hidden_features=[16]",
+    "stopping.max_rounds=3",
+    "stopping.max_polish_cycles=2",
+    "pmf.n_switched=1",
+    "stopping.free_energy_error=5",
+    "sampling.n_verified=2",
+    "sampling.n_switches=2",
+)
+LADDER = (
+    "tempering.schedule=adaptive",
+    "tempering.start=600",
+    "training.n_steps_first=4",
+    "training.n_steps=3",
+    "training.n_steps_last=4",
+)
+CASES = {
+    "ala2_pmf": ("alanine_dipeptide", (*COMMON, *PMF)),
+    "ala2_reverse_kl": ("alanine_dipeptide", (*COMMON, *LADDER, "training.method=reverse_kl")),
+    "butane_pmf": ("butane", (*COMMON, *PMF)),
+    "butane_reverse_kl": ("butane", (*COMMON, *LADDER, "training.method=reverse_kl", "coordinates.kind=cartesian")),
+    "butane_joint": ("butane", (*COMMON, *LADDER, "training.method=joint")),
+    "double_well_pmf": ("double_well", (*COMMON, *PMF)),
+    "double_well_joint": ("double_well", (*COMMON, *LADDER, "training.method=joint", "joint.map=linear")),
+}
+
+
+def numbers(case: str, folder: Path) -> dict[str, np.ndarray]:
+    """Runs a case: the columns of its metrics and the positions of its frames, nm, shape (n_frames, n_atoms, 3)."""
+    system, settings = CASES[case]
+    train(load_config(SYSTEMS / system / f"{system}.yaml", settings), folder / case, progress=False)
+    with (folder / case / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {f"metrics {name}": np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    frames = mdtraj.load(str(folder / case / "samples.dcd"), top=str(folder / case / "topology.pdb"))
+    return columns | {"frames": frames.xyz}
+
+
+def differences(old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> list[str]:
+    """What is not the same to the last bit, a line each; nan is equal to nan."""
+    lines = [f"{name}: only in one of the two" for name in sorted(old.keys() ^ new.keys())]
+    for name in sorted(old.keys() & new.keys()):
+        if old[name].shape != new[name].shape:
+            lines.append(f"{name}: shape {new[name].shape}, was {old[name].shape}")
+        elif not np.array_equal(old[name], new[name], equal_nan=True):
+            first = int(np.flatnonzero(~((old[name] == new[name]) | (np.isnan(old[name]) & np.isnan(new[name]))))[0])
+            lines.append(f"{name}: differs from number {first} on, {new[name].flat[first]}, was {old[name].flat[first]}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("record", "compare"))
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        for case in CASES:
+            new, path = numbers(case, Path(temporary)), options.folder / f"{case}.npz"
+            if options.what == "record":
+                np.savez_compressed(path, **new)
+                print(f"{case}: {len(new['metrics step'])} steps and {len(new['frames'])} frames recorded in {path}")
+                continue
+            with np.load(path) as archive:
+                found = differences(dict(archive), new)
+            failed += bool(found)
+            print("\n  ".join([f"{case}: {'the same' if not found else 'NOT THE SAME'}", *found]))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
