@@ -90,7 +90,9 @@ def differences(old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> list[
             lines.append(f"{name}: shape {new[name].shape}, was {old[name].shape}")
         elif not np.array_equal(old[name], new[name], equal_nan=True):
             first = int(np.flatnonzero(~((old[name] == new[name]) | (np.isnan(old[name]) & np.isnan(new[name]))))[0])
-            lines.append(f"{name}: differs from number {first} on, {new[name].flat[first]}, was {old[name].flat[first]}")
+            lines.append(
+                f"{name}: differs from number {first} on, {new[name].flat[first]}, was {old[name].flat[first]}"
+            )
     return lines
 
 
