@@ -26,11 +26,11 @@ from estimators import populations
 from md import Molecule, exit_code, load, load_grid, parallel_map, seed_option
 from samplers import METHODS, Sampled
 
-from openmm_cgflow.distances import circle_histogram, compare
+from openmm_cgflow.analysis.distances import circle_histogram, compare
+from openmm_cgflow.analysis.reference import GridReference
+from openmm_cgflow.analysis.states import RAMACHANDRAN
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.files import atomic_write, writing
-from openmm_cgflow.reference import GridReference
-from openmm_cgflow.states import RAMACHANDRAN
+from openmm_cgflow.files.atomic import atomic_write, writing
 
 
 @dataclass(frozen=True)

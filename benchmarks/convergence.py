@@ -20,15 +20,15 @@ import torch
 from md import exit_code
 
 import openmm_cgflow as cgf
-from openmm_cgflow.flow import one_torch_thread
-from openmm_cgflow.meanforce import ChainParts
-from openmm_cgflow.model import new_pmf, new_response
-from openmm_cgflow.pmf import PMF, MeanForceBuffer, PMFFitter
-from openmm_cgflow.reference import GridReference, load_reference
-from openmm_cgflow.response import ResponseFitter
-from openmm_cgflow.rundir import RunDirectory
-from openmm_cgflow.statefile import load_state
-from openmm_cgflow.states import RAMACHANDRAN, ramachandran_basin
+from openmm_cgflow.analysis.reference import GridReference, load_reference
+from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.forces.estimator import ChainParts
+from openmm_cgflow.model.cg_model import new_pmf, new_response
+from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.networks.pmf import PMF, MeanForceBuffer, PMFFitter
+from openmm_cgflow.networks.response import ResponseFitter
+from openmm_cgflow.runs.load import load_state
 
 _N_SAMPLES = 100_000
 _N_BLOCKS = 10  # of updates with one learning rate

@@ -19,8 +19,8 @@ from md import exit_code
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.config import Config, SamplerConfig
+from openmm_cgflow.engines.choose import ReplicaEngine, create_engine
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.replicas import ReplicaEngine, create_engine
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from scipy.ndimage import map_coordinates
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from openmm_cgflow.states import RAMACHANDRAN, ROTAMER, ramachandran_basin, rotamer_state
+from openmm_cgflow.analysis.states import RAMACHANDRAN, ROTAMER, ramachandran_basin, rotamer_state
 
 logging.getLogger("pymbar").setLevel(logging.ERROR)  # it logs warnings for all when it is imported
 from pymbar import MBAR  # noqa: E402

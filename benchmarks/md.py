@@ -17,11 +17,12 @@ import openmm
 from mdtraj.geometry.dihedral import indices_chi1, indices_phi, indices_psi
 from openmm import unit
 
-from openmm_cgflow import MolecularSystem, load_config, states
-from openmm_cgflow.batched import batched_energy
+from openmm_cgflow import MolecularSystem, load_config
+from openmm_cgflow.analysis import states
+from openmm_cgflow.analysis.reference import GridReference, load_reference
+from openmm_cgflow.engines.platforms import available_platforms
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.platforms import available_platforms
-from openmm_cgflow.reference import GridReference, load_reference
+from openmm_cgflow.molecule.python_forces import batched_energy
 
 __all__ = [
     "FRICTION",

@@ -27,9 +27,9 @@ from md import exit_code
 from mdtraj.geometry.dihedral import indices_phi, indices_psi
 
 import openmm_cgflow as cgf
-from openmm_cgflow.basins import Basin
-from openmm_cgflow.rundir import RunDirectory
-from openmm_cgflow.states import RAMACHANDRAN, ramachandran_basin
+from openmm_cgflow.analysis.basins import Basin
+from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
+from openmm_cgflow.files.run_directory import RunDirectory
 
 _N_DRAWS = 300_000
 

@@ -40,13 +40,13 @@ from md import STRIDE, TIMESTEP, Molecule, exit_code, load, load_grid, parallel_
 from samplers import replica_exchange
 from umbrella import RunAll, Settings, run_together, run_window, sample, spread, unbias
 
-from openmm_cgflow.distances import N_BINS, circle_histogram
-from openmm_cgflow.distances import compare as distances
+from openmm_cgflow.analysis.distances import N_BINS, circle_histogram
+from openmm_cgflow.analysis.distances import compare as distances
+from openmm_cgflow.analysis.reference import GridReference
+from openmm_cgflow.analysis.states import RAMACHANDRAN, ROTAMER
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.files import atomic_path, writing
-from openmm_cgflow.reference import GridReference
+from openmm_cgflow.files.atomic import atomic_path, writing
 from openmm_cgflow.seeds import derive_seed
-from openmm_cgflow.states import RAMACHANDRAN, ROTAMER
 
 N_GRID = 100
 _DEFAULT_PS = {"umbrella": 60.0, "remd": 10000.0}

@@ -19,10 +19,10 @@ from pathlib import Path
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
-import mdtraj
-import numpy as np
+import mdtraj  # noqa: E402
+import numpy as np  # noqa: E402
 
-from openmm_cgflow import load_config, train
+from openmm_cgflow import load_config, train  # noqa: E402
 
 SYSTEMS = Path(__file__).resolve().parent.parent / "systems"
 COMMON = (

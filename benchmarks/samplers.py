@@ -16,8 +16,8 @@ from estimators import bias_at, mbar
 from md import STRIDE, Molecule, finite, langevin, steps
 from openmm import app, unit
 
+from openmm_cgflow.engines.platforms import platform_choice
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.platforms import platform_choice
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 

@@ -23,9 +23,9 @@ from typing import Any
 from md import exit_code
 
 import openmm_cgflow as cgf
-from openmm_cgflow.exact import ExactEvaluation, Mode, evaluate_exactly
-from openmm_cgflow.rundir import RunDirectory
-from openmm_cgflow.runner import save_samples
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.paper.exact import ExactEvaluation, Mode, evaluate_exactly
+from openmm_cgflow.runs.train import save_samples
 
 
 def modes_found(modes: dict[str, Mode]) -> int:

@@ -12,10 +12,10 @@ import openmm
 from estimators import bin_centres, umbrella_bias, wham
 from md import STRIDE, Molecule, finite, langevin
 
-from openmm_cgflow.distances import circle_bins
+from openmm_cgflow.analysis.distances import circle_bins
+from openmm_cgflow.engines.copies import replicate_system
+from openmm_cgflow.engines.platforms import platform_choice
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.platforms import platform_choice
-from openmm_cgflow.replicate import replicate_system
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 

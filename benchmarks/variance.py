@@ -17,8 +17,8 @@ import torch
 from md import exit_code
 
 import openmm_cgflow as cgf
-from openmm_cgflow.meanforce import comoving_gradients, frame_gradients
-from openmm_cgflow.replicas import create_engine
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.forces.estimator import comoving_gradients, frame_gradients
 from openmm_cgflow.units import thermal_beta
 
 

@@ -18,9 +18,9 @@ from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.config import Config
-from openmm_cgflow.joint import JointFlow
-from openmm_cgflow.model import new_joint
-from openmm_cgflow.replicas import create_engine
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.model.cg_model import new_joint
+from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.units import thermal_beta
 
 _STRIDE, _N_FRAMES = 5, 33  # of what is looked at

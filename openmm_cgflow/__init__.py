@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openmm_cgflow.config import Config, load_config
     from openmm_cgflow.errors import CGFlowError, ReplicaError
-    from openmm_cgflow.evaluation import Evaluation, evaluate
-    from openmm_cgflow.model import CGModel
-    from openmm_cgflow.partition import Partition
-    from openmm_cgflow.runner import load, train
-    from openmm_cgflow.sampling import Samples
-    from openmm_cgflow.system import MolecularSystem
+    from openmm_cgflow.model.cg_model import CGModel
+    from openmm_cgflow.model.sampling import Samples
+    from openmm_cgflow.molecule.partition import Partition
+    from openmm_cgflow.molecule.system import MolecularSystem
+    from openmm_cgflow.runs.evaluate import Evaluation, evaluate
+    from openmm_cgflow.runs.train import load, train
 
 __version__ = "0.1.0"
 
 # Imported on first use: worker processes and `--help` need neither torch nor a Context.
 _HOME = {
     "CGFlowError": "errors",
-    "CGModel": "model",
+    "CGModel": "model.cg_model",
     "Config": "config",
-    "Evaluation": "evaluation",
-    "MolecularSystem": "system",
-    "Partition": "partition",
+    "Evaluation": "runs.evaluate",
+    "MolecularSystem": "molecule.system",
+    "Partition": "molecule.partition",
     "ReplicaError": "errors",
-    "Samples": "sampling",
-    "evaluate": "evaluation",
-    "evaluate_exactly": "exact",
-    "load": "runner",
+    "Samples": "model.sampling",
+    "evaluate": "runs.evaluate",
+    "evaluate_exactly": "paper.exact",
+    "load": "runs.train",
     "load_config": "config",
-    "train": "runner",
+    "train": "runs.train",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ from openmm_cgflow.errors import CGFlowError
 
 if TYPE_CHECKING:
     from openmm_cgflow.config import Config
-    from openmm_cgflow.system import MolecularSystem
+    from openmm_cgflow.molecule.system import MolecularSystem
 
 __all__ = ["main"]
 
@@ -53,12 +53,12 @@ def _init(options: argparse.Namespace) -> int:
     import yaml
 
     from openmm_cgflow.config import load_config, validate
-    from openmm_cgflow.files import atomic_write, writing
-    from openmm_cgflow.partition import Partition
-    from openmm_cgflow.system import MolecularSystem
+    from openmm_cgflow.coordinates.zmatrix import bond_graph, slow_zmatrix
+    from openmm_cgflow.files.atomic import atomic_write, writing
+    from openmm_cgflow.molecule.partition import Partition
+    from openmm_cgflow.molecule.system import MolecularSystem
     from openmm_cgflow.template import render
     from openmm_cgflow.units import parse_quantity
-    from openmm_cgflow.zmatrix import bond_graph, slow_zmatrix
 
     output: Path = options.output
     if output.exists() and not options.overwrite:
@@ -104,7 +104,7 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _preset(molecular_system: MolecularSystem) -> str:
-    from openmm_cgflow.partition import Partition
+    from openmm_cgflow.molecule.partition import Partition
 
     try:
         Partition.resolve(molecular_system, "backbone")
@@ -115,8 +115,8 @@ def _preset(molecular_system: MolecularSystem) -> str:
 
 def _check(options: argparse.Namespace) -> int:
     config = _load(options)
-    from openmm_cgflow.check import dry_run
-    from openmm_cgflow.runlog import console_logging
+    from openmm_cgflow.files.log import console_logging
+    from openmm_cgflow.runs.estimate import dry_run
 
     with console_logging():
         for line in dry_run(config):
@@ -126,13 +126,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from openmm_cgflow.rundir import RunDirectory
+    from openmm_cgflow.files.run_directory import RunDirectory
 
     run = RunDirectory(options.output)
     source = _configuration(options)
     run.check_free(resume=options.resume, overwrite=options.overwrite, source=source)
     config = _load(options)
-    from openmm_cgflow.runner import train
+    from openmm_cgflow.runs.train import train
 
     train(
         config,
@@ -151,16 +151,16 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from openmm_cgflow.export import check_trajectory_path
-    from openmm_cgflow.rundir import RunDirectory
+    from openmm_cgflow.files.run_directory import RunDirectory
+    from openmm_cgflow.files.trajectory import check_trajectory_path
 
     output: Path = options.output
     RunDirectory.open(options.run_directory)
     check_trajectory_path(output)
     if output.exists() and not options.overwrite:
         raise CGFlowError(f"{output}: exists already; choose another name, or give --overwrite")
-    from openmm_cgflow.runlog import console_logging
-    from openmm_cgflow.runner import load, save_samples
+    from openmm_cgflow.files.log import console_logging
+    from openmm_cgflow.runs.train import load, save_samples
 
     with console_logging():
         model = load(options.run_directory, stage=options.stage)
@@ -174,10 +174,10 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from openmm_cgflow.analysis.report import format_table
     from openmm_cgflow.config import load_config
-    from openmm_cgflow.evaluation import evaluate
-    from openmm_cgflow.report import format_table
-    from openmm_cgflow.rundir import RunDirectory
+    from openmm_cgflow.files.run_directory import RunDirectory
+    from openmm_cgflow.runs.evaluate import evaluate
 
     run = RunDirectory.open(options.run_directory)
     output = run.evaluation if options.output is None else options.output
@@ -185,7 +185,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if system is not None and system.target is not None:
         if options.reference or options.topology or options.weights or options.residue:
             raise CGFlowError("a synthetic target is compared with its exact answers: leave out the reference")
-        from openmm_cgflow.exact import evaluate_exactly  # with torch, which other evaluations do without
+        from openmm_cgflow.paper.exact import evaluate_exactly  # with torch, which other evaluations do without
 
         print(evaluate_exactly(run.path, options.samples, output).table())
         print(f"\nwrote {output}: evaluation.json and evaluation.txt")
@@ -217,8 +217,8 @@ def _export(options: argparse.Namespace) -> int:
         raise CGFlowError(
             f"{output}: exists already; choose another name" + ("" if for_openmmml else ", or give --overwrite")
         )
-    from openmm_cgflow.deploy import copy_model, save_force, save_torchscript
-    from openmm_cgflow.runner import load
+    from openmm_cgflow.model.force import copy_model, save_force, save_torchscript
+    from openmm_cgflow.runs.train import load
 
     model = load(options.run_directory, stage=options.stage)
     beads = list(range(len(model.partition.slow))) if options.beads else None
@@ -237,7 +237,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from openmm_cgflow.rundir import RunDirectory
+    from openmm_cgflow.files.run_directory import RunDirectory
 
     run = RunDirectory.open(options.run_directory)
     record = run.read_provenance()

@@ -40,7 +40,7 @@ class _Section(BaseModel):
 
 
 class TargetConfig(_Section):
-    """A synthetic system of the paper, with exact answers; see ``openmm_cgflow.targets``."""
+    """A synthetic system of the paper, with exact answers; see ``openmm_cgflow.paper.targets``."""
 
     name: Literal["double_well", "gaussian_mixture"]
     dimensions: int = Field(2, ge=1)
@@ -55,7 +55,7 @@ class TargetConfig(_Section):
 
 
 class PotentialConfig(_Section):
-    """A machine-learned potential; see ``openmm_cgflow.potentials``."""
+    """A machine-learned potential; see ``openmm_cgflow.molecule.potentials``."""
 
     python: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
     """``module:factory``; what the factory returns is a torch module, positions (n_atoms, 3) in nm -> energy in

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.assembly import MoleculeAssembly
 from openmm_cgflow.config import SamplerConfig
-from openmm_cgflow.coordinates import CartesianCoordinates, InternalCoordinates
-from openmm_cgflow.fastchains import FastChains, Frames
-from openmm_cgflow.internal import Placement, bond_angle_dihedral, place_first_three
-from openmm_cgflow.meanforce import MeanForce
+from openmm_cgflow.coordinates.all_atom import MoleculeAssembly
+from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
+from openmm_cgflow.coordinates.slow import CartesianCoordinates, InternalCoordinates
+from openmm_cgflow.coordinates.zmatrix import bond_graph, fast_zmatrix, slow_zmatrix, stereocentres
+from openmm_cgflow.forces.estimator import MeanForce
+from openmm_cgflow.forces.fast_atoms import FastChains, Frames
 from openmm_cgflow.units import thermal_beta
-from openmm_cgflow.zmatrix import bond_graph, fast_zmatrix, slow_zmatrix, stereocentres
 
 BONDS = {
     "three": [(0, 1), (1, 2)],

@@ -8,8 +8,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from openmm_cgflow.config import Config, dump_config
-from openmm_cgflow.export import write_colvar, write_trajectory
-from openmm_cgflow.rundir import RunDirectory
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.files.trajectory import write_colvar, write_trajectory
 
 PHI, PSI = ("C", "N", "CA", "C"), ("N", "CA", "C", "N")
 CENTRES = {"alphaR": (-70, -20), "beta": (-140, 150), "PPII": (-70, 150), "phi > 0": (55, 40)}

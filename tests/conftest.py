@@ -10,7 +10,7 @@ import pytest
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS"):
     os.environ.setdefault(_name, "1")
 
-from openmm_cgflow.platforms import GPU_PLATFORMS, platform_choice  # noqa: E402
+from openmm_cgflow.engines.platforms import GPU_PLATFORMS, platform_choice  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def systems():
 @pytest.fixture(scope="module")
 def few_tests():
     """Small batches of test samples and short blocks of updates: most of the time would go there."""
-    from openmm_cgflow import pmf_training
+    from openmm_cgflow.training.reverse_kl.pmf import method as pmf_training
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pmf_training, "_N_TEST", 512)
@@ -77,5 +77,5 @@ def _gpu_platform():
 @cache
 def _has_torchforce():
     # In a process of its own: a failed import of the plugin can leave the libraries half loaded.
-    command = [sys.executable, "-c", "from openmm_cgflow.torchforce import _openmmtorch; _openmmtorch()"]
+    command = [sys.executable, "-c", "from openmm_cgflow.molecule.torch_force import _openmmtorch; _openmmtorch()"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

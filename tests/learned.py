@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from toys import HarmonicBath
 
-from openmm_cgflow.internal import bond_angle_dihedral
-from openmm_cgflow.prior import BondedPrior
+from openmm_cgflow.coordinates.placement import bond_angle_dihedral
+from openmm_cgflow.paper.bonded_terms import BondedPrior
 
 _ALL_PAIRS = [(i, j, 20.0) for i in range(14) for j in range(i)]
 

@@ -7,7 +7,7 @@ import torch
 from analytic import QuadraticBath, assembly_of, random_structure
 
 from openmm_cgflow.config import SamplerConfig
-from openmm_cgflow.fastchains import FastChains
+from openmm_cgflow.forces.fast_atoms import FastChains
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 420.0  # not the usual one: the works must be in kT of what they are made at

@@ -15,9 +15,9 @@ import pytest
 from openmm import app, unit
 from scipy.special import erfc
 
-from openmm_cgflow.distances import circle_histogram
-from openmm_cgflow.potentials import ReplicaEnergy
-from openmm_cgflow.reference import GridReference, load_frames, load_reference
+from openmm_cgflow.analysis.distances import circle_histogram
+from openmm_cgflow.analysis.reference import GridReference, load_frames, load_reference
+from openmm_cgflow.molecule.potentials import ReplicaEnergy
 from openmm_cgflow.units import thermal_beta
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -1,0 +1,3 @@
+"""Samples held against a reference: states, maps, populations, plots."""
+
+__all__: list[str] = []

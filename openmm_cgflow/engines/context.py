@@ -1,0 +1,164 @@
+"""Chains of frozen-slow Langevin dynamics in one OpenMM Context."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import openmm
+from openmm import unit
+
+from openmm_cgflow.engines.platforms import PlatformChoice
+
+__all__ = ["Chain", "Dynamics", "Frames", "Schedule", "clear", "is_divergence", "state_arrays"]
+
+_DESCENT, _LANGEVIN = 0, 1
+_FORCE_UNIT = unit.kilojoule_per_mole / unit.nanometer
+
+
+class Frames(NamedTuple):
+    """What the replicas of one call produced.
+
+    Attributes:
+        xyz: Positions, ``(n_replicas, n_frames, n_atoms, 3)`` in nm.
+        forces: Forces on all atoms, the frozen ones included, ``(n_replicas, n_frames, n_atoms, 3)`` in kJ/mol/nm.
+        energy: Potential energies, ``(n_replicas, n_frames)`` in kJ/mol.
+        valid: Whether everything about the replica is finite, ``(n_replicas,)``. Where it is not, the
+            replica's positions, forces and energies are all zero.
+    """
+
+    xyz: np.ndarray
+    forces: np.ndarray
+    energy: np.ndarray
+    valid: np.ndarray
+
+
+class Schedule(NamedTuple):
+    """The steps of a chain: ``n_relax`` of descent, ``n_equilibration`` of Langevin, ``stride`` before each frame."""
+
+    temperature: float
+    n_relax: int
+    n_equilibration: int
+    n_frames: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Settings of the integrators: ``timestep`` in ps, ``friction`` in 1/ps, ``force_cap`` in kJ/mol/nm."""
+
+    timestep: float
+    friction: float
+    force_cap: float
+
+
+class Chain:
+    """One Context that runs one structure after another: capped descent, then ``LangevinMiddleIntegrator``.
+
+    Atoms of mass zero stay where they are.
+
+    Arguments:
+        system: The System; its masses must be final.
+        platform: Where to run it.
+        dynamics: Settings of the integrators.
+
+    Attributes:
+        n_evaluations: Force evaluations so far. Every integration step counts 1 and every state with forces or energy
+            counts 1 (OpenMM recomputes there). A block of steps in which OpenMM raised counts whole.
+    """
+
+    def __init__(self, system: openmm.System, platform: PlatformChoice, dynamics: Dynamics) -> None:
+        self.n_evaluations = 0
+        self._gpu = platform.is_gpu
+        self._seeded = False
+        # Descent acts only on force components above the cap, which thermal configurations do not reach: ordinary
+        # minimisation would cool the chains and so bias the mean force. One evaluation a step; 2e-6 nm^2 mol/kJ is
+        # stable for bonds (k < 5e5), 0.005 nm keeps a step well below a bond length.
+        descent = openmm.CustomIntegrator(dynamics.timestep)
+        for name, value in (("scale", 2e-6), ("limit", 0.005), ("cap", dynamics.force_cap)):
+            descent.addGlobalVariable(name, value)
+        descent.addComputePerDof("x", "x + max(-limit, min(limit, scale*(max(f - cap, 0) + min(f + cap, 0))))")
+        self._langevin = openmm.LangevinMiddleIntegrator(300.0, dynamics.friction, dynamics.timestep)
+        self._integrator = openmm.CompoundIntegrator()
+        # On Reference the integrator initialised last seeds the shared generator: the Langevin one comes last.
+        self._integrator.addIntegrator(descent)
+        self._integrator.addIntegrator(self._langevin)
+        self._context = platform.context(system, self._integrator)
+
+    def reseed(self, seed: int, temperature: float, *, force: bool = False) -> None:
+        """Restarts the random numbers from ``seed`` and sets the ``temperature`` in K.
+
+        On a GPU the Context would have to be built anew (a good part of a second), so there only the first call, or one
+        with ``force``, restarts them: results then depend on the calls made before.
+        """
+        self._langevin.setTemperature(temperature)
+        if self._gpu and self._seeded and not force:
+            return
+        for i in range(self._integrator.getNumIntegrators()):  # GPU platforms demand the same seed of all
+            self._integrator.getIntegrator(i).setRandomNumberSeed(seed)
+        self._context.reinitialize()
+        self._seeded = True
+
+    def run(self, xyz: np.ndarray, schedule: Schedule, velocity_seed: int, *, evaluate: bool) -> list[openmm.State]:
+        """The frames of one chain that starts at ``xyz``, ``(n_atoms, 3)`` in nm.
+
+        Arguments:
+            xyz: Starting positions.
+            schedule: How many steps of what; its temperature is used for the velocities only (see ``reseed``).
+            velocity_seed: Seed of the starting velocities.
+            evaluate: Whether the frames carry forces and energy besides positions.
+
+        Raises:
+            openmm.OpenMMException: On platforms that check, if the chain diverged; see ``is_divergence``.
+        """
+        self._context.setPositions(xyz)
+        self._integrator.setCurrentIntegrator(_DESCENT)
+        self.step(schedule.n_relax)
+        self._integrator.setCurrentIntegrator(_LANGEVIN)
+        self._context.setVelocitiesToTemperature(schedule.temperature, velocity_seed)
+        self.step(schedule.n_equilibration)
+        frames = []
+        for _ in range(schedule.n_frames):
+            self.step(schedule.stride)
+            frames.append(self._state(evaluate))
+        return frames
+
+    def step(self, n_steps: int) -> None:
+        """Takes ``n_steps`` of the current integrator."""
+        self.n_evaluations += n_steps
+        self._integrator.step(n_steps)
+
+    def evaluate(self, xyz: np.ndarray) -> openmm.State:
+        """Positions, energy and forces at ``xyz``, ``(n_atoms, 3)`` in nm."""
+        self._context.setPositions(xyz)
+        return self._state(True)
+
+    def positions(self) -> np.ndarray:
+        """Where the atoms are now, ``(n_atoms, 3)`` in nm."""
+        return state_arrays(self._context.getState(positions=True))[0]
+
+    def _state(self, evaluate: bool) -> openmm.State:
+        self.n_evaluations += evaluate
+        return self._context.getState(positions=True, forces=evaluate, energy=evaluate)
+
+
+def is_divergence(error: openmm.OpenMMException) -> bool:
+    """Whether OpenMM stopped because of non-finite numbers (Reference never does: it goes on with them)."""
+    return re.search(r"\bnan\b", str(error), re.IGNORECASE) is not None
+
+
+def state_arrays(state: openmm.State) -> tuple[np.ndarray, np.ndarray | None, float | None]:
+    """Positions in nm, forces in kJ/mol/nm and energy in kJ/mol of a State, None for what it does not hold."""
+    types = state.getDataTypes()
+    xyz = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    forces = state.getForces(asNumpy=True).value_in_unit(_FORCE_UNIT) if types & openmm.State.Forces else None
+    energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole) if types & openmm.State.Energy else None
+    return xyz, forces, energy
+
+
+def clear(frames: Frames, replicas: int | np.ndarray) -> None:
+    """Quarantines replicas in place, by index or mask: zeros, and not valid."""
+    for part in frames:
+        part[replicas] = 0

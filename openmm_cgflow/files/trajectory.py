@@ -1,0 +1,192 @@
+"""Samples as files that the field's tools read: DCD or XTC with a topology, and a PLUMED COLVAR table.
+
+The frames are independent samples of a density, not a time series: what the formats call time is the frame's index.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Protocol
+
+import mdtraj
+import numpy as np
+
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.files.atomic import atomic_path, writing
+
+__all__ = [
+    "SamplesLike",
+    "check_trajectory_path",
+    "colvar_columns",
+    "colvar_constants",
+    "peptide_torsions",
+    "read_colvar",
+    "write_colvar",
+    "write_trajectory",
+]
+
+_FIELDS, _SET = "#! FIELDS ", "#! SET "
+
+
+class SamplesLike(Protocol):
+    """What :class:`openmm_cgflow.model.cg_model.Samples` has."""
+
+    @property
+    def trajectory(self) -> mdtraj.Trajectory: ...
+    @property
+    def z(self) -> np.ndarray: ...
+    @property
+    def log_q(self) -> np.ndarray: ...
+    @property
+    def log_weight(self) -> np.ndarray | None: ...
+    @property
+    def energy(self) -> np.ndarray: ...
+
+
+def check_trajectory_path(path: Path) -> None:
+    """Refuses, before any work is done, a path that :func:`write_trajectory` could not write.
+
+    Raises:
+        CGFlowError: If the suffix is neither .dcd nor .xtc or the folder cannot be written to.
+    """
+    if path.suffix.lower() not in (".dcd", ".xtc"):
+        raise CGFlowError(f"{path}: unknown trajectory format '{path.suffix}'; use a name that ends in .dcd or .xtc")
+    if path.is_dir():
+        raise CGFlowError(f"{path}: is a directory, expected a file name")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def write_trajectory(trajectory: mdtraj.Trajectory, path: Path, *, topology: Path | None = None) -> None:
+    """Writes independent frames as they are, without unit cell.
+
+    Arguments:
+        trajectory: All-atom frames, nm.
+        path: Ends in ``.dcd`` (single precision) or ``.xtc`` (rounded to 0.001 nm: not for energies).
+        topology: A PDB file to write with the first frame, for the tools that read the trajectory.
+
+    Raises:
+        CGFlowError: If the suffix is another one or a file cannot be written.
+    """
+    check_trajectory_path(path)
+    frames = mdtraj.Trajectory(trajectory.xyz, trajectory.topology, time=np.arange(trajectory.n_frames))
+    if topology is not None:
+        with atomic_path(topology) as temporary:
+            frames[0].save_pdb(str(temporary))
+    with atomic_path(path) as temporary:
+        try:
+            frames.save(str(temporary))
+        except (RuntimeError, TypeError) as error:  # what MDTraj's DCD and XTC writers raise where the disk is full
+            raise CGFlowError(f"{path}: cannot write: MDTraj fails to; is the disk full? ({error})") from error
+        if path.suffix.lower() == ".dcd":
+            _replace_dcd_title(temporary)
+
+
+def _replace_dcd_title(path: Path) -> None:
+    """Puts a fixed text where MDTraj writes the time of day and memory it never cleared: same seed, same file."""
+    # The header: a record of 84 bytes between two markers of 4, then marker, number of titles, titles of 80 bytes.
+    with path.open("r+b") as file:
+        file.seek(180)
+        if not file.read(80).startswith(b"REMARKS"):
+            raise ValueError(f"{path}: not the DCD header that MDTraj writes")
+        file.seek(180)
+        file.write(b"REMARKS independent samples, their time is an index".ljust(80))
+
+
+def peptide_torsions(trajectory: mdtraj.Trajectory) -> dict[str, np.ndarray]:
+    """φ and ψ of every residue that has both, radians: ``phi_ALA2``, ``psi_ALA2``, ... each of shape (n_frames,)."""
+    # MDTraj fits the torsions to the residue that holds N, CA and C; atom 1 of φ and atom 0 of ψ are its N.
+    phi_atoms, phi = mdtraj.compute_phi(trajectory, periodic=False)
+    psi_atoms, psi = mdtraj.compute_psi(trajectory, periodic=False)
+    psi_of = {int(atoms[0]): psi[:, k] for k, atoms in enumerate(psi_atoms)}
+    result = {}
+    for k, atoms in enumerate(phi_atoms):
+        nitrogen = int(atoms[1])
+        if nitrogen in psi_of:
+            residue = trajectory.topology.atom(nitrogen).residue
+            result[f"phi_{residue.name}{residue.resSeq}"] = phi[:, k]
+            result[f"psi_{residue.name}{residue.resSeq}"] = psi_of[nitrogen]
+    return result
+
+
+def colvar_columns(samples: SamplesLike, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of ``samples.colvar``, each of shape (n,).
+
+    ``log_q``, ``log_weight`` (after training on a potential of mean force), ``energy`` (kJ/mol), φ and ψ of peptides
+    (radians), then z: torsions in radians, scaled bounded features.
+
+    Arguments:
+        samples: From :meth:`openmm_cgflow.model.cg_model.CGModel.sample`.
+        names: Of the features of z, as in ``coordinates.names``.
+    """
+    z = {"z." + "_".join(name.split()): samples.z[:, k] for k, name in enumerate(names)}
+    weight = {} if samples.log_weight is None else {"log_weight": samples.log_weight}
+    return {"log_q": samples.log_q, **weight, "energy": samples.energy, **peptide_torsions(samples.trajectory), **z}
+
+
+def write_colvar(path: Path, columns: Mapping[str, np.ndarray], constants: Mapping[str, float] | None = None) -> None:
+    """Writes a PLUMED COLVAR file: ``#! FIELDS time ...`` and ``#! SET ...``, then one row for each sample.
+
+    Arguments:
+        path: The file.
+        columns: Columns of shape (n,), angles in radians; ``time``, the index of the sample, is put before them.
+        constants: Numbers that all rows have in common, such as ``temperature_K``.
+
+    Raises:
+        CGFlowError: If the file cannot be written.
+        ValueError: If the columns differ in length, or a name has white space or is ``time``.
+    """
+    shapes = {name: np.shape(values) for name, values in columns.items()}
+    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
+        raise ValueError(f"got columns of shapes {shapes}, expected one shape (n,)")
+    wrong = [name for name in columns if len(name.split()) != 1 or name == "time"]
+    if wrong:
+        raise ValueError(f"got column names {wrong}, expected names without white space, other than time")
+    table = np.column_stack([np.asarray(values, dtype=np.float64) for values in columns.values()])
+    with atomic_path(path) as temporary, temporary.open("w") as file:
+        file.write(_FIELDS + " ".join(["time", *columns]) + "\n")
+        file.writelines(f"{_SET}{name} {value:.10g}\n" for name, value in (constants or {}).items())
+        for index, row in enumerate(table):
+            file.write(" ".join([str(index), *(f"{value:.10g}" for value in row)]) + "\n")
+
+
+def colvar_constants(path: Path) -> dict[str, float]:
+    """The numbers that a COLVAR file sets for all rows, in the lines before them.
+
+    Raises:
+        CGFlowError: If it cannot be read or one is not a number.
+    """
+    try:
+        with path.open() as file:
+            header = takewhile(lambda line: line.startswith("#!"), file)
+            lines = [line.split()[2:] for line in header if line.startswith(_SET)]
+        return {name: float(value) for name, value in lines}
+    except OSError as error:
+        raise CGFlowError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError as error:
+        raise CGFlowError(f"{path}: a line that begins with '{_SET.strip()}' needs a name and a number") from error
+
+
+def read_colvar(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a COLVAR file, ``time`` included, each of shape (n,).
+
+    Raises:
+        CGFlowError: If it cannot be read or its first line names no fields.
+    """
+    try:
+        with path.open() as file:
+            header = file.readline()
+            rows = [line.split() for line in file if not line.startswith("#")]
+    except OSError as error:
+        raise CGFlowError(f"{path}: cannot read: {error.strerror}") from error
+    if not header.startswith(_FIELDS):
+        raise CGFlowError(f"{path}: not a COLVAR file: its first line must begin with '{_FIELDS.strip()}'")
+    names = header.removeprefix(_FIELDS).split()
+    if any(len(row) != len(names) for row in rows):
+        raise CGFlowError(f"{path}: not every row has the {len(names)} columns that its first line names")
+    table = np.array(rows, dtype=np.float64).reshape(len(rows), len(names))
+    return {name: table[:, k] for k, name in enumerate(names)}

@@ -1,0 +1,70 @@
+"""The density of all atoms at once, q(z, y) = q(z) q(y | z), as in the paper's second version (eqs. 5-8).
+
+Slow coordinates z have the flow, fast ones a Gaussian or a spline flow whose parameters depend on z. Together with the
+map x = f(z, y) this is a density of positions: no chain of the fast atoms is needed, and importance weights are exact.
+Here gamma is the whole energy's: q(z, y | gamma) is the density at the temperature T / gamma, T the target.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from openmm_cgflow.coordinates.thermal_map import Chart
+from openmm_cgflow.networks.flow import CGFlow, ConditionalFlow
+from openmm_cgflow.networks.layers import slow_features
+
+__all__ = ["JointFlow"]
+
+
+class JointFlow(nn.Module):
+    """q(z | gamma) q(r | z, gamma) with the map to positions. gamma is one number, or one for each row, shape (n,).
+
+    Arguments:
+        flow: q(z | gamma).
+        conditional: q(r | z, gamma).
+        chart: The map; its parameters, if any, are trained along.
+    """
+
+    def __init__(self, flow: CGFlow, conditional: ConditionalFlow, chart: Chart) -> None:
+        super().__init__()
+        self.flow, self.conditional, self.chart = flow, conditional, chart
+
+    def context(self, z: Tensor, gamma: float | Tensor) -> Tensor:
+        """What q(r | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
+        of_z = slow_features(z.to(self.flow.dtype), self.flow.n_circular, self.flow.periodic)
+        return torch.cat((of_z, self.flow.gamma_features(gamma, len(z))), dim=-1)
+
+    def draw_base(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Base samples of z and r."""
+        base = self.flow.draw_base(n, generator)
+        uniform = torch.rand((n, self.conditional.n_features), generator=generator, dtype=torch.float64)
+        return base, self.conditional.draw_base(uniform)
+
+    def forward(self, base: tuple[Tensor, Tensor], gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """z and r, float64, shapes (n, n_features) and (n, n_fast_features)."""
+        z, _ = self.flow(base[0], gamma)
+        r, _ = self.conditional(base[1].to(z.dtype), self.context(z, gamma))
+        return z.double(), r.double()
+
+    def build(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+        """All-atom positions, nm, shape (n, n_atoms, 3)."""
+        return self.chart.build(z, r, gamma)
+
+    def read(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """z and r of all-atom positions."""
+        return self.chart.read(xyz, gamma)
+
+    def log_prob(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+        """log q(z, r | gamma), float64, shape (n,)."""
+        log_fast = self.conditional.log_prob(r.to(self.flow.dtype), self.context(z, gamma))
+        return (self.flow.log_prob(z, gamma) + log_fast).double()
+
+    def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+        """log |dx/d(z, r)|, rigid motions included, shape (n,)."""
+        return self.chart.log_volume(z, r, gamma)
+
+    def log_prob_xyz(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+        """log density of positions, nm, shape (n, n_atoms, 3) -> (n,)."""
+        z, r = self.read(xyz, gamma)
+        return self.log_prob(z, r, gamma) - self.log_volume(z, r, gamma)

@@ -1,0 +1,172 @@
+"""How the fast atoms follow the slow ones, learned from the noise of the mean forces, to remove it.
+
+With the slow atoms held at z, the force balance of the fast coordinates, g = beta dU/dy - d ln J/dy, averages to zero.
+So d(beta U)/dz + (dm/dz)^T g has the mean force as its average for any displacement m(z) of the fast coordinates: it is
+the co-moving estimator whose fast atoms do not stay behind but move along with m. (A zero-variance estimator in the
+sense of Assaraf and Caffarel 1999, or an escort in that of Vaikuntanathan and Jarzynski 2008.) In a harmonic molecule
+it has no noise at all if m is the conditional mean of y; here a small network for m is trained to leave the least. On
+alanine dipeptide it removes nine tenths of the variance in phi, three quarters in psi, and nine tenths of what a cold
+start of the fast atoms does to the forces. One displacement serves all: chains started at a new z, and switching
+between conformations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openmm_cgflow.forces.estimator import ChainParts, mean_and_variance
+from openmm_cgflow.networks.layers import n_slow_features, slow_features
+from openmm_cgflow.training.optimisers import RunningAverage
+
+__all__ = ["FastResponse", "ResponseFitter"]
+
+_LARGEST = 3.0  # thermal widths, of a displacement that is acted on
+_SMALLEST_NOISE = 0.1  # kT per unit of z; less does not matter
+_LARGEST_BALANCE = 10.0  # kT per thermal width, root mean square over a chain's fast coordinates
+_LEARNING_RATE = 3e-3
+_AVERAGING = 0.99  # of the running average, per update
+_BATCH_SIZE = 256  # chains of one update
+
+
+class FastResponse(nn.Module):
+    """Displacement m(z) of the fast internal coordinates, zero before it is fitted.
+
+    Arguments:
+        n_circular: Number of torsions, the first features of z.
+        n_bounded: Number of the other features.
+        widths: Thermal widths of bond, angle and dihedral of each fast atom, nm and radians, shape (n_fast, 3).
+        hidden_features: Hidden layers.
+        periodic: Whether the first features are torsions, not positions in a box.
+    """
+
+    widths: Tensor
+
+    def __init__(
+        self,
+        n_circular: int,
+        n_bounded: int,
+        widths: Tensor,
+        hidden_features: Sequence[int] = (96, 96),
+        periodic: bool = True,
+    ) -> None:
+        super().__init__()
+        self.n_circular, self.periodic = n_circular, periodic
+        self.register_buffer("widths", widths.float().flatten())
+        sizes = [n_slow_features(n_circular, n_bounded, periodic), *hidden_features]
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(sizes):
+            layers += [nn.Linear(n_in, n_out), nn.SiLU()]
+        self.network = nn.Sequential(*layers)
+        self.output = nn.Parameter(torch.zeros(sizes[-1], len(self.widths)))  # a constant displacement has no meaning
+
+    def forward(self, z: Tensor) -> Tensor:
+        """m(z) in thermal widths, shape (..., n_features) -> (..., 3 n_fast), float32."""
+        z = z.float()
+        return self.network(slow_features(z, self.n_circular, self.periodic)) @ self.output
+
+    def correction(self, z: Tensor, balance: Tensor, create_graph: bool = False) -> Tensor:
+        """(dm/dz)^T g, shape (B, n_features) and (B, n_parts, 3 n_fast) -> (B, n_parts, n_features), float32."""
+        with torch.enable_grad():
+            at = z.detach().float()[:, None].expand(-1, balance.shape[1], -1).clone().requires_grad_()
+            work = (self(at) * (balance.float() * self.widths)).sum()
+            (gradient,) = torch.autograd.grad(work, at, create_graph=create_graph)
+        return gradient
+
+    def thermal(self, balance: Tensor) -> Tensor:
+        """Which chains have thermal forces on their fast coordinates, shape (B, n_parts, 3 n_fast) -> (B,) bool.
+
+        In a close contact these are thousands of times the usual ones, do not average to zero within a short chain,
+        and would bring more noise than any response takes away.
+        """
+        return (balance.float() * self.widths).square().mean((1, 2)) < _LARGEST_BALANCE**2
+
+    def mean_force(self, z: Tensor, parts: ChainParts, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean force and its squared standard error, float32, shape (B, n_features) each.
+
+        Arguments:
+            z: Slow coordinates, shape (B, n_features).
+            parts: Of the chains at z.
+            valid: Shape (B,) bool.
+        """
+        correction = self.correction(z, parts.fast)
+        correction = torch.where(self.thermal(parts.fast)[:, None, None], correction, 0.0)
+        corrected = parts.slow.float() + correction
+        gradient, variance = mean_and_variance(corrected, valid)
+        return gradient, variance.float()
+
+    def corrected(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``MeanForceBuffer.data()`` without the noise that the response explains; as it is without parts of chains."""
+        if "fast" not in data:
+            return data
+        valid = torch.ones(len(data["z"]), dtype=torch.bool)  # others are not in the buffer
+        gradient, variance = self.mean_force(data["z"], ChainParts(data["slow"], data["fast"]), valid)
+        return data | {"gradient": gradient, "variance": variance}
+
+    @torch.no_grad()
+    def follow(self, y: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        """Fast coordinates, shape (B, n_fast, 3), moved along with z from ``start`` to ``end``: y + m(end) - m(start).
+
+        A shift that does not depend on y, and at most three thermal widths in each coordinate.
+        """
+        shift = (self(end) - self(start)).clamp(-_LARGEST, _LARGEST) * self.widths
+        return y + shift.to(y.dtype).unflatten(-1, (-1, 3))
+
+
+class ResponseFitter:
+    """Adam on what fluctuates within a chain: the parts of a chain must give the same force.
+
+    Arguments:
+        response: Fitted in place; the running average of what Adam trains.
+    """
+
+    def __init__(self, response: FastResponse) -> None:
+        self.networks = RunningAverage(response, _AVERAGING)
+        self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=_LEARNING_RATE)
+
+    def fit(
+        self, z: Tensor, parts: ChainParts, n_updates: int, generator: torch.Generator, final: bool = False
+    ) -> float:
+        """Continues the fit; returns the share of the noise that is left.
+
+        Arguments:
+            z: Slow coordinates of all chains, shape (n, n_features).
+            parts: Of the chains at z.
+            n_updates: Steps of Adam.
+            generator: Source of all randomness.
+            final: Lets the learning rate fall to zero.
+        """
+        thermal = self.networks.trained.thermal(parts.fast)
+        if not thermal.any():  # all in close contact, as the first and flat torsions of a long chain may be
+            return 1.0
+        z, *usual = (tensor[thermal] for tensor in (z, *parts))
+        slow, fast = (part.float() - part.float().mean(1, keepdim=True) for part in usual)
+        own = slow.square().mean(1, keepdim=True)
+        # Chains in close contact, with a hundred times the usual noise, count as one like any other; features without
+        # noise do not count.
+        weight = 1 / (own + own.median(0, keepdim=True).values + _SMALLEST_NOISE**2)
+        before = after = 0.0
+        for k in range(n_updates):
+            rows = torch.randint(len(z), (min(_BATCH_SIZE, len(z)),), generator=generator)
+            residual = slow[rows] + self.networks.trained.correction(z[rows], fast[rows], create_graph=True)
+            loss = (weight[rows] * residual.square()).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            for group in self.optimizer.param_groups:
+                group["lr"] = _LEARNING_RATE * (1 - k / n_updates if final else 1.0)
+            self.optimizer.step()
+            self.networks.update()
+            before += float((weight[rows] * slow[rows].square()).mean())
+            after += float(loss.detach())
+        return after / max(before, 1e-30)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])

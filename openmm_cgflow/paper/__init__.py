@@ -1,0 +1,3 @@
+"""Only what reproduces the publication: synthetic systems with exact answers, linear map, DimeNet++ potential."""
+
+__all__: list[str] = []

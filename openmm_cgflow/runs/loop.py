@@ -1,0 +1,217 @@
+"""One process's part of a training: steps, checkpoints, metrics, progress, and stopping in time."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from openmm_cgflow.config import Config
+from openmm_cgflow.forces.fast_atoms import FastChains
+from openmm_cgflow.files.atomic import atomic_path
+from openmm_cgflow.training.joint import EngineEnergies, JointTrainer
+from openmm_cgflow.forces.estimator import MolecularMeanForce
+from openmm_cgflow.model.cg_model import CGModel, new_flow, new_joint, new_pmf, new_response
+from openmm_cgflow.training.pmf.method import PMFTrainer
+from openmm_cgflow.engines.choose import ReplicaEngine
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.runs.load import save_state
+from openmm_cgflow.training.reverse_kl import Trainer
+
+__all__ = ["Session", "new_trainer", "stop_requests"]
+
+logger = logging.getLogger(__name__)
+
+AnyTrainer = Trainer | PMFTrainer | JointTrainer
+
+
+def new_trainer(config: Config, scaffold: Scaffold, chains: FastChains) -> AnyTrainer:
+    """What ``training.method`` names, at its start."""
+    coordinates, flow = scaffold.assembly.coordinates, new_flow(config, scaffold)
+    if config.training.method == "joint":
+        joint = new_joint(config, scaffold, flow)
+        return JointTrainer(config, joint, EngineEnergies(chains.engine))
+    adaptive = config.sampler.adaptive and config.training.method == "pmf"
+    estimator = MolecularMeanForce(chains, config.sampler.estimator, adaptive)
+    if config.training.method == "reverse_kl":
+        return Trainer(config, coordinates, flow, estimator)
+    return PMFTrainer(config, coordinates, flow, new_pmf(config, scaffold), new_response(config, scaffold), estimator)
+
+
+class Session:
+    """Runs a trainer in a run directory.
+
+    Arguments:
+        run: Where everything is written.
+        scaffold: What the trainer's model is built on.
+        trainer: Stepped to its end.
+        engine: For its description.
+        chains: Of the trainer's mean forces, on that engine.
+        started: ``time.monotonic()`` when this process began the run.
+        max_time: Seconds after ``started`` to stop at, or None.
+        earlier: Seconds that earlier sessions of this run took.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        scaffold: Scaffold,
+        trainer: AnyTrainer,
+        engine: ReplicaEngine,
+        chains: FastChains,
+        started: float,
+        max_time: float | None,
+        earlier: float,
+    ) -> None:
+        self.run, self.scaffold, self.trainer, self.engine, self.chains = run, scaffold, trainer, engine, chains
+        self.started, self.max_time, self.earlier = started, max_time, earlier
+        self.began = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def wall_time(self) -> float:
+        """Seconds of this session and the ones it continues."""
+        return self.earlier + time.monotonic() - self.started
+
+    def must_stop(self, stop: threading.Event) -> bool:
+        """Whether ``stop`` was set or the time is up."""
+        late = self.max_time is not None and time.monotonic() - self.started > self.max_time
+        return stop.is_set() or late
+
+    def train(self, progress: bool | None, stop: threading.Event) -> bool:
+        """Steps to the end; False if it had to stop before."""
+        trainer = self.trainer
+        checkpointed = time.monotonic()
+        interval = self.scaffold.config.training.checkpoint_interval
+        self.write_provenance("running")
+        with _bar(progress) as bar:
+            while True:
+                while not trainer.stage_done:
+                    ended = trainer.ended_by
+                    row = trainer.step()
+                    self.run.append_metrics(row)
+                    self._show(bar, row)
+                    if trainer.ended_by != ended:
+                        logger.info(trainer.ended_by)
+                    if self.must_stop(stop):
+                        self.save_checkpoint()
+                        return False
+                    if time.monotonic() - checkpointed > interval:
+                        self.save_checkpoint()
+                        checkpointed = time.monotonic()
+                self._save_stage()
+                if trainer.done:
+                    self.save_checkpoint()
+                    return True
+                trainer.next_stage()
+
+    def model(self) -> CGModel:
+        """The flow as it is now."""
+        trainer, platform = self.trainer, self.engine.platform.name
+        joint = copy.deepcopy(trainer.joint)
+        flow = joint.flow if joint is not None else copy.deepcopy(trainer.flow)
+        (joint or flow).double()  # training may run in single precision
+        return CGModel(
+            self.scaffold, flow, trainer.pmf, trainer.response, trainer.temperatures, self.chains.pool, platform, joint
+        )
+
+    def save_checkpoint(self) -> None:
+        state = {
+            "fingerprint": self.scaffold.molecular_system.fingerprint(),
+            "positions": torch.tensor(self.scaffold.molecular_system.positions),
+            "scaffold": self.scaffold.saved_arrays(),
+            "trainer": self.trainer.state_dict(),
+            "platform": self.engine.platform.name,
+            "wall_time": self.wall_time,
+        }
+        self.run.save_checkpoint(lambda path: save_state(state, path))
+
+    def _save_stage(self) -> None:
+        trainer = self.trainer
+        with atomic_path(self.run.stage(trainer.stage)) as path:
+            save_state(self.model().state(), path)
+        logger.info(
+            "stage %d finished: %.1f K, %d steps, %.3g energy evaluations, %.0f s",
+            trainer.stage,
+            trainer.temperature,
+            trainer.n_steps,
+            trainer.estimator.n_energy_evaluations,
+            self.wall_time,
+        )
+        if unmet := trainer.unmet:
+            logger.info("not met: %s", "; ".join(unmet))
+        counts = self.chains.quarantine
+        if counts.not_finite or counts.flipped:
+            logger.info(
+                "quarantined so far: %d diverged and %d changed handedness, of %d replicas",
+                counts.not_finite,
+                counts.flipped,
+                counts.total,
+            )
+
+    def _show(self, bar: tqdm, row: dict[str, float]) -> None:
+        text = self.trainer.describe(row)
+        bar.total = self.trainer.expected_steps
+        bar.n = self.trainer.n_steps
+        bar.set_description(text, refresh=False)
+        bar.update(0)
+        if bar.disable and self.trainer.n_steps % self.trainer.log_interval == 0:
+            logger.info("step %d: %s, %.0f s", row["step"], text, self.wall_time)
+
+    def write_provenance(self, status: str) -> None:
+        config = self.scaffold.config
+        self.run.write_provenance(
+            {
+                "status": status,
+                "started": self.began,
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "wall_time_s": round(self.wall_time, 1),
+                "engine": self.engine.description,
+                "seed": config.seed,
+                "fingerprint": self.scaffold.molecular_system.fingerprint(),
+                "method": config.training.method,
+                "ended_by": self.trainer.ended_by,
+                "unmet": self.trainer.unmet,
+                "n_steps": self.trainer.n_steps,
+                "temperatures_K": self.trainer.temperatures,
+                "energy_evaluations": self.trainer.estimator.n_energy_evaluations,
+                "quarantine": vars(self.chains.quarantine),
+            }
+        )
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set an event instead of ending the process; a second one ends it."""
+    stop = threading.Event()
+
+    def request(number: int, _: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        # A handler may run in the middle of another line of the log, whose stream must not be entered twice.
+        line = "%s: stopping as soon as everything is safe"
+        threading.Thread(target=logger.warning, args=(line, signal.Signals(number).name)).start()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bar(progress: bool | None) -> tqdm:
+    return tqdm(disable=None if progress is None else not progress, unit="step", dynamic_ncols=True)

@@ -1,0 +1,274 @@
+"""A run from configuration to samples: everything that ``openmm-cgflow train`` does, and ``load`` for what it left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+from openmm import app, unit
+
+from openmm_cgflow.analysis import plots
+from openmm_cgflow.config import Config, dump_config, load_config
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.files.trajectory import colvar_columns, peptide_torsions, write_colvar, write_trajectory
+from openmm_cgflow.files.atomic import atomic_path, atomic_write
+from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.molecule.readers import read_system_xml
+from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.molecule.partition import Partition
+from openmm_cgflow.engines.platforms import keep_platform
+from openmm_cgflow.engines.choose import ReplicaEngine, create_engine
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.files.log import held_back
+from openmm_cgflow.model.sampling import Samples, draw_samples
+from openmm_cgflow.coordinates.geometry import Scaffold, rotamer_warning
+from openmm_cgflow.runs.loop import Session, new_trainer, stop_requests
+from openmm_cgflow.runs.load import load_model_state, load_state
+from openmm_cgflow.molecule.system import MolecularSystem
+from openmm_cgflow.molecule.topology import topology_from_table
+from openmm_cgflow.runs.verify import verify
+
+__all__ = ["load", "save_samples", "train"]
+
+logger = logging.getLogger(__name__)
+
+# By how many errors the check may differ before a word of warning: on average, and anywhere. Chance goes beyond in one
+# run of some hundred.
+_MANY_ERRORS, _ONE_FAR_OFF = 2.0, 3.8
+
+
+def train(
+    config: Config,
+    output: str | Path,
+    *,
+    molecular_system: MolecularSystem | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_time: float | None = None,
+    progress: bool | None = None,
+    source: str = "FILE.yaml",
+) -> CGModel:
+    """Trains a flow from a force field, samples it and leaves everything in a run directory.
+
+    SIGINT and SIGTERM, and ``max_time``, end the training after the current step with a checkpoint; the model returned
+    then is that of the step reached. They also end the final sampling, which ``resume`` then starts anew.
+
+    Arguments:
+        config: Settings; their ``system`` section may be missing if ``molecular_system`` is given.
+        output: The run directory.
+        molecular_system: The molecule, instead of the files that ``config.system`` names.
+        resume: Continue the run that ``output`` holds, bit for bit as if it had not stopped (not so on GPUs).
+        overwrite: Delete the run that ``output`` holds.
+        max_time: Seconds of wall time after which to stop with a checkpoint.
+        progress: Show a progress bar; by default on a terminal only.
+        source: Name of the configuration file, for messages.
+
+    Raises:
+        CGFlowError: For anything the user can mend.
+        ReplicaError: If too many replicas fail; the last checkpoint stays.
+    """
+    started = time.monotonic()
+    RunDirectory(output).check_free(resume=resume, overwrite=overwrite, source=source)
+    if molecular_system is None:
+        if config.system is None:
+            raise CGFlowError("the configuration has no system section, and no molecular_system was given")
+        molecular_system = MolecularSystem.from_files(config.system)
+    partition = Partition.of(molecular_system, config)
+    with ExitStack() as stack:
+        stack.enter_context(one_torch_thread())
+        saved: dict[str, Any] | None = None
+        if resume:
+            run = RunDirectory.create(output, dump_config(config), resume=True, source=source)
+            stack.enter_context(run.logging())
+            saved = run.load_checkpoint(lambda path: load_state(path, molecular_system))
+            if saved is None:
+                logger.info("%s: nothing to resume, starting from the beginning", run.path)
+        platform = keep_platform(config.sampler.platform, saved["platform"]) if saved else config.sampler.platform
+        settings = config.sampler.model_copy(update={"platform": platform})
+        arrays = saved["scaffold"] if saved else None
+        with held_back() as release_log:
+            engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
+            scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
+        if not resume:  # whatever can be wrong with the input was found before the directory is touched
+            run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
+            stack.enter_context(run.logging())
+            release_log()
+        _describe(scaffold, engine)
+        chains = scaffold.chains(engine)
+        trainer = new_trainer(config, scaffold, chains)
+        if trainer.response is not None:
+            chains.follow = trainer.response.follow
+        if saved is not None:
+            trainer.load_state_dict(saved["trainer"])
+        run.truncate_metrics(trainer.n_steps)
+        if saved is None:
+            _write_inputs(run, scaffold)
+        earlier = saved["wall_time"] if saved else 0.0
+        session = Session(run, scaffold, trainer, engine, chains, started, max_time, earlier)
+        try:
+            with stop_requests() as stop:
+                complete = session.train(progress, stop)
+                model = session.model()
+                if complete:
+                    complete = _finish(run, model, engine, config, lambda: session.must_stop(stop))
+        except BaseException as error:
+            with suppress(CGFlowError):  # where the disk is full, the first error is the one to tell
+                session.write_provenance("failed")
+            if isinstance(error, openmm.OpenMMException):  # such as a GPU that is full, or gone
+                raise CGFlowError(
+                    f"OpenMM stopped with: {error}. The last checkpoint is kept; continue with --resume"
+                ) from error
+            raise
+        session.write_provenance("finished" if complete else "stopped")
+        if not complete:
+            logger.info("stopped after step %d; continue with --resume", trainer.n_steps)
+        return model
+
+
+def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
+    """Opens the model of a run.
+
+    Arguments:
+        run_directory: What ``train`` wrote.
+        stage: Tempering stage, 0 the hottest; the last finished one by default.
+
+    Raises:
+        CGFlowError: If there is no such run or stage.
+    """
+    run = RunDirectory.open(run_directory)
+    stages = run.stages()
+    if not stages:
+        raise CGFlowError(f"{run.path}: no tempering stage was finished yet; continue the training with --resume")
+    if stage is None:
+        stage = max(stages)
+    if stage not in stages:
+        raise CGFlowError(f"{run.path}: no stage {stage}; there are {', '.join(map(str, stages))}")
+    path = stages[stage]
+    state = load_model_state(path)
+    config = load_config(run.config)
+    molecular_system = MolecularSystem(
+        topology_from_table(state["topology"]), read_system_xml(run.system_xml), state["positions"].numpy()
+    )
+    if molecular_system.fingerprint() != state["fingerprint"]:
+        raise CGFlowError(f"{run.system_xml}: is not the System that {path} was trained on; restore that file")
+    try:
+        slow = json.loads(run.slow_atoms.read_text())["slow"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CGFlowError(f"{run.slow_atoms}: cannot be read, restore it: {type(error).__name__}: {error}") from error
+    partition = Partition.resolve(molecular_system, slow)
+    try:
+        return CGModel.from_state(state, config, molecular_system, partition)
+    except RuntimeError as error:  # torch's, for parameters of other names or shapes
+        raise CGFlowError(
+            f"{path}: does not fit the settings in {run.config}, which must stay as the training wrote them; restore "
+            f"that file. {str(error).splitlines()[0]}"
+        ) from error
+
+
+def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | None = None) -> list[Path]:
+    """Writes a trajectory, its COLVAR table and, if asked, its topology side by side; returns their paths."""
+    colvar = path.with_suffix(".colvar")
+    write_trajectory(samples.trajectory, path, topology=topology)
+    write_colvar(colvar, colvar_columns(samples, model.coordinates.names), {"temperature_K": model.temperature})
+    return [path, colvar, *([topology] if topology else [])]
+
+
+def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
+    system, coordinates = scaffold.molecular_system, scaffold.assembly.coordinates
+    for note in system.notes:
+        logger.info("note: %s", note)
+    logger.info(scaffold.partition.describe(system))
+    logger.info(
+        "%d slow coordinates, %s; %d stereocentres",
+        coordinates.n_features,
+        scaffold.kinds,
+        scaffold.assembly.n_stereocentres,
+    )
+    logger.info(engine.description)
+    if rotamers := scaffold.fast_rotamers():
+        logger.warning(rotamer_warning(rotamers))
+
+
+def _write_inputs(run: RunDirectory, scaffold: Scaffold) -> None:
+    system = scaffold.molecular_system
+    atomic_write(run.system_xml, system.to_xml())
+    with atomic_path(run.topology) as path, path.open("w") as file:
+        app.PDBFile.writeFile(system.topology, system.positions * unit.nanometer, file, keepIds=True)
+    atomic_write(run.slow_atoms, json.dumps(scaffold.partition.to_json(system), indent=2) + "\n")
+
+
+def _finish(
+    run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config, must_stop: Callable[[], bool]
+) -> bool:
+    """Samples and plots of a finished training; False if stopped before their end."""
+    if config.sampling.plots:
+        plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")
+    if model.pmf is not None and model.coordinates.n_circular and config.sampling.n_verified and not must_stop():
+        _verify(run, model, engine, config)
+    if model.joint is not None:
+        for line in model.describe_map():
+            logger.info(line)
+    if config.sampling.n_samples == 0:
+        return True
+    logger.info("sampling %d structures at %.1f K", config.sampling.n_samples, model.temperature)
+    try:
+        samples = draw_samples(model, engine, config.sampling.n_samples, config.seed, config.sampling, must_stop)
+    except KeyboardInterrupt:
+        return False
+    paths = save_samples(model, samples, run.samples)
+    logger.info("wrote %s", ", ".join(map(str, paths)))
+    if config.sampling.plots:
+        _plot_samples(run, model, samples)
+    return True
+
+
+def _verify(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config) -> None:
+    """Checks the PMF by switching, and says what came out."""
+    settings = config.sampling
+    try:
+        found = verify(model, engine, settings.n_verified, settings.n_switches, config.seed)
+    except CGFlowError as error:  # the training is done and sampling can go on
+        logger.warning("the fitted free energies could not be checked by switching: %s", error)
+        return
+    atomic_write(run.verification, json.dumps(found.to_dict(), indent=2) + "\n")
+    logger.info(
+        "check: free energies of %d conformations by nonequilibrium switching, which uses no mean forces (%.2g energy "
+        "evaluations), differ from the PMF's by %.2f kT rms; the switching's own errors would give %.2f",
+        settings.n_verified,
+        found.n_evaluations,
+        found.rms_difference,
+        found.rms_error,
+    )
+    deviations = found.deviations(config.stopping.free_energy_error)
+    worst = int(deviations.argmax())
+    if np.sqrt(np.mean(deviations**2)) > _MANY_ERRORS or deviations[worst] > _ONE_FAR_OFF:
+        logger.warning(
+            "that is more than errors explain: one conformation is off by %.2f kT, %.1f times what is to be expected, "
+            "and populations may be off by as much. Where the training ended at a limit, raise "
+            "stopping.max_evaluations; else fast atoms that take longer than a chain to turn are the usual cause: add "
+            "them to partition.slow, or raise sampler.n_equilibration",
+            abs(found.pmf[worst] - found.switching[worst]),
+            deviations[worst],
+        )
+
+
+def _plot_samples(run: RunDirectory, model: CGModel, samples: Samples) -> None:
+    torsions = peptide_torsions(samples.trajectory)
+    for name in torsions:
+        if name.startswith("phi_"):
+            residue = name.removeprefix("phi_")
+            figure = plots.ramachandran(
+                torsions[name], torsions[f"psi_{residue}"], temperature=model.temperature, title=residue
+            )
+            plots.save(figure, run.plots / f"ramachandran_{residue}.png")
+    n = model.coordinates.n_circular
+    if n:
+        names = [name.removeprefix("dihedral ") for name in model.coordinates.names[:n]]
+        plots.save(plots.torsion_marginals(names, samples.z[:, :n]), run.plots / "torsions.png")

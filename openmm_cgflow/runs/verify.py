@@ -1,0 +1,107 @@
+"""A check of the fitted potential of mean force that uses no mean force: switching between conformations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_cgflow.errors import CGFlowError, ReplicaError
+from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.training.pmf.paths import low_paths
+from openmm_cgflow.engines.choose import ReplicaEngine
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.forces.switching import Switches, slower, switch
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Free energies of conformations relative to the first one, kT.
+
+    Attributes:
+        torsions: Of the conformations, radians, shape (n, n_circular).
+        pmf: What the fitted PMF says, shape (n,).
+        switching: Bennett's acceptance ratio of the works, shape (n,).
+        error: Its standard error, shape (n,).
+        dissipation: Mean of forward and backward work; errors are to be believed while it is a few kT, shape (n,).
+        n_evaluations: Energy evaluations it took.
+    """
+
+    torsions: list[list[float]]
+    pmf: list[float]
+    switching: list[float]
+    error: list[float]
+    dissipation: list[float]
+    n_evaluations: int
+
+    @property
+    def rms_difference(self) -> float:
+        """Between PMF and switching, kT, weighted by their precision; without errors of the PMF about `rms_error`."""
+        difference = np.array(self.pmf) - self.switching
+        return float(np.sqrt(np.average(np.square(difference), weights=1 / np.square(self.error))))
+
+    @property
+    def rms_error(self) -> float:
+        """What `rms_difference` would be if only the switching had errors, kT."""
+        return float(np.sqrt(len(self.error) / np.sum(1 / np.square(self.error))))
+
+    def deviations(self, tolerance: float) -> np.ndarray:
+        """Differences in units of their errors, shape (n,): those of switching, and `tolerance` (kT) of the PMF."""
+        difference = np.array(self.pmf) - self.switching
+        return np.abs(difference) / np.hypot(self.error, tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"rms_difference": self.rms_difference, "rms_error": self.rms_error, "unit": "kT"}
+
+
+def verify(model: CGModel, engine: ReplicaEngine, n_conformations: int, n_replicas: int, seed: int) -> Verification:
+    """Compares the model's PMF with switching between conformations that differ most among its samples.
+
+    Arguments:
+        model: Trained on a PMF.
+        engine: Runs the fast atoms.
+        n_conformations: Besides the one they are compared with.
+        n_replicas: Switches of each, in each direction.
+        seed: Same seed, same result.
+
+    Raises:
+        CGFlowError: If the model has no PMF or no torsion, or there are not so many conformations of low free energy.
+        ReplicaError: If too many chains fail, or all of one conformation.
+    """
+    if model.pmf is None or model.coordinates.n_circular == 0:
+        raise CGFlowError("switching needs a potential of mean force and at least one slow torsion")
+    generator = torch.Generator().manual_seed(derive_seed(seed, 20))
+    switches = Switches(low_paths(model.flow, model.pmf, model.coordinates, n_conformations, generator))
+    if len(switches.paths) < n_conformations:
+        raise CGFlowError(f"found only {len(switches.paths)} conformations to check, expected {n_conformations}")
+    ends = switches.paths[:, -1]
+    with torch.no_grad():
+        pmf = model.pmf(ends) - model.pmf(switches.paths[:, 0])
+    chains = model.chains(engine)
+    before = engine.n_energy_evaluations
+    every = list(range(n_conformations))
+
+    def run(paths: Tensor, slowness: int) -> tuple[Tensor, Tensor]:
+        return switch(chains, paths, model.temperature, seed, slowness)
+
+    if failed := switches.add(run, every, n_replicas):
+        raise ReplicaError(f"hardly any switch to {len(failed)} of {n_conformations} conformations was usable")
+    found = switches.differences(derive_seed(seed, 21))
+    slowness = [slower(1, dissipation) for dissipation in found.dissipation]
+    if again := [path for path in every if slowness[path] > 1]:
+        switches.add(run, again, n_replicas, [slowness[path] for path in again])
+        found = switches.differences(derive_seed(seed, 21))
+    return Verification(
+        ends[:, : model.coordinates.n_circular].tolist(),
+        pmf.tolist(),
+        found.value.tolist(),
+        found.error.tolist(),
+        found.dissipation.tolist(),
+        engine.n_energy_evaluations - before,
+    )

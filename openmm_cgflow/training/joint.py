@@ -1,0 +1,326 @@
+"""Training of the joint density of all atoms, down the temperature ladder (paper eq. 8): no chains of the fast atoms.
+
+Every sample costs one energy and force. The reverse KL sees their slopes, by the path gradient; because the density of
+whole structures is known, importance weights are, too, and a forward KL with these weights sees the mass of separated
+modes, which the reverse KL does not. The noise of both gradients vanishes at the optimum. An energy does not depend on
+the temperature, nor on the density, so samples of earlier steps serve the forward KL again. A learned map follows the
+forward KL of these alone, and before the last stage so do the densities with it: the reverse KL would sooner lose a
+mode that the fast coordinates cannot hold than turn the map. In the last stage it takes away what the forward KL hardly
+sees, a little mass where there is nothing. Nothing here knows OpenMM.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from openmm_cgflow.config import Config
+from openmm_cgflow.errors import ReplicaError
+from openmm_cgflow.forces.estimator import shortened
+from openmm_cgflow.forces.fast_atoms import ChainEngine
+from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.networks.joint import JointFlow
+from openmm_cgflow.training.ladder import N_ENERGY_BATCHES, Ladder
+from openmm_cgflow.training.optimisers import RunningAverage
+from openmm_cgflow.training.pmf.flow_fit import clipped_softmax
+from openmm_cgflow.training.reverse_kl import GradientGuard
+from openmm_cgflow.training.tempering import relative_ess
+from openmm_cgflow.units import thermal_beta
+
+__all__ = ["EnergyAndForces", "EngineEnergies", "JointTrainer"]
+
+_FORWARD = 0.5  # share of the forward KL where the effective sample size is no smaller
+_AT_STAGE = 0.6  # fraction of the updates that train the stage's own temperature
+_FROM_SAME = 0.7  # fraction whose proposals have the temperature that is trained
+_N_KL = 10  # batches whose KL sets the next temperature
+_AVERAGING = 0.99  # of the running average, per update
+_N_KEPT = 65_536  # samples of earlier batches
+_N_REPLAYED = 1024  # of them in an update
+_HOTTER = 2.0  # times the temperature that is trained, the hottest of them
+_SPEED_OF_MAP = 10.0  # its learning rate, of plain steps, over that of the densities by Adam
+_BETAS = (0.9, 0.99)  # of Adam: the large gradients of the start must be forgotten soon
+_ENOUGH_FOR_COVARIANCE = 2.0  # effective samples for each particle
+_REGULARITY = 1e-5  # nats, of what keeps the map invertible
+
+
+class EnergyAndForces(Protocol):
+    """Potential energies, kJ/mol, and forces, kJ/mol/nm, of positions: OpenMM, or a closed form in a test."""
+
+    @property
+    def n_energy_evaluations(self) -> int: ...
+
+    def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class EngineEnergies:
+    """Energies and forces of a molecule, from an engine.
+
+    Arguments:
+        engine: Evaluates positions.
+    """
+
+    def __init__(self, engine: ChainEngine) -> None:
+        self.engine = engine
+        self._earlier_evaluations = 0
+
+    @property
+    def n_energy_evaluations(self) -> int:
+        """Of the engine, and of the sessions that this one continues."""
+        return self._earlier_evaluations + self.engine.n_energy_evaluations
+
+    def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
+        energy, forces = self.engine.evaluate(xyz.numpy())
+        return torch.as_tensor(energy), torch.as_tensor(forces)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n_energy_evaluations": self.n_energy_evaluations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._earlier_evaluations = state["n_energy_evaluations"] - self.engine.n_energy_evaluations
+
+
+class Evaluated(NamedTuple):
+    """Samples that serve later updates.
+
+    Attributes:
+        gamma: That each was drawn at, shape (n,).
+        xyz: nm, shape (n, n_atoms, 3).
+        energy: kJ/mol, shape (n,).
+        log_q: Of the density as it was, shape (n,).
+    """
+
+    gamma: Tensor
+    xyz: Tensor
+    energy: Tensor
+    log_q: Tensor
+
+    def followed_by(self, more: Evaluated, n: int) -> Evaluated:
+        """The last n of these and more."""
+        return Evaluated(*(torch.cat(parts)[-n:] for parts in zip(self, more, strict=True)))
+
+
+def _mean_log(weights: Tensor, log_q: Tensor) -> Tensor:
+    """Weighted sum of log densities, over those that are in the support."""
+    return weights @ torch.where(torch.isfinite(log_q), log_q, 0.0)
+
+
+class JointTrainer(Ladder):
+    """Adam on the joint density; its whole state can be saved and continued bit for bit.
+
+    Use: as :class:`openmm_cgflow.training.reverse_kl.Trainer`. Every stage trains its own temperature and, now and
+    then, all hotter ones: there modes weigh alike, and what is learned of them serves below.
+
+    Arguments:
+        config: Sections ``training``, ``tempering``, ``sampler.n_replicas`` and ``sampler.max_invalid``,
+            ``joint.n_replays``, ``temperature`` and ``seed`` are used.
+        joint: Trained in place, the map included.
+        estimator: Energies and forces.
+    """
+
+    log_interval = 20
+    pmf = response = None
+
+    def __init__(self, config: Config, joint: JointFlow, estimator: EnergyAndForces) -> None:
+        super().__init__(config)
+        self.joint, self.estimator = joint, estimator
+        joint.flow.float()
+        joint.conditional.float()
+        self.networks = RunningAverage(joint, _AVERAGING)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        trained = self.networks.trained
+        self._densities = [*trained.flow.parameters(), *trained.conditional.parameters()]
+        self._map = [parameter for parameter in trained.chart.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self._densities, lr=config.training.learning_rate, betas=_BETAS)
+        # Gradients of earlier batches, forward KL alone, are much smaller than those of new ones.
+        self.guard, self._replay_guard = GradientGuard(config.training), GradientGuard(config.training)
+        self._kl: list[float] = []
+        self._earlier: Evaluated | None = None
+
+    @property
+    def flow(self) -> CGFlow:
+        """q(z), of the running average."""
+        return self.joint.flow
+
+    @property
+    def gamma(self) -> float:
+        """Of the current stage."""
+        return self.config.temperature / self.temperature
+
+    def _draw_gammas(self) -> tuple[float, float]:
+        """What is trained and what proposals come from, as in ``FlowFitter``."""
+        uniform = torch.rand(4, generator=self.generator).tolist()
+        if self.stage_length - self.n_stage_steps <= N_ENERGY_BATCHES:  # its energies set the next temperature
+            return self.gamma, self.gamma
+        hottest = self.config.temperature / self.temperatures[0]
+        gamma = self.gamma * (1.0 if uniform[0] < _AT_STAGE else (hottest / self.gamma) ** uniform[1])
+        gamma_from = gamma * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
+        return max(gamma, hottest), max(gamma_from, hottest)
+
+    def step(self) -> dict[str, float]:
+        """One update. Returns a row of metrics.
+
+        ``ess`` is the relative effective sample size of whole structures, and ``kl`` the estimate of KL(q || p) from
+        the same samples, nats, both at ``gamma``, the one that was sampled.
+
+        Raises:
+            ReplicaError: If too many energies are not finite.
+        """
+        joint, beta = self.networks.trained, thermal_beta(self.config.temperature)
+        if not self.n_steps:
+            self._look_around()
+        gamma, gamma_from = self._draw_gammas()
+        z, r = joint(joint.draw_base(self.config.sampler.n_replicas, self.generator), gamma_from)
+        xyz = joint.build(z, r, gamma_from)
+        energy, forces, valid = self._evaluate(xyz.detach())
+        at, n_valid = xyz.detach()[valid].requires_grad_(), int(valid.sum())
+
+        # Reverse KL by the path gradient: the bracket vanishes at the optimum, sample by sample.
+        log_old = joint.log_prob_xyz(at, gamma_from)
+        (score,) = torch.autograd.grad(log_old.sum(), at, retain_graph=True)
+        pull = shortened((-gamma_from * beta * forces).flatten(1), self.config.training.clip_factor)
+        residual = pull.unflatten(1, (-1, 3)) + score
+        log_old_values = log_old.detach()
+        weights = -gamma_from * beta * energy - log_old_values
+
+        # Forward KL with weights less what they are at the optimum, where its noise vanishes, too.
+        log_new = log_old if gamma == gamma_from else joint.log_prob_xyz(at.detach(), gamma)
+        target = -gamma * beta * energy - log_old_values
+        turning = self._map and not self.at_target
+        share = 1.0 if turning else min(_FORWARD, relative_ess(target))
+        excess = clipped_softmax(target) - clipped_softmax(log_new.detach() - log_old_values)
+        self.networks.trained.zero_grad()
+        (-share * _mean_log(excess, log_new)).backward(inputs=self._densities)
+        xyz[valid].backward((1 - share) / n_valid * residual, inputs=self._densities)
+        norm, usable = self._update(self.guard)
+        drawn = Evaluated(torch.full_like(energy, gamma_from), at.detach(), energy, log_old_values)
+        self._earlier = drawn if self._earlier is None else self._earlier.followed_by(drawn, _N_KEPT)
+        for _ in range(self.config.joint.n_replays):
+            self._replay(self._earlier)
+        row = {"gamma": gamma_from, "ess": relative_ess(weights)}
+        row["kl"] = float(torch.logsumexp(weights, 0) - math.log(n_valid) - weights.mean())
+        if gamma_from == self.gamma:
+            self._kl = [*self._kl, row["kl"]][-_N_KL:]
+            self.advance(energy)
+        else:
+            self.advance()
+        stage = {"step": self.n_steps, "stage": self.stage, "temperature": self.temperature, "beta": beta * self.gamma}
+        return (stage | row) | {
+            "residual": float(residual.square().mean(dim=(1, 2)).median().sqrt()),
+            "gradient_norm": norm,
+            "skipped": int(not usable),
+            "energy": float(energy.median()),
+            "invalid": int((~valid).sum()),
+            "evaluations": self.estimator.n_energy_evaluations,
+        }
+
+    def _update(self, guard: GradientGuard) -> tuple[float, bool]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        norm, usable = guard(self.networks.trained)
+        if usable:
+            self.optimizer.step()
+            self._turn()
+            self.networks.update()
+        return norm, usable
+
+    @torch.no_grad()
+    def _turn(self) -> None:
+        """A step of the map down its gradient: where all directions are alike, Adam would follow noise."""
+        for parameter in self._map:
+            if parameter.grad is not None:
+                parameter.sub_(_SPEED_OF_MAP * self.learning_rate * parameter.grad)
+
+    def _replay(self, earlier: Evaluated) -> None:
+        """An update by forward KL on earlier samples of the same temperature or somewhat hotter."""
+        joint, beta = self.networks.trained, thermal_beta(self.config.temperature)
+        gamma, _ = self._draw_gammas()
+        near = ((earlier.gamma <= gamma) & (_HOTTER * earlier.gamma >= gamma)).nonzero()[:, 0]
+        if not len(near):
+            return
+        rows = near[torch.randint(len(near), (_N_REPLAYED,), generator=self.generator)]
+        _, xyz, energy, log_old = (part[rows] for part in earlier)
+        weights = clipped_softmax(-gamma * beta * energy - log_old)
+        self.networks.trained.zero_grad()
+        (_REGULARITY * joint.chart.irregularity() - _mean_log(weights, joint.log_prob_xyz(xyz, gamma))).backward()
+        self._update(self._replay_guard)
+
+    def _look_around(self) -> None:
+        """Measures where structures are at the start, from the density as it is before any training."""
+        joint = self.networks.trained
+        base = joint.draw_base(N_ENERGY_BATCHES * self.config.sampler.n_replicas, self.generator)
+        with torch.no_grad():
+            z, r = joint(base, self.gamma)
+            xyz = joint.build(z, r, self.gamma)
+            log_q = joint.log_prob_xyz(xyz, self.gamma)
+        energy, _, valid = self._evaluate(xyz)
+        self._measure(xyz[valid], energy, log_q[valid])
+
+    def _measure(self, xyz: Tensor, energy: Tensor, log_q: Tensor) -> None:
+        weights = torch.softmax(-self.gamma * thermal_beta(self.config.temperature) * energy - log_q, dim=0)
+        # After a large step of a given ladder there may be none that is near.
+        if not len(xyz) or float(1 / weights.square().sum()) < _ENOUGH_FOR_COVARIANCE * xyz.shape[1]:
+            return  # what was measured before, at the start the harmonic widths, is better than a matrix near singular
+        for joint in (self.networks.trained, self.networks.average):
+            joint.chart.measure(self.gamma, xyz, weights)
+
+    def _evaluate(self, xyz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Energies and forces of those structures that have them, and which these are, shape (n,) bool."""
+        energy, forces = self.estimator(xyz)
+        valid = torch.isfinite(energy) & torch.isfinite(forces).flatten(1).all(1)
+        n_invalid = int((~valid).sum())
+        if n_invalid > self.config.sampler.max_invalid * len(xyz) or n_invalid == len(xyz):
+            raise ReplicaError(
+                f"{n_invalid} of {len(valid)} samples have no finite energy at {self.temperature:.0f} K, and "
+                f"sampler.max_invalid is {self.config.sampler.max_invalid}. Try a lower training.learning_rate"
+            )
+        return energy[valid], forces[valid], valid
+
+    def describe(self, row: dict[str, float]) -> str:
+        """A line on a row of metrics, for the progress bar."""
+        text = f"stage {row['stage']} {row['temperature']:.0f} K"
+        return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.config.temperature / row['gamma']:.0f} K"
+
+    @property
+    def kl(self) -> float | None:
+        """Mean estimate of the stage's last batches."""
+        return sum(self._kl) / len(self._kl) if self._kl else None
+
+    def next_stage(self) -> None:
+        """Lowers the temperature: never past the target."""
+        super().next_stage()
+        self._kl = []
+        assert self._earlier is not None
+        near = _HOTTER**2 * self._earlier.gamma >= self.gamma
+        _, xyz, energy, log_q = (part[near] for part in self._earlier)
+        self._measure(xyz, energy, log_q)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: tensors, numbers and lists only, so that ``torch.load(weights_only=True)`` reads it."""
+        return super().state_dict() | {
+            "networks": self.networks.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "estimator": self.estimator.state_dict(),
+            "norms": list(self.guard.norms),
+            "replay_norms": list(self._replay_guard.norms),
+            "kl": list(self._kl),
+            "earlier": None if self._earlier is None else tuple(self._earlier),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.estimator.load_state_dict(state["estimator"])
+        self._replay_guard.norms = list(state["replay_norms"])
+        self.guard.norms, self._kl = list(state["norms"]), list(state["kl"])
+        self._earlier = None if state["earlier"] is None else Evaluated(*state["earlier"])

@@ -1,0 +1,285 @@
+"""The joint density and its maps: round trips, volumes against autograd, densities that integrate to one."""
+
+import math
+
+import pytest
+import torch
+from analytic import assembly_of, random_structure
+
+from openmm_cgflow.coordinates.slow import BoxCoordinates
+from openmm_cgflow.coordinates.thermal_map import InternalChart, LinearChart
+from openmm_cgflow.networks.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow
+from openmm_cgflow.networks.joint import JointFlow
+from openmm_cgflow.networks.layers import n_slow_features
+
+REACH = 4.0
+
+
+def linear(n_slow=1, n_fast=1, mixing=0.0, learned=True, roughness=0.0, seed=0, widths=None):
+    labels = [f"X{i}" for i in range(n_slow + n_fast)]
+    slow, fast = range(1, n_slow + 1), (0, *range(n_slow + 1, n_slow + n_fast))
+    centre = torch.linspace(0.4, -0.1, n_slow + n_fast).double()
+    if widths is None:
+        widths = torch.linspace(0.3, 0.9, n_slow + n_fast).double()
+    box = BoxCoordinates(slow, labels, 10.0)
+    chart = LinearChart(box, fast, centre, lambda gamma: widths / math.sqrt(gamma), REACH, mixing, learned)
+    shaken(chart, roughness, seed)
+    return chart
+
+
+def internal(assembly, centre, widths):
+    return InternalChart(assembly, centre, lambda gamma: widths / math.sqrt(gamma))
+
+
+def shaken(module, roughness, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += roughness * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+def joint_flow(chart, n_circular=1, n_bounded=0, n_layers=0, roughness=0.1):
+    n, periodic = chart.n_fast_features, isinstance(chart, InternalChart)
+    context = n_slow_features(n_circular, n_bounded, periodic) + N_GAMMA_FEATURES
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        flow = CGFlow(n_circular, n_bounded, 6.0, 3, 2, 6, [8], periodic=periodic)
+        conditional = ConditionalFlow(n, context, 6.0, n_layers, 6, [8], torch.eye(n).double())
+    for part in (flow, conditional.double()):
+        shaken(part, roughness)
+    return JointFlow(flow, conditional, chart)
+
+
+def drawn(joint, n, gamma=1.0, seed=3):
+    with torch.no_grad():
+        return joint(joint.draw_base(n, torch.Generator().manual_seed(seed)), gamma)
+
+
+# ---------------------------------------------------------------- the learned map
+
+
+def test_it_starts_as_the_partition():
+    chart = linear(2, 2)
+    torch.testing.assert_close(chart.slow_directions(), torch.eye(4)[[1, 2]].double())
+    z, r = torch.tensor([[0.3, -1.0]]).double(), torch.tensor([[1.0, -2.0]]).double()
+    xyz = chart.build(z, r, 0.25)
+    widths = 2 * torch.linspace(0.3, 0.9, 4).double()
+    steps = torch.tensor([1.0, 0.3 * REACH / math.pi, -REACH / math.pi, -2.0]).double()
+    torch.testing.assert_close(xyz[0, :, 0], chart.centre + steps * widths)
+    assert (xyz[..., 1:] == 0).all()
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5, 0.9])
+def test_rows_sum_to_one_whatever_is_learned(mixing):
+    chart = linear(2, 3, mixing, roughness=0.1)
+    ones = torch.ones(5, dtype=torch.float64)
+    torch.testing.assert_close(chart.matrix.sum(1), ones)
+    torch.testing.assert_close(chart.slow_directions().sum(1), ones[:2])
+    # A translation of all particles translates all pseudo-particles.
+    x = torch.rand(4, 5).double()
+    moved = (x + 0.2) @ chart.pseudo_particles.T - x @ chart.pseudo_particles.T
+    torch.testing.assert_close(moved, torch.full((4, 5), 0.2).double())
+
+
+def test_mixing_takes_each_pseudo_particle_to_the_mean():
+    torch.testing.assert_close(linear(mixing=0.5).slow_directions(), torch.tensor([[0.25, 0.75]]).double())
+    torch.testing.assert_close(
+        linear(3, 1, mixing=0.8).slow_directions()[0], torch.tensor([0.2, 0.4, 0.2, 0.2]).double()
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.4, torch.tensor([0.1, 1.0, 0.4, 0.4, 1.0, 0.1]).double()], ids=["one", "rows"])
+def test_linear_map_and_back(gamma):
+    chart = linear(2, 3, 0.3, roughness=0.1)
+    z, r = 2 * torch.rand(6, 2).double() - 1, torch.randn(6, 3).double()
+    for found, expected in zip(chart.read(chart.build(z, r, gamma), gamma), (z, r), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def jacobian_volume(chart, z, r, gamma):
+    def positions(flat):
+        return chart.build(flat[None, : len(z)], flat[None, len(z) :], gamma)[0, :, 0]
+
+    return float(torch.linalg.slogdet(torch.autograd.functional.jacobian(positions, torch.cat((z, r))))[1])
+
+
+def test_volume_of_the_linear_map_is_that_of_autograd():
+    chart = linear(2, 3, 0.3, roughness=0.1)
+    z, r = torch.tensor([0.3, -0.5]).double(), torch.randn(3).double()
+    for gamma in (1.0, 0.2):
+        found = float(chart.log_volume(z[None], r[None], gamma).detach())
+        assert found == pytest.approx(jacobian_volume(chart, z, r, gamma))
+
+
+def test_a_turn_of_the_map_leaves_gaussians_of_the_thermal_widths_as_they_are():
+    """z and r of such particles have unit covariance whatever the map, so that it can turn without the density."""
+    widths = torch.tensor([0.3, 2.0, 0.7]).double()
+    generator = torch.Generator().manual_seed(0)
+    for mixing, roughness in ((0.0, 0.0), (0.4, 0.2)):
+        chart = linear(1, 2, mixing, roughness=roughness, widths=widths)
+        noise = torch.randn((200_000, 3), generator=generator, dtype=torch.float64)
+        x = torch.zeros((len(noise), 3, 3), dtype=torch.float64)
+        x[..., 0] = chart.centre + 2 * widths * noise
+        with torch.no_grad():
+            z, r = chart.read(x, 0.25)
+        features = torch.cat((z * REACH / math.pi, r), dim=-1)
+        inside = features[:, 0].abs() < 0.9 * REACH
+        covariance = features[inside].T.cov()
+        torch.testing.assert_close(covariance, torch.eye(3).double(), atol=0.02, rtol=0)
+
+
+def correlated(n, gamma, seed=0):
+    """Positions of three particles that are Gaussian, not independent and not where the chart starts."""
+    root = torch.tensor([[0.5, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.3, 0.2, 0.9]]).double() / math.sqrt(gamma)
+    noise = torch.randn((n, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.zeros((n, 3, 3), dtype=torch.float64)
+    x[..., 0] = torch.tensor([0.2, -0.5, 0.1]) + noise @ root.T
+    return x
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_is_left_of_the_fast_ones_knows_nothing_of_the_slow_ones(measured):
+    """Of Gaussians whose covariance was measured, whatever the map; without it, it does."""
+    chart = linear(1, 2, 0.4, roughness=0.2, widths=torch.tensor([2.0, 3.0, 2.0]).double())
+    if measured:
+        for gamma in (0.1, 0.25, 1.0):
+            x = correlated(100_000, gamma)
+            chart.measure(gamma, x, torch.full((len(x),), 1 / len(x)).double())
+    means = []
+    for gamma in (0.1, 1.0):
+        with torch.no_grad():
+            z, r = chart.read(correlated(100_000, gamma, seed=1), gamma)
+        assert float(z.abs().max()) < 3.0  # nothing is beyond the circle
+        found = torch.cat((z / z.std(), r), dim=-1).T.cov()
+        expected = torch.eye(3).double()
+        assert torch.allclose(found, expected, atol=0.03) == measured
+        means.append(float(r.mean(0).abs().max()))
+    assert (max(means) < 0.03) == measured
+
+
+def test_weights_enter_what_is_measured():
+    chart, x = linear(), torch.zeros((3, 2, 3)).double()
+    x[:, :, 0] = torch.tensor([[0.0, 1.0], [2.0, 0.0], [5.0, 5.0]])
+    chart.measure(1.0, x, torch.tensor([0.75, 0.25, 0.0]).double())
+    state = chart.get_extra_state()
+    torch.testing.assert_close(state["means"][0] + chart.centre, torch.tensor([0.5, 0.75]).double())
+    torch.testing.assert_close(state["covariances"][0], torch.tensor([[0.75, -0.375], [-0.375, 0.1875]]).double())
+
+
+def test_the_circle_holds_what_was_seen_and_no_more():
+    chart, x = linear(1, 2), correlated(5000, 1.0)
+    weights = torch.full((len(x),), 1 / len(x)).double()
+    x[0, :, 0], weights[0] = 1e3, 1e-12  # of no weight
+    chart.measure(1.0, x, weights)
+    z, _ = chart.read(x, 1.0)
+    inside = z[1:].abs() / math.pi
+    assert 0.8 < float(inside.max().detach()) <= 1.0  # a margin, and no more
+    flow = joint_flow(chart)
+    log_q = flow.log_prob_xyz(x, 1.0)
+    assert torch.isfinite(log_q[1:]).all() and log_q[0] == -math.inf
+
+
+@pytest.mark.parametrize("gamma", [0.05, 0.2, 0.5, 1.0])
+def test_map_and_volume_between_what_was_measured(gamma):
+    chart = linear(1, 2, 0.3, roughness=0.1)
+    for measured in (0.1, 0.3, 0.8):
+        x = correlated(1000, measured)
+        chart.measure(measured, x, torch.full((len(x),), 1e-3).double())
+    z, r = torch.tensor([[0.3]]).double(), torch.tensor([[0.5, -1.0]]).double()
+    xyz = chart.build(z, r, gamma)
+    torch.testing.assert_close(torch.cat(chart.read(xyz, gamma), dim=-1), torch.cat((z, r), dim=-1))
+    assert float(chart.log_volume(z, r, gamma).detach()) == pytest.approx(jacobian_volume(chart, z[0], r[0], gamma))
+    again = linear(1, 2)
+    again.load_state_dict(chart.state_dict())
+    torch.testing.assert_close(again.build(z, r, gamma), xyz)
+
+
+def test_what_y_is_made_of_changes_nothing():
+    first, second = linear(mixing=0.3), linear(mixing=0.3)
+    with torch.no_grad():
+        second.weights[1] += torch.tensor([0.4, -0.4])
+    one, other = joint_flow(first), joint_flow(second)
+    xyz = one.build(*drawn(one, 50))
+    torch.testing.assert_close(one.log_prob_xyz(xyz), other.log_prob_xyz(xyz))
+
+
+def test_a_fixed_map_has_nothing_to_train():
+    assert not any(parameter.requires_grad for parameter in linear(learned=False).parameters())
+
+
+def test_irregularity_drives_the_map_away_from_singular_ones():
+    chart = linear(2, 2)
+    assert float(chart.irregularity().detach()) == pytest.approx(2)
+    with torch.no_grad():
+        chart.weights[2] = 0.99 * chart.weights[1] + 0.01 * chart.weights[2]  # a fast row, nearly a slow one
+    optimizer = torch.optim.Adam([chart.weights], lr=1e-2)
+    before = float(torch.linalg.cond(chart.matrix.detach()))
+    for _ in range(100):
+        optimizer.zero_grad()
+        chart.irregularity().backward()
+        optimizer.step()
+    assert before > 100 and float(torch.linalg.cond(chart.matrix.detach())) < 10
+
+
+# ---------------------------------------------------------------- the density
+
+
+@pytest.mark.parametrize("n_layers", [0, 2])
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+def test_density_of_two_particles_integrates_to_one(n_layers, gamma):
+    joint = joint_flow(linear(mixing=0.3, roughness=0.1), n_layers=n_layers)
+    n, reach = 700, 12.0
+    axis = ((torch.arange(n) + 0.5) / n * 2 - 1).double() * reach
+    x = torch.cartesian_prod(axis, axis)
+    xyz = torch.zeros((len(x), 2, 3), dtype=torch.float64)
+    xyz[..., 0] = x
+    with torch.no_grad():
+        z, _ = joint.read(xyz, gamma)
+        # One image of the circle only: pseudo-particles outside are read as inside.
+        scale = float(joint.chart._frame(gamma).scale)
+        slow = ((xyz[..., 0] - joint.chart.centre) @ joint.chart.pseudo_particles.T)[:, 0]
+        inside = (slow / scale - z[:, 0]).abs() < 1e-6
+        mass = (joint.log_prob_xyz(xyz, gamma).exp() * inside).sum() * (2 * reach / n) ** 2
+    assert float(mass) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+def test_density_of_positions_is_that_of_what_was_drawn(gamma):
+    joint = joint_flow(linear(2, 2, 0.2, roughness=0.1), n_circular=2)
+    z, r = drawn(joint, 50, gamma)
+    xyz = joint.build(z, r, gamma)
+    for found, expected in zip(joint.read(xyz, gamma), (z, r), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        joint.log_prob_xyz(xyz, gamma), joint.log_prob(z, r, gamma) - joint.log_volume(z, r, gamma)
+    )
+    assert not torch.allclose(joint.log_prob(z, r, gamma), joint.log_prob(z, r, 0.5))
+
+
+def test_rows_may_have_temperatures_of_their_own():
+    joint = joint_flow(linear(mixing=0.2, roughness=0.1))
+    gamma = torch.tensor([0.2, 1.0, 0.2, 0.5]).double()
+    xyz = joint.build(*drawn(joint, 4, gamma), gamma)
+    together = joint.log_prob_xyz(xyz, gamma)
+    for k, one in enumerate(gamma.tolist()):
+        torch.testing.assert_close(together[k], joint.log_prob_xyz(xyz[k : k + 1], one)[0])
+
+
+@pytest.mark.parametrize("n_layers", [0, 2])
+def test_density_of_a_molecule(n_layers):
+    """Fast atoms in internal coordinates, one of them with a dihedral at the seam of the circle."""
+    bonds = [(0, 1), (1, 2), (2, 3), (2, 4), (4, 5)]
+    xyz = random_structure(bonds, 4)
+    assembly = assembly_of(bonds, [0, 1, 2, 3], xyz)
+    centre = assembly.read_fast(xyz[None])[0].clone()
+    centre[1, 2] = math.pi - 0.01
+    chart = internal(assembly, centre, torch.tensor([0.003, 0.05, 0.2]).double().expand(2, 3))
+    n_circular, n_features = assembly.coordinates.n_circular, assembly.coordinates.n_features
+    joint = joint_flow(chart, n_circular, n_features - n_circular, n_layers, roughness=0.03)
+    z, r = drawn(joint, 40)
+    z[:, 1:] *= 0.1
+    built = joint.build(z, r)
+    found_z, found_r = joint.read(built)
+    torch.testing.assert_close(found_z, z)
+    torch.testing.assert_close(found_r, r)
+    torch.testing.assert_close(joint.log_prob_xyz(built), joint.log_prob(z, r) - joint.log_volume(z, r))

@@ -1,0 +1,488 @@
+"""The fitted potential of mean force: exact derivatives, right free energies from noisy forces, honest errors."""
+
+import io
+import math
+
+import pytest
+import torch
+from analytic import assert_identical, largest_sigma
+
+from openmm_cgflow.forces.estimator import MeanForce
+from openmm_cgflow.networks.pmf import PMF, MeanForceBuffer, PMFFitter, Values, held_out_error
+
+PRECISION = torch.tensor([[1.0, 0.4], [0.4, 1.2]], dtype=torch.float64)
+
+
+def new_pmf(n_circular=1, precision=PRECISION, hidden=(16, 16), n_members=4, seed=0, roughness=0.0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pmf = PMF(n_circular, precision, hidden, n_members)
+        with torch.no_grad():
+            for parameter in pmf.parameters():
+                parameter.add_(roughness * torch.randn_like(parameter))
+    return pmf
+
+
+def random_z(n, generator, n_circular=1, n_bounded=2):
+    """Torsions anywhere, bounded features a little wider than thermal, shape (n, n_circular + n_bounded)."""
+    torsions = (2 * torch.rand((n, n_circular), generator=generator, dtype=torch.float64) - 1) * math.pi
+    bounded = 1.3 * torch.randn((n, n_bounded), generator=generator, dtype=torch.float64)
+    return torch.cat((torsions, bounded), dim=1)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+# ---------------------------------------------------------------- the function
+
+
+@pytest.mark.parametrize(("n_circular", "n_bounded"), [(1, 2), (2, 0), (0, 3), (3, 1)])
+def test_gradient_is_that_of_the_members_mean(n_circular, n_bounded, generator):
+    pmf = new_pmf(n_circular, 2 * torch.eye(n_bounded), roughness=0.3)
+    z = random_z(6, generator, n_circular, n_bounded)
+    value, gradient = pmf.value_and_gradient(z)
+    assert value.shape == (6,) and gradient.shape == z.shape
+    assert value.dtype == gradient.dtype == torch.float64 and not value.requires_grad and not gradient.requires_grad
+    torch.testing.assert_close(value, pmf(z).detach())
+    assert pmf.each(z).shape == (4, 6)
+    torch.testing.assert_close(pmf.each(z).mean(0), pmf(z))
+    assert float(pmf.each(z).detach().std(0).min()) > 0.1
+
+    double = new_pmf(n_circular, 2 * torch.eye(n_bounded), roughness=0.3).double()
+
+    def mean(at):
+        return double.members(at.expand(4, -1, -1)).mean(0)
+
+    at = z.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(mean(at).sum(), at)
+    torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value, mean(z).detach(), rtol=1e-4, atol=1e-4)
+    for k in range(z.shape[1]):
+        step = 1e-5 * torch.eye(z.shape[1]).double()[k]
+        torch.testing.assert_close((mean(z + step) - mean(z - step)).detach() / 2e-5, exact[:, k], rtol=1e-4, atol=1e-5)
+    assert float(exact.abs().min(0).values.max()) > 0.01
+
+
+def test_gradients_do_not_need_grad_mode(generator):
+    pmf = new_pmf(roughness=0.3)
+    z = random_z(5, generator)
+    value, gradient = pmf.value_and_gradient(z)
+    with torch.no_grad():
+        again = pmf.value_and_gradient(z)
+    assert torch.equal(value, again[0]) and torch.equal(gradient, again[1])
+    assert all(parameter.grad is None for parameter in pmf.parameters())
+    assert not z.requires_grad
+
+
+@pytest.mark.parametrize("turn", [-1, 1, 2])
+def test_torsions_are_periodic(turn, generator):
+    pmf = new_pmf(2, PRECISION, roughness=0.3)
+    z = random_z(20, generator, 2)
+    for k in range(2):
+        moved = z.clone()
+        moved[:, k] += 2 * math.pi * turn
+        for found, expected in zip(pmf.value_and_gradient(moved), pmf.value_and_gradient(z), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        moved[:, k] += 1.0
+        assert float((pmf(moved) - pmf(z)).detach().abs().max()) > 0.1
+    moved = z.clone()
+    moved[:, 2] += 2 * math.pi
+    assert float((pmf(moved) - pmf(z)).detach().abs().max()) > 1  # bounded features have no period
+
+
+def test_without_networks_it_is_harmonic(generator):
+    pmf = new_pmf(roughness=0.3)
+    with torch.no_grad():
+        pmf.weights[-1].zero_()
+        pmf.biases[-1].zero_()
+    z = random_z(30, generator)
+    value, gradient = pmf.value_and_gradient(z)
+    bounded = z[:, 1:]
+    torch.testing.assert_close(value, 0.5 * ((bounded @ PRECISION) * bounded).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient[:, 1:], bounded @ PRECISION, rtol=1e-5, atol=1e-5)
+    assert (gradient[:, 0] == 0).all()
+
+
+def test_members_start_apart_and_small(generator):
+    pmf = new_pmf(hidden=(96, 96))
+    z = random_z(200, generator)
+    away = pmf.each(z).detach() - 0.5 * ((z[:, 1:] @ PRECISION) * z[:, 1:]).sum(1)
+    assert float(away.abs().max()) < 5
+    assert float(away.std(0).median()) > 0.01
+
+
+# ---------------------------------------------------------------- positions in a box
+
+
+def in_a_box(n, generator):
+    return (2 * torch.rand((n, 2), generator=generator, dtype=torch.float64) - 1) * math.pi
+
+
+def box_pmf(periodic):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PMF(2, torch.zeros((0, 0)), (32, 32), 2, periodic)
+
+
+def mixture(z):
+    """Two modes of widths 0.16 and unequal weights, 40 kT apart from each other and a thousand from the walls, kT."""
+    means = torch.tensor([[-1.2, 0.4], [1.2, 0.9]], dtype=z.dtype)
+    exponents = -20.0 * (z[..., None, :] - means).square().sum(-1)
+    return -torch.logsumexp(exponents + torch.tensor([0.2, 0.8]).log(), dim=-1)
+
+
+def mixture_forces(n, generator):
+    """Mean forces everywhere and near the modes, with their variance."""
+    z = in_a_box(n, generator)
+    z[n // 2 :] *= 0.5
+    at = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixture(at).sum(), at)
+    data = {"z": z, "gradient": gradient, "variance": torch.full_like(gradient, 0.01)}
+    return {name: tensor.float() for name, tensor in data.items()} | {"weights": torch.ones(n, 2)}
+
+
+def test_the_walls_of_a_box_are_not_one_point():
+    wall = torch.tensor([[math.pi, 0.3]], dtype=torch.float64)
+    for periodic in (True, False):
+        pmf = box_pmf(periodic)
+        apart = float((pmf(wall) - pmf(wall * torch.tensor([-1.0, 1.0]))).detach().abs())
+        assert (apart < 1e-5) == periodic
+
+
+def test_the_background_of_a_box_is_the_nearest_parabola(generator):
+    pmf, z = box_pmf(False), in_a_box(500, generator).float()
+    curvature, slope = torch.tensor([[80.0, 5.0], [5.0, 50.0]]), torch.tensor([30.0, -7.0])
+    pmf.measure_background(z, z @ curvature + slope)
+    torch.testing.assert_close(pmf.curvature, curvature, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(pmf.slope, slope, rtol=1e-4, atol=1e-2)
+    assert float(pmf.scale) == float(box_pmf(False).scale)
+    pmf.measure_background(z, z @ curvature + slope + 100 * torch.sign(z))
+    assert 20 < float(pmf.scale) < 80  # of the part of the step that is not linear
+
+
+def test_torsions_have_no_background(generator):
+    pmf, z = box_pmf(True), in_a_box(500, generator).float()
+    before = {name: tensor.clone() for name, tensor in pmf.state_dict().items()}
+    pmf.measure_background(z, 100 * z)
+    assert_identical(before, pmf.state_dict())
+
+
+def test_forces_of_hundreds_of_kt_in_a_box_are_fitted(generator):
+    """Networks that must be equal at both walls spend all they have on the walls."""
+    data, modes, misfit = mixture_forces(3000, generator), torch.tensor([[-1.2, 0.4], [1.2, 0.9]]).double(), {}
+    for periodic in (False, True):
+        pmf = box_pmf(periodic)
+        fitter = PMFFitter(pmf, 1e-2, batch_size=512)
+        for k in range(4):
+            misfit[periodic] = fitter.fit(data, 100, generator, 1 - k / 4)
+        if not periodic:
+            away = pmf(modes).detach() - mixture(modes)
+            assert float((away[1] - away[0]).abs()) < 1
+    assert misfit[False] < 0.3 * misfit[True]
+
+
+# ---------------------------------------------------------------- a closed form to fit
+
+
+def free_energy(z):
+    """Two unequal basins of a torsion, 6 kT apart, with two coupled bounded features that follow it, kT."""
+    torsion = z[..., 0]
+    middle = torch.stack((0.8 * torch.cos(torsion), -0.5 * torch.sin(2 * torsion)), dim=-1)
+    away = z[..., 1:] - middle
+    return 3.0 * torch.cos(2 * torsion) + 0.8 * torch.sin(torsion) + 0.5 * ((away @ PRECISION) * away).sum(-1)
+
+
+def exact_difference():
+    """-ln of the population of positive over that of negative torsions; the bounded features integrate out."""
+    torsion = (torch.arange(2000, dtype=torch.float64) + 0.5) / 1000 * math.pi - math.pi
+    logs = -3.0 * torch.cos(2 * torsion) - 0.8 * torch.sin(torsion)
+    return float(torch.logsumexp(logs[torsion < 0], 0) - torch.logsumexp(logs[torsion > 0], 0))
+
+
+@torch.no_grad()
+def differences(pmf):
+    """The same of every member, by quadrature."""
+    torsion = (torch.arange(72, dtype=torch.float64) + 0.5) / 36 * math.pi - math.pi
+    bounded = torch.linspace(-4, 4, 21, dtype=torch.float64)
+    grid = torch.cartesian_prod(torsion, bounded, bounded)
+    logs = -pmf.each(grid)
+    return torch.logsumexp(logs[:, grid[:, 0] < 0], 1) - torch.logsumexp(logs[:, grid[:, 0] > 0], 1)
+
+
+def measured(n, generator, noise=2.0, contacts=0.0):
+    """Mean forces with Gaussian noise, and with skewed noise of mean zero around torsion 0 if ``contacts`` > 0."""
+    z = random_z(n, generator)
+    at = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(free_energy(at).sum(), at)
+    gradient = gradient + noise * torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+    variance = torch.full_like(gradient, noise**2)
+    size = contacts * torch.exp(-0.5 * (z[:, 0] / 0.35) ** 2)
+    gradient[:, 0] += size * (torch.empty(n, dtype=torch.float64).exponential_(generator=generator) - 1)
+    variance[:, 0] += size**2
+    energy = torch.zeros(n, dtype=torch.float64)
+    return z, MeanForce(gradient, variance, energy, energy, torch.ones(n, dtype=torch.bool))
+
+
+def fitted(seed, n, n_updates=300, **noise):
+    generator = torch.Generator().manual_seed(100 + seed)
+    pmf, buffer = new_pmf(hidden=(24, 24), seed=seed), MeanForceBuffer(4)
+    for _ in range(2):
+        buffer.add(*measured(n // 2, generator, **noise), generator)
+    misfit = PMFFitter(pmf, 1e-2, batch_size=256).fit(buffer.data(), n_updates, generator)
+    return pmf, misfit
+
+
+@pytest.fixture(scope="module")
+def repeated():
+    """Errors of the free-energy difference, and the ensembles' spreads, of twelve fits to fresh data each."""
+    fits = [fitted(seed, 1000) for seed in range(12)]
+    found = torch.stack([differences(pmf) for pmf, _ in fits])
+    return found.mean(1) - exact_difference(), found.std(1), fits
+
+
+@pytest.mark.slow
+def test_free_energies_of_separated_basins_are_recovered(repeated):
+    errors, spreads, _ = repeated
+    assert abs(exact_difference()) > 1.5
+    typical = float(spreads.square().mean().sqrt())
+    assert 0.05 < typical < 0.5  # the data say something, and not everything
+    assert float(errors.abs().max()) < 4 * typical
+    assert abs(float(errors.mean())) < 4 * typical / math.sqrt(len(errors))
+
+
+@pytest.mark.slow
+def test_the_spread_of_the_ensemble_is_the_error(repeated):
+    """Of the order of the true error, over repetitions; less would stop a training too early, more never."""
+    errors, spreads, _ = repeated
+    assert 0.5 < float((errors.square().mean() / spreads.square().mean()).sqrt()) < 2.2
+
+
+def leaning(n=2000, seed=4):
+    """Mean forces with an error in common on the way from one basin to the other, which no number of them removes."""
+    z, force = measured(n, torch.Generator().manual_seed(seed), noise=0.5)
+    gradient = force.gradient.clone()
+    # Half of the circle, from the middle of the negative basin to that of the positive one, leans to one side, half
+    # to the other: 0.4 kT between the basins.
+    gradient[:, 0] += 0.4 / math.pi * torch.cos(z[:, 0]).sign()
+    return z, force._replace(gradient=gradient)
+
+
+def test_known_differences_mend_errors_that_mean_forces_have_in_common():
+    generator = torch.Generator().manual_seed(7)
+    buffer = MeanForceBuffer(4)
+    buffer.add(*leaning(), generator)
+    basins = torch.tensor([[-math.pi / 2, 0.0, 0.0], [math.pi / 2, 0.0, 0.0]], dtype=torch.float64)
+    start, end = basins[[0, 0, 0]], basins[[1, 1, 1]] + torch.tensor([[0.0], [0.3], [-0.3]])
+    noise = torch.tensor([0.05, -0.03, 0.02])
+    known = (free_energy(end) - free_energy(start)).float() + noise
+    values = Values(start.float(), end.float(), known, torch.full((3,), 0.05), torch.ones((3, 4)))
+    errors, misfits = {}, {}
+    for name, given in {"without": None, "with": values}.items():
+        pmf = new_pmf(hidden=(24, 24), seed=3)
+        fitter = PMFFitter(pmf, 1e-2, batch_size=256)
+        fitter.fit(buffer.data(), 200, torch.Generator().manual_seed(1))
+        misfits[name] = fitter.fit(buffer.data(), 300, torch.Generator().manual_seed(2), 0.3, given)
+        errors[name] = float(differences(pmf).mean()) - exact_difference()
+    assert abs(errors["without"]) > 0.3
+    assert abs(errors["with"]) < 0.1
+    assert misfits["with"] < misfits["without"] + 0.02  # and the mean forces are still fitted
+
+
+@pytest.mark.slow
+def test_more_data_mean_a_smaller_error(repeated):
+    _, spreads, _ = repeated
+    few = float(spreads.square().mean().sqrt())
+    many = torch.stack([differences(fitted(seed, 8000)[0]).std() for seed in range(3)])
+    assert float(many.square().mean().sqrt()) < 0.6 * few
+
+
+@pytest.mark.slow
+def test_what_is_left_after_the_fit_is_noise(repeated):
+    _, _, fits = repeated
+    assert sum(misfit for _, misfit in fits) / len(fits) == pytest.approx(1.0, abs=0.15)
+    z, force = measured(4000, torch.Generator().manual_seed(9))
+    for pmf, _ in fits[:3]:
+        assert held_out_error(pmf, z, force) == pytest.approx(1.0, abs=0.1)
+    assert held_out_error(new_pmf(), z, force) > 1.3
+
+
+def test_skewed_noise_near_contacts_does_not_bias_the_fit():
+    """Weights by the size of what was measured, and a Huber loss on the residual, are both 0.85 kT off here."""
+    found = torch.stack([differences(fitted(seed, 6000, 400, noise=1.0, contacts=12.0)[0]) for seed in range(3)])
+    spread = float(found.std(1).square().mean().sqrt())
+    assert spread < 0.2
+    assert abs(float(found.mean()) - exact_difference()) < 3 * spread
+
+
+def test_contacts_do_not_rule_the_fit():
+    """Forces of 200 kT in a corner: elsewhere the fit is good. Without the relative error it is three times worse."""
+    generator = torch.Generator().manual_seed(1)
+    z, force = measured(4000, generator, noise=0.5)
+    buffer, pmf = MeanForceBuffer(4), new_pmf(hidden=(24, 24))
+    force.gradient[:, 0] -= 100 * z[:, 0] / 0.3**2 * torch.exp(-0.5 * (z[:, 0] / 0.3) ** 2)
+    assert float(force.gradient.abs().max()) > 200
+    buffer.add(z, force, generator)
+    PMFFitter(pmf, 1e-2, 256).fit(buffer.data(), 400, generator)
+    far = z[z[:, 0].abs() > 1.2]
+    _, predicted = pmf.value_and_gradient(far)
+    at = far.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(free_energy(at).sum(), at)
+    assert float((predicted - exact).square().mean().sqrt()) < 0.35
+    assert float(exact.square().mean().sqrt()) > 2
+
+
+@pytest.mark.parametrize("size", [1e3, 1e12])
+def test_overlaps_of_slow_atoms_do_not_rule_the_fit(size, generator):
+    """Their forces say: not here. What they are is of no matter."""
+    z = random_z(400, generator)
+    gradient = torch.randn((400, 3), generator=generator, dtype=torch.float64)
+    overlap = torch.arange(400) % 8 == 0
+    gradient[overlap] *= 1e5
+    fits = []
+    for factor in (1.0, size):
+        pmf = new_pmf()
+        data = {"z": z, "gradient": torch.where(overlap[:, None], factor * gradient, gradient)}
+        data |= {"variance": torch.ones_like(z), "weights": torch.ones((400, 4))}
+        PMFFitter(pmf, 1e-3).fit({name: tensor.float() for name, tensor in data.items()}, 20, generator.manual_seed(1))
+        fits.append(pmf(z).detach())
+    assert torch.isfinite(fits[1]).all()
+    torch.testing.assert_close(fits[0], fits[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_fit_is_steadier_than_its_last_step():
+    """The PMF is the average of what is trained: from update to update its free energies move far less."""
+    generator = torch.Generator().manual_seed(1)
+    buffer, pmf = MeanForceBuffer(4), new_pmf(hidden=(24, 24))
+    buffer.add(*measured(1000, generator), generator)
+    fitter = PMFFitter(pmf, 1e-2, batch_size=256)
+    fitter.fit(buffer.data(), 200, generator)
+    found = []
+    for _ in range(15):
+        fitter.fit(buffer.data(), 1, generator)
+        found.append((differences(pmf).mean(), differences(fitter.networks.trained).mean()))
+    average, trained = torch.tensor(found).diff(dim=0).square().mean(0).sqrt().tolist()
+    assert average < 0.4 * trained
+
+
+def test_a_fitter_continues_from_its_state():
+    generator = torch.Generator().manual_seed(1)
+    buffer = MeanForceBuffer(4)
+    buffer.add(*measured(100, generator), generator)
+    first = PMFFitter(new_pmf(), 1e-2, 32)
+    first.fit(buffer.data(), 5, torch.Generator().manual_seed(2))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = PMFFitter(new_pmf(seed=5), 1e-2, 32)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    misfits = [fitter.fit(buffer.data(), 5, torch.Generator().manual_seed(3)) for fitter in (first, second)]
+    assert misfits[0] == misfits[1]
+    assert_identical(first.state_dict(), second.state_dict())
+    assert torch.equal(differences(first.pmf), differences(second.pmf))
+
+
+def test_same_generator_same_fit():
+    results = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        buffer, pmf = MeanForceBuffer(4), new_pmf()
+        buffer.add(*measured(100, torch.Generator().manual_seed(0)), generator)
+        PMFFitter(pmf, 1e-2, 32).fit(buffer.data(), 5, generator)
+        results.append(differences(pmf))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+# ---------------------------------------------------------------- error of what was not fitted
+
+
+def noise_around(pmf, factor, n=4000, seed=2):
+    """Measurements around the prediction, ``factor`` times as noisy as they say, another noise for each."""
+    generator = torch.Generator().manual_seed(seed)
+    z = random_z(n, generator)
+    _, gradient = pmf.value_and_gradient(z)
+    sigma = torch.rand(z.shape, generator=generator, dtype=torch.float64) + 0.1
+    gradient = gradient + factor * sigma * torch.randn(z.shape, generator=generator, dtype=torch.float64)
+    energy = torch.zeros(n, dtype=torch.float64)
+    return z, MeanForce(gradient, sigma**2, energy, energy, torch.ones(n, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_held_out_error_of_pure_noise_is_one(factor):
+    pmf = new_pmf(roughness=0.3)
+    z, force = noise_around(pmf, factor)
+    assert held_out_error(pmf, z, force) == pytest.approx(factor, rel=0.03)
+
+
+def test_held_out_error_sees_what_is_not_learned():
+    pmf = new_pmf(roughness=0.3)
+    z, force = noise_around(pmf, 1.0)
+    shifted = force._replace(gradient=force.gradient + 3 * force.variance.sqrt())
+    assert held_out_error(pmf, z, shifted) > 3
+
+
+def test_held_out_error_leaves_invalid_replicas_out():
+    pmf = new_pmf(roughness=0.3)
+    z, force = noise_around(pmf, 1.0)
+    valid = torch.arange(len(z)) % 3 != 0
+    gradient = torch.where(valid[:, None], force.gradient, math.nan)
+    alone = MeanForce(*(part[valid] for part in force[:5]))
+    spoilt = force._replace(gradient=gradient, valid=valid)
+    assert held_out_error(pmf, z, spoilt) == held_out_error(pmf, z[valid], alone)
+
+
+# ---------------------------------------------------------------- the buffer
+
+
+def test_the_first_third_of_the_rounds_counts_no_more(generator):
+    buffer = MeanForceBuffer(4)
+    rounds = [measured(10, generator) for _ in range(7)]
+    for n, (z, force) in enumerate(rounds, start=1):
+        buffer.add(z, force, generator)
+        kept = rounds[{1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}[n] : n]
+        found = buffer.data()
+        assert torch.equal(found["z"], torch.cat([z for z, _ in kept]).float())
+        assert torch.equal(found["gradient"], torch.cat([force.gradient for _, force in kept]).float())
+        assert torch.equal(found["variance"], torch.cat([force.variance for _, force in kept]).float())
+        assert found["weights"].shape == (len(found["z"]), 4)
+    assert len(buffer.rounds) == 7  # all are remembered
+
+
+def test_invalid_replicas_are_not_remembered(generator):
+    z, force = measured(10, generator)
+    valid = torch.arange(10) != 4
+    buffer = MeanForceBuffer(4)
+    buffer.add(
+        z, force._replace(gradient=torch.where(valid[:, None], force.gradient, math.nan), valid=valid), generator
+    )
+    found = buffer.data()
+    assert torch.equal(found["z"], z[valid].float()) and len(found["weights"]) == 9
+    assert torch.isfinite(found["gradient"]).all()
+
+
+def test_bootstrap_weights_have_mean_and_variance_one(generator):
+    buffer = MeanForceBuffer(3)
+    buffer.add(*measured(20000, generator), generator)
+    weights = buffer.data()["weights"].double()
+    assert (weights > 0).all()
+    assert largest_sigma(weights, 1.0) < 4
+    assert largest_sigma((weights - 1).square(), 1.0) < 4
+    assert float((torch.corrcoef(weights.T) - torch.eye(3)).abs().max()) < 4 / math.sqrt(20000)
+    assert torch.equal(buffer.data()["weights"].double(), weights)  # drawn once
+
+
+def test_a_buffer_continues_from_its_state(generator):
+    first = MeanForceBuffer(4)
+    for _ in range(3):
+        first.add(*measured(10, generator), generator)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = MeanForceBuffer(4)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    later = measured(10, generator)
+    for buffer in (first, second):
+        buffer.add(*later, torch.Generator().manual_seed(7))
+    assert len(second.rounds) == 4
+    assert_identical(first.data(), second.data())

@@ -1,0 +1,263 @@
+"""The synthetic targets: OpenMM's energies, exact samples and normalisers; a run on one and its exact evaluation."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import cumulative_simpson
+from scipy.stats import kstest
+
+from openmm_cgflow import MolecularSystem, evaluate, evaluate_exactly, load
+from openmm_cgflow.cli import main
+from openmm_cgflow.config import Config, TargetConfig, validate
+from openmm_cgflow.coordinates.all_atom import ParticleAssembly
+from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.coordinates.slow import BoxCoordinates
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.molecule.partition import Partition
+from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.paper import exact
+from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target
+
+pytestmark = pytest.mark.usefixtures("few_tests")
+
+TARGETS = [DoubleWell(), GaussianMixture(2, 1), GaussianMixture(10, 1)]
+NAMES = ["double well", "mixture 2", "mixture 10"]
+BETAS = (0.03, 0.3, 1.0)
+UNIT = 120.27236  # K: kT is 1 kJ/mol
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=NAMES)
+def test_openmm_has_the_energy_that_the_exact_answers_are_of(target):
+    n, step = target.n_slow + target.n_fast, 1e-5
+    x = target.sample(4, 0.1, rng())
+    z, y = x[:, : target.n_slow], x[:, target.n_slow :]
+    mean, spread = target.fast_moments(z, 1.0)
+    expected = target.slow_energy(z) + 0.5 * (((y - mean) / spread) ** 2).sum(1)
+    xyz = np.zeros((4, n, 3))
+    xyz[..., 0] = x
+    plus, minus = xyz[:1].repeat(n, 0), xyz[:1].repeat(n, 0)
+    plus[range(n), range(n), 0] += step
+    minus[range(n), range(n), 0] -= step
+    aside = xyz + np.array([0.0, 0.3, -0.2])  # the unused coordinates have springs of their own
+    sampler = Config().sampler.model_copy(update={"platform": "Reference", "n_workers": 1, "engine": "contexts"})
+    with create_engine(MolecularSystem.from_target(target), range(target.n_slow), sampler) as engine:
+        energy, forces = engine.evaluate(np.concatenate((xyz, plus, minus, aside)))
+    assert energy[:4] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    numerical = (energy[4 + n : 4 + 2 * n] - energy[4 : 4 + n]) / (2 * step)
+    assert forces[0, :, 0] == pytest.approx(numerical, rel=1e-5, abs=1e-5 * np.abs(numerical).max())
+    assert energy[-4:] - energy[:4] == pytest.approx(np.full(4, 0.5 * target.spring * 0.13 * n))
+    # In equilibrium no later than the fast coordinates, or switching would start from what is not.
+    assert target.spring == pytest.approx(1 / target.fast_moments(z, 1.0)[1][0] ** 2)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_samples_of_the_double_well_have_its_density(beta):
+    well = DoubleWell()
+
+    x = np.linspace(-12, 12, 48001)
+    density = np.exp(-beta * well.slow_energy(x[:, None]))
+    cumulative = cumulative_simpson(density, x=x, initial=0)
+    assert well.log_normaliser(beta, rng()) == pytest.approx(math.log(cumulative[-1]), abs=1e-6)
+    barrier = 0.16758
+    above = 1 - np.interp(barrier, x, cumulative) / cumulative[-1]
+    assert well.populations(beta, rng())[1] == pytest.approx(above, rel=1e-3)
+    z = well.sample_slow(20_000, beta, rng(1))[:, 0]
+    exact = functools.partial(np.interp, xp=x, fp=cumulative / cumulative[-1])
+    assert kstest(z, exact).pvalue > 1e-3
+    assert kstest(z + 0.2, exact).pvalue < 1e-3
+    assert (z > barrier).mean() == pytest.approx(above, abs=4 * math.sqrt(above / len(z)))
+
+
+@pytest.mark.parametrize("beta", [*BETAS, 1.00002, 2.0])
+def test_samples_of_the_mixture_have_its_density(beta):
+    mixture = GaussianMixture(2, 1)
+    reach = 1 + 6 * mixture.spread / math.sqrt(beta)
+    axis = np.linspace(-reach, reach, 801)
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    density = np.exp(-beta * mixture.slow_energy(grid)) * (axis[1] - axis[0]) ** 2
+    assert mixture.log_normaliser(beta, rng()) == pytest.approx(math.log(density.sum()), abs=0.01)
+    z, density = mixture.sample_slow(40_000, beta, rng(1)), density / density.sum()
+    assert len(z) == 40_000
+    for function in (lambda z: z[:, 0], lambda z: z[:, 1] ** 2, lambda z: mixture.modes(z) == 0):
+        values = function(z).astype(float)
+        exact = (density * function(grid)).sum()
+        assert values.mean() == pytest.approx(exact, abs=4 * values.std() / math.sqrt(len(z)))
+
+
+def test_fast_coordinates_are_gaussian_around_b_z():
+    mixture = GaussianMixture(2, 1)
+    x = mixture.sample(50_000, 0.5, rng())
+    away = x[:, 2:] - x[:, :2] @ mixture.matrix.T
+    assert np.abs(away.mean(0)).max() < 4 * 0.1 / math.sqrt(0.5 * len(x))
+    assert away.std(0) == pytest.approx(0.1 / math.sqrt(0.5), rel=0.02)
+
+
+def test_a_mixture_is_the_same_whatever_the_seed_of_the_run():
+    first, second = (new_target(TargetConfig(name="gaussian_mixture", dimensions=3, seed=4)) for _ in range(2))
+    assert np.array_equal(first.means, second.means) and np.array_equal(first.matrix, second.matrix)
+    assert np.abs(first.means).max() <= 1
+    other = new_target(TargetConfig(name="gaussian_mixture", dimensions=3, seed=5))
+    assert not np.array_equal(first.means, other.means)
+
+
+# ---------------------------------------------------------------- coordinates and scaffold
+
+
+def test_box_coordinates_end_at_walls():
+    coordinates = BoxCoordinates((0, 2), ("a", "b", "c"), 5.0)
+    z = torch.tensor([[-3.0, 0.1], [2.0, -math.pi]], dtype=torch.float64)
+    xyz = coordinates.to_xyz(z)
+    assert xyz.shape == (2, 2, 3)
+    assert float(xyz[0, 0, 0]) == pytest.approx(-3.0 * 5 / math.pi) and (xyz[..., 1:] == 0).all()
+    torch.testing.assert_close(coordinates.from_xyz(xyz), z)
+    beyond = xyz + torch.tensor([10.0, 0, 0])
+    torch.testing.assert_close(coordinates.from_xyz(beyond), z + 2 * math.pi)
+    flow = CGFlow(2, 0, 6.0, 2, 1, 6, [8], periodic=coordinates.periodic)
+    assert (flow.log_prob(coordinates.from_xyz(beyond)) == -math.inf).all() and flow.log_prob(z).isfinite().all()
+    torch.testing.assert_close(coordinates.log_volume(z), torch.full((2,), 2 * math.log(5 / math.pi)).double())
+    assert coordinates.n_circular == coordinates.n_features == 2 and coordinates.names == ("x a", "x c")
+
+
+def test_particles_are_put_where_they_belong():
+    assembly = ParticleAssembly(BoxCoordinates((1, 3), ("a", "b", "c", "d"), 5.0), (0, 2))
+    generator = torch.Generator().manual_seed(0)
+    z = math.pi * (2 * torch.rand((3, 2), generator=generator, dtype=torch.float64) - 1)
+    y = torch.randn((3, 2, 3), generator=generator, dtype=torch.float64)
+    xyz = assembly.build(z, y)
+    torch.testing.assert_close(xyz[:, [1, 3], 0], z * 5 / math.pi)
+    torch.testing.assert_close(xyz[:, [0, 2]], y)
+    torch.testing.assert_close(assembly.read_fast(xyz), y)
+    torch.testing.assert_close(assembly.read_slow(xyz), z)
+    assert assembly.same_handedness(xyz).all() and (assembly.log_volume_fast(y) == 0).all()
+
+
+@pytest.mark.parametrize("dimensions", [2, 4])
+def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
+    config = _config({"name": "gaussian_mixture", "dimensions": dimensions}, list(range(dimensions)))
+    system = MolecularSystem.from_files(config.system)
+    partition = Partition.resolve(system, config.partition.slow)
+    with create_engine(system, partition.slow, config.sampler) as engine:
+        scaffold = Scaffold.build(config, system, partition, engine.evaluate)
+    expected = torch.full((dimensions, 3), 0.1, dtype=torch.float64)
+    torch.testing.assert_close(scaffold.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(scaffold.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
+    again = Scaffold.build(config, system, partition, saved=scaffold.saved_arrays())
+    torch.testing.assert_close(again.fast_widths(UNIT), scaffold.fast_widths(UNIT))
+    y = scaffold.draw_fast(torch.zeros(4000, dimensions), 4 * UNIT, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(y.std(0), 2 * expected, rtol=0.1, atol=0)
+
+
+def test_widths_where_the_start_is_the_top_of_a_barrier():
+    """x1 of the double well: a quartic that holds far more than its curvature says."""
+    config = _config("double_well", [1])
+    system = MolecularSystem.from_files(config.system)
+    partition = Partition.resolve(system, config.partition.slow)
+    with create_engine(system, partition.slow, config.sampler) as engine:
+        scaffold = Scaffold.build(config, system, partition, engine.evaluate)
+    for beta in (1.0, 0.01):
+        exact = math.sqrt(6 + math.sqrt(36 + 2 / beta))  # where x^4/4 - 3 x^2 is half of kT
+        assert float(scaffold.fast_widths(UNIT / beta)[0, 0]) == pytest.approx(exact, rel=0.06)
+
+
+def _config(target, slow, **sections):
+    return Config(
+        system={"target": target},
+        temperature=UNIT,
+        partition={"slow": slow},
+        coordinates={"kind": "box", "box": 6},
+        sampler={"platform": "Reference", "n_workers": 1},
+        **sections,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"system": {"target": "double_well", "structure": "x.pdb"}}, ("takes no files",)),
+        ({"system": {"target": "triple_well"}}, ("target", "double_well")),
+        ({"system": {"target": "double_well"}}, ("coordinates.kind box",)),
+        ({"system": {"structure": "x.pdb", "forcefield": ["a.xml"]}, "coordinates": "box"}, ("coordinates.kind box",)),
+    ],
+)
+def test_settings_that_do_not_go_together(tree, words):
+    with pytest.raises(CGFlowError) as refused:
+        validate(tree)
+    assert all(word in str(refused.value) for word in words)
+
+
+# ---------------------------------------------------------------- a run
+
+
+TINY = (
+    "sampler.n_replicas=64", "sampler.n_pool_steps=20", "sampler.n_workers=1", "sampler.platform=Reference",
+    "sampler.n_equilibration=5", "pmf.n_updates=20", "pmf.final_updates=20", "pmf.flow_updates=5",
+    "pmf.polish_updates=20", "pmf.hidden_features=[16]", "flow.n_layers=4", "flow.hidden_features=[16]",
+    "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "sampling.n_samples=50", "sampling.n_verified=2",
+    "sampling.n_switches=2", "pmf.n_switched=0",
+)  # fmt: skip
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(exact, "_N_DRAWS", 5000)
+    monkeypatch.setattr(exact, "_N_MARGINAL", 10_000)
+
+
+@pytest.mark.parametrize("method", ["pmf", "reverse_kl", "joint"])
+def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_path, capsys, few_draws):
+    ladder = ["tempering.start=500", "training.n_steps_first=5", "training.n_steps=5", "training.n_steps_last=5"]
+    settings = [*TINY, f"training.method={method}", *(ladder if method != "pmf" else [])]
+    run = tmp_path / "run"
+    config = str(systems / "double_well" / "double_well.yaml")
+    assert main(["train", config, "-o", str(run), *(word for item in settings for word in ("--set", item))]) == 0
+    assert main(["evaluate", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "x1 > top of the barrier" in printed and "KL(exact || model)" in printed
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert sum(mode["population"] for mode in found["modes"].values()) == pytest.approx(1)
+    weighted = [mode["population"] for mode in found["weighted_modes"].values()]
+    assert not weighted if method == "reverse_kl" else sum(weighted) == pytest.approx(1)
+    assert list(found["modes"].values())[1]["exact"] == pytest.approx(0.00835, abs=1e-5)
+    assert list(found["levels"])[-1] == "1" and len(found["levels"]) > 1
+    assert all(level["kl"] > -3 * level["kl_error"] and level["outside"] < 0.05 for level in found["levels"].values())
+    for level in found["levels"].values():
+        assert len(level["weighted"]) == (0 if method == "reverse_kl" else 2)
+        if method == "joint":  # the weights are those of the energies: exact, whatever was learned
+            assert level["weighted"] == pytest.approx(level["exact"], abs=0.15)
+    if method == "joint":  # nothing is said of temperatures that it was not trained at
+        assert min(map(float, found["levels"])) > 0.999 * UNIT / 500
+    (run / "provenance.json").unlink()
+    with pytest.raises(CGFlowError, match=r"provenance\.json: missing"):
+        evaluate_exactly(run)
+    model = load(run)
+    samples = model.sample(20, seed=1)
+    read = torch.as_tensor(model.read(samples.trajectory.xyz))
+    torch.testing.assert_close(read, torch.as_tensor(samples.z), rtol=1e-5, atol=1e-5)
+    with pytest.raises(CGFlowError, match="evaluate_exactly"):
+        evaluate(run)
+    assert main(["evaluate", str(run), "--reference", "x.dcd"]) == 2
+    assert "exact answers" in capsys.readouterr().err
+
+
+def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys, few_draws):
+    """Its command, at a size that says nothing but that it runs."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import synthetic
+
+    words = [str(systems / "gmm_2d" / "gmm_2d.yaml"), "--seeds", "3", "--samples", "300", "-o", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["synthetic.py", *words, "--set", *TINY])
+    synthetic.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("seed 3, pmf:") and "300 samples" in printed and "mode 3" in printed
+    header, drawn, weighted = printed.splitlines()[-3:]
+    assert header.split()[:3] == ["seed", "modes", "found"] and weighted.endswith("weighted")
+    assert all(row.split()[0] == "3" and " of 3" in row for row in (drawn, weighted))
