@@ -45,7 +45,7 @@ def main() -> None:
     saved = run.load_checkpoint(lambda path: load_state(path, fingerprint))
     if saved is None:
         raise SystemExit(f"{run.path}: no checkpoint")
-    config = model.scaffold.config
+    config = model.geometry.config
     kept = MeanForceBuffer(config.pmf.n_members)
     kept.load_state_dict(saved["trainer"]["buffer"])
     evaluations = [int(row["evaluations"]) for row in run.read_metrics()]
@@ -59,7 +59,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.reference}: expected a gridded reference")
     truth = reference.populations()
     base = truth.argmax()
-    growing, response = MeanForceBuffer(config.pmf.n_members), new_response(config, model.scaffold)
+    growing, response = MeanForceBuffer(config.pmf.n_members), new_response(config, model.geometry)
     response_fitter = ResponseFitter(response)
 
     def report(n_evaluations: int, pmf: PMF) -> None:
@@ -80,7 +80,7 @@ def main() -> None:
                 response_fitter.fit(data["z"], parts, config.pmf.response_updates, generator)
                 if number % arguments.every and number != len(kept.rounds):
                     continue
-                data, pmf = response.corrected(data), new_pmf(config, model.scaffold)
+                data, pmf = response.corrected(data), new_pmf(config, model.geometry)
                 fitter, n = PMFFitter(pmf, config.pmf.learning_rate), _N_BLOCKS
                 for k in range(n):
                     fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)

@@ -3,7 +3,7 @@
     python benchmarks/engines.py systems/alanine_dipeptide/alanine_dipeptide.yaml
     python benchmarks/engines.py molecule.pdb --forcefield amber99sbildn.xml amber99_obc.xml --platform CUDA
 
-Every engine makes the same call as a training step: ``sampler.n_replicas`` chains of equilibration and frames from the
+Every engine makes the same call as a training step: ``chains.n_replicas`` chains of equilibration and frames from the
 input structure. Calls of the engines alternate, so that a busy machine slows all of them; the fastest call counts. The
 lattice engine's frames are evaluated in single Contexts, which is part of its time.
 """
@@ -18,9 +18,10 @@ import numpy as np
 from md import exit_code
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
-from openmm_cgflow.config import Config, SamplerConfig
-from openmm_cgflow.engines.choose import ReplicaEngine, create_engine
+from openmm_cgflow.config import Config
+from openmm_cgflow.engines.choose import Engine, create_engine
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.settings import ChainSettings
 
 
 def main() -> None:
@@ -46,43 +47,43 @@ def run(arguments: argparse.Namespace) -> None:
         molecule = MolecularSystem.from_files(config.system)
     else:
         molecule, config = MolecularSystem.from_files(arguments.molecule, arguments.forcefield), Config()
-    sampler = config.sampler
+    chains = config.chains
     slow = (Partition.resolve(molecule, arguments.slow) if arguments.slow else Partition.of(molecule, config)).slow
-    n_replicas = arguments.n_replicas or sampler.n_replicas
-    sampler = sampler.model_copy(update={"platform": arguments.platform, "n_replicas": n_replicas})
+    n_replicas = arguments.n_replicas or chains.n_replicas
+    chains = chains.model_copy(update={"platform": arguments.platform, "n_replicas": n_replicas})
     variants = {f"contexts, {n} worker(s)": {"engine": "contexts", "n_workers": n} for n in arguments.workers}
     variants["lattice"] = {"engine": "lattice", "n_workers": arguments.workers[-1]}
     with ExitStack() as stack:
         engines = {}
         for name, update in variants.items():
-            engines[name] = stack.enter_context(create_engine(molecule, slow, sampler.model_copy(update=update)))
+            engines[name] = stack.enter_context(create_engine(molecule, slow, chains.model_copy(update=update)))
             print(f"{name}: {engines[name].description}", flush=True)
-        xyz = np.repeat(molecule.positions[None], sampler.n_replicas, axis=0)
+        xyz = np.repeat(molecule.positions[None], chains.n_replicas, axis=0)
         for engine in engines.values():
-            call(engine, xyz, sampler, seed=0)  # starts workers, compiles kernels
+            call(engine, xyz, chains, seed=0)  # starts workers, compiles kernels
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         for seed in range(1, 1 + arguments.n_calls):
             for name, engine in engines.items():
-                seconds[name].append(call(engine, xyz, sampler, seed))
-    n_steps = sampler.n_replicas * (sampler.n_relax + sampler.n_equilibration + sampler.n_frames * sampler.stride)
+                seconds[name].append(call(engine, xyz, chains, seed))
+    n_steps = chains.n_replicas * (chains.n_relax + chains.n_equilibration + chains.n_frames * chains.stride)
     slowest = max(min(times) for times in seconds.values())
     print(
-        f"\n{molecule.n_atoms} atoms, {sampler.n_replicas} replicas\n\n{'engine':24}{'replica-steps/s':>18}{'ratio':>8}"
+        f"\n{molecule.n_atoms} atoms, {chains.n_replicas} replicas\n\n{'engine':24}{'replica-steps/s':>18}{'ratio':>8}"
     )
     for name, times in seconds.items():
         print(f"{name:24}{n_steps / min(times):18.0f}{slowest / min(times):8.2f}")
 
 
-def call(engine: ReplicaEngine, xyz: np.ndarray, sampler: SamplerConfig, seed: int) -> float:
+def call(engine: Engine, xyz: np.ndarray, chains: ChainSettings, seed: int) -> float:
     """Seconds of one training step's chains."""
     start = time.perf_counter()
     engine.run(
         xyz,
         300.0,
-        n_relax=sampler.n_relax,
-        n_equilibration=sampler.n_equilibration,
-        n_frames=sampler.n_frames,
-        stride=sampler.stride,
+        n_relax=chains.n_relax,
+        n_equilibration=chains.n_equilibration,
+        n_frames=chains.n_frames,
+        stride=chains.stride,
         seed=seed,
     )
     return time.perf_counter() - start

@@ -12,6 +12,6 @@ python -m openmm.testInstallation
 pytest -n 0 -m gpu -rs
 python benchmarks/engines.py systems/alanine_dipeptide/alanine_dipeptide.yaml --platform "$platform" --workers 1
 openmm-cgflow train systems/alanine_dipeptide/alanine_dipeptide.yaml -o runs/gpu --overwrite --seed 1 \
-    --set sampler.platform="$platform"
+    --set chains.platform="$platform"
 openmm-cgflow info runs/gpu
 openmm-cgflow evaluate runs/gpu ${2:+--reference "$2"}

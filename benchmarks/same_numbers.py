@@ -26,15 +26,15 @@ from openmm_cgflow import load_config, train  # noqa: E402
 
 SYSTEMS = Path(__file__).resolve().parent.parent / "systems"
 COMMON = (
-    "sampler.n_replicas=16",
-    "sampler.n_pool_steps=30",
-    "sampler.n_workers=1",
-    "sampler.platform=Reference",
+    "chains.n_replicas=16",
+    "chains.n_pool_steps=30",
+    "chains.n_workers=1",
+    "chains.platform=Reference",
     "flow.n_layers=2",
     "flow.hidden_features=[16]",
-    "sampling.n_samples=16",
-    "sampling.n_equilibration=5",
-    "sampling.plots=false",
+    "samples.n_samples=16",
+    "samples.n_equilibration=5",
+    "samples.plots=false",
     "training.checkpoint_interval=1000",
 )
 # Rounds, switching, the last fit and the flow alone: every phase of the default method.
@@ -50,8 +50,8 @@ PMF = (
     "stopping.max_polish_cycles=2",
     "pmf.n_switched=1",
     "stopping.free_energy_error=5",
-    "sampling.n_verified=2",
-    "sampling.n_switches=2",
+    "samples.n_verified=2",
+    "samples.n_switches=2",
 )
 LADDER = (
     "tempering.schedule=adaptive",

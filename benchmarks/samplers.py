@@ -121,7 +121,7 @@ def replica_exchange(
     simulation.context.setPositions(molecule.positions)
     states = [{"temperature": temperature * unit.kelvin} for temperature in temperatures]
     random.seed(derive_seed(seed, _EXCHANGES))  # OpenMM draws its exchanges from Python's own generator
-    sampler = app.ReplicaExchangeSampler(states, simulation, steps_per_exchange)
+    chains = app.ReplicaExchangeSampler(states, simulation, steps_per_exchange)
     simulation.integrator.setTemperature(hottest)
     simulation.context.setVelocitiesToTemperature(hottest, derive_seed(seed, _VELOCITIES))
     for i, temperature in enumerate(temperatures):
@@ -129,7 +129,7 @@ def replica_exchange(
         finite(simulation.context)
         hot = simulation.context.getState(positions=True, velocities=True)
         simulation.context.setVelocitiesToTemperature(temperature, derive_seed(seed, _VELOCITIES, 1 + i))
-        sampler.replicaConformation[i] = simulation.context.getState(
+        chains.replicaConformation[i] = simulation.context.getState(
             positions=True, velocities=True, parameters=True, integratorParameters=True
         )
         simulation.context.setState(hot)
@@ -143,8 +143,8 @@ def replica_exchange(
             potential = now.replicaStateEnergy[replica][state]
             energy[state, now.currentIteration - 1] = potential.value_in_unit(unit.kilojoule_per_mole)
 
-    sampler.reporters.append(record)
-    sampler.simulate(n_exchanges)
+    chains.reporters.append(record)
+    chains.simulate(n_exchanges)
     if not np.isfinite(energy).all():
         raise CGFlowError("replica exchange: the dynamics diverged: energies are not finite; lower the temperature")
     reduced = np.array([thermal_beta(temperature) for temperature in temperatures])[:, None] * energy.ravel()

@@ -69,7 +69,7 @@ def train_and_evaluate(
     """Trains, unless that run is to be kept, and compares many samples with what is known; and the provenance."""
     run = RunDirectory(Path(folder))
     if not (keep and run.samples.exists()):
-        changed = [*settings, f"seed={seed}", "sampling.plots=false", "sampling.n_samples=1000"]
+        changed = [*settings, f"seed={seed}", "samples.plots=false", "samples.n_samples=1000"]
         cgf.train(cgf.load_config(config, changed), run.path, overwrite=run.path.exists(), progress=False)
     model, many = cgf.load(run.path), run.path / "many.dcd"
     save_samples(model, model.sample(n_samples, seed=seed), many)

@@ -4,7 +4,7 @@
 
 The estimators are the paper's (Cartesian), the co-moving one, and the co-moving one with the response of the fast atoms
 that the run has learned. The slow atoms stay at the input structure. Every estimate is the mean of a short chain of
-``sampler.n_frames`` frames. Printed for each slow coordinate, in kT per radian (torsions) or per thermal width at the
+``chains.n_frames`` frames. Printed for each slow coordinate, in kT per radian (torsions) or per thermal width at the
 target temperature: the standard deviation of one estimate by each, how many times fewer samples the last one needs than
 the others, and how far its mean is from theirs in standard errors.
 """
@@ -30,25 +30,25 @@ def main() -> None:
     model = cgf.load(arguments.run)
     if model.response is None:
         raise SystemExit(f"{arguments.run}: was trained by reverse KL and has no response of the fast atoms")
-    config, assembly, system = model.scaffold.config, model.scaffold.assembly, model.molecular_system
-    with create_engine(system, model.partition.slow, config.sampler) as engine:
-        z = assembly.read_slow(torch.tensor(system.positions)).expand(arguments.n_estimates, -1)
-        chains = model.chains(engine)
-        frames = chains.run(z, config.temperature, 1000, config.sampler.n_frames, config.sampler.stride)
+    config, all_atom, system = model.geometry.config, model.geometry.all_atom, model.molecular_system
+    with create_engine(system, model.partition.slow, config.chains) as engine:
+        z = all_atom.read_slow(torch.tensor(system.positions)).expand(arguments.n_estimates, -1)
+        fast_atoms = model.fast_atoms(engine)
+        frames = fast_atoms.run(z, config.temperature, 1000, config.chains.n_frames, config.chains.stride)
     beta, valid = thermal_beta(config.temperature), frames.valid
-    comoving, balance = comoving_gradients(assembly, z, frames, beta)
+    comoving, balance = comoving_gradients(all_atom, z, frames, beta)
     estimates = {
-        "Cartesian": frame_gradients(assembly, z, frames, beta, "cartesian"),
+        "Cartesian": frame_gradients(all_atom, z, frames, beta, "cartesian"),
         "co-moving": comoving,
         "response": comoving + model.response.correction(z, balance),
     }
     # One thermal width, in units of z: the harmonic width at the target over the scale of the interval.
     coordinates = model.coordinates
-    widths = model.scaffold.harmonic.widths(config.temperature)[: len(model.partition.slow)]
+    widths = model.geometry.harmonic.widths(config.temperature)[: len(model.partition.slow)]
     unit = widths[coordinates.slot_atom, coordinates.slot_kind] / coordinates.scale.numpy()
     unit[: coordinates.n_circular] = 1.0
     means = {name: values[valid].mean(1).numpy() * unit for name, values in estimates.items()}
-    print(f"{int(valid.sum())} estimates of {config.sampler.n_frames} frames at {config.temperature:g} K")
+    print(f"{int(valid.sum())} estimates of {config.chains.n_frames} frames at {config.temperature:g} K")
     print(f"{'':44s}{'standard deviation':>30s}{'variance over last':>22s}{'difference to last':>22s}")
     first = "".join(f"{name:>10s}" for name in means)
     others = "".join(f"{name:>11s}" for name in list(means)[:-1])

@@ -33,12 +33,12 @@ _TURN = 2 * np.pi / 3
 def conditional(config: Config, model: cgf.CGModel, z: torch.Tensor, xyz: torch.Tensor, n_layers: int) -> JointFlow:
     """A joint density whose q(y | z) is fitted to structures at z."""
     settings = config.model_copy(update={"joint": config.joint.model_copy(update={"n_layers": n_layers})})
-    joint = new_joint(settings, model.scaffold, model.flow)
-    chart = joint.chart
-    away = model.scaffold.assembly.wrap_fast(model.scaffold.assembly.read_fast(xyz) - chart.centre)
+    joint = new_joint(settings, model.geometry, model.flow)
+    thermal_map = joint.thermal_map
+    away = model.geometry.all_atom.wrap_fast(model.geometry.all_atom.read_fast(xyz) - thermal_map.centre)
     turned = (away[..., 2].abs() > _TURN / 2).double().mean(0) > 0.05  # dihedrals with more than one state
     away[..., 2] -= torch.where(turned, _TURN * torch.round(away[..., 2] / _TURN), 0.0)
-    r = (away / model.scaffold.fast_widths(config.temperature)).flatten(1)
+    r = (away / model.geometry.fast_widths(config.temperature)).flatten(1)
     optimizer = torch.optim.Adam(joint.conditional.parameters(), lr=2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _N_UPDATES)
     generator = torch.Generator().manual_seed(config.seed)
@@ -64,21 +64,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     model = cgf.load(arguments.run)
-    config, assembly, temperature = model.scaffold.config, model.scaffold.assembly, model.temperature
+    config, all_atom, temperature = model.geometry.config, model.geometry.all_atom, model.temperature
     generator, beta = torch.Generator().manual_seed(arguments.seed), thermal_beta(temperature)
-    with create_engine(model.molecular_system, model.partition.slow, config.sampler) as engine:
-        chains = model.chains(engine)
+    with create_engine(model.molecular_system, model.partition.slow, config.chains) as engine:
+        fast_atoms = model.fast_atoms(engine)
         taught = model.flow.sample(arguments.n_taught, generator, arguments.gamma)[0]
-        ends = chains.run(taught, temperature, 400, 1, 1, seed=arguments.seed, keep=False)
+        ends = fast_atoms.run(taught, temperature, 400, 1, 1, seed=arguments.seed, keep=False)
         taught, xyz = taught[ends.valid], ends.xyz[ends.valid, 0]
 
         z = model.flow.sample(arguments.n, generator, arguments.gamma)[0]
-        long = chains.run(z, temperature, _N_LONG, _N_LONG_FRAMES, _LONG_STRIDE, seed=arguments.seed + 1, keep=False)
-        follow, chains.follow = chains.follow, None
-        starts = {"harmonic draw": assembly.build(z, model.scaffold.draw_fast(z, temperature, generator))}
-        starts["nearest chain"] = assembly.build(z, chains._nearest(z))
-        chains.follow = follow
-        starts["nearest chain, response"] = assembly.build(z, chains._nearest(z))
+        long = fast_atoms.run(
+            z, temperature, _N_LONG, _N_LONG_FRAMES, _LONG_STRIDE, seed=arguments.seed + 1, keep=False
+        )
+        follow, fast_atoms.follow = fast_atoms.follow, None
+        starts = {"harmonic draw": all_atom.build(z, model.geometry.draw_fast(z, temperature, generator))}
+        starts["nearest chain"] = all_atom.build(z, fast_atoms._nearest(z))
+        fast_atoms.follow = follow
+        starts["nearest chain, response"] = all_atom.build(z, fast_atoms._nearest(z))
         for name, n_layers in (("q(y | z), Gaussian", 0), ("q(y | z), splines", 4)):
             joint = conditional(config, model, taught, xyz, n_layers)
             base = joint.draw_base(len(z), generator)[1]
@@ -92,7 +94,7 @@ def main() -> None:
             raw = engine.run(
                 structures.numpy(),
                 temperature,
-                n_relax=config.sampler.n_relax,
+                n_relax=config.chains.n_relax,
                 n_equilibration=0,
                 n_frames=_N_FRAMES,
                 stride=_STRIDE,

@@ -382,7 +382,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="section.key=value",
-        help="override settings, such as sampler.n_replicas=128 'training.checkpoint_interval=30 s'",
+        help="override settings, such as chains.n_replicas=128 'training.checkpoint_interval=30 s'",
     )
 
 

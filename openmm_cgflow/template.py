@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from openmm_cgflow.config import (
-    CoordinatesConfig,
-    FlowConfig,
-    PMFConfig,
-    SamplerConfig,
-    SamplingConfig,
-    StoppingConfig,
-    TrainingConfig,
+from openmm_cgflow.settings import (
+    ChainSettings,
+    CoordinatesSettings,
+    FlowSettings,
+    PMFSettings,
+    SampleSettings,
+    StoppingSettings,
+    TrainingSettings,
 )
 
 __all__ = ["render"]
@@ -40,14 +40,14 @@ def render(system: Mapping[str, Any], *, slow: str, temperature: float, seed: in
         seed: The seed.
         command: How the file was made, for its first line.
     """
-    sampler, training, pmf, stopping = SamplerConfig(), TrainingConfig(), PMFConfig(), StoppingConfig()
-    coordinates, flow, sampling = CoordinatesConfig(), FlowConfig(), SamplingConfig()
+    chains, training, pmf, stopping = ChainSettings(), TrainingSettings(), PMFSettings(), StoppingSettings()
+    coordinates, flow, samples = CoordinatesSettings(), FlowSettings(), SampleSettings()
     named = [(name, value) for name, value in system.items() if value not in (None, [], ())]
     system_lines = "\n".join(f"  {name}: {_scalar(value)}  # {_SYSTEM_COMMENTS[name]}" for name, value in named)
     made = f"# Made by: {command}\n" if command else ""
     lines = f"""\
 {made}# Check it with `openmm-cgflow check FILE.yaml`, train it with `openmm-cgflow train FILE.yaml -o RUN`.
-# Paths are relative to this file. Values carry units, or are plain numbers in K, ps, 1/ps and Da.
+# Paths are relative to this file. AnchorValues carry units, or are plain numbers in K, ps, 1/ps and Da.
 
 system:
 {system_lines}
@@ -72,18 +72,18 @@ flow:
   n_bins: {flow.n_bins}
   hidden_features: {_scalar(flow.hidden_features)}
 
-sampler:  # frozen-slow Langevin dynamics of the fast atoms
-  estimator: {sampler.estimator}  # or cartesian, the paper's own: unbiased too, but far noisier
-  n_replicas: {sampler.n_replicas}  # samples of one training step
-  timestep: {1000 * sampler.timestep:g} fs
-  friction: {sampler.friction:g} /ps
-  hydrogen_mass: {sampler.hydrogen_mass:g} Da  # of fast hydrogens; averages do not depend on it
-  n_pool_steps: {sampler.n_pool_steps}  # equilibration of the first fast atoms
-  n_equilibration: {sampler.n_equilibration}  # steps before the frames of every later chain
-  n_frames: {sampler.n_frames}
-  stride: {sampler.stride}  # steps between frames
+chains:  # frozen-slow Langevin dynamics of the fast atoms
+  estimator: {chains.estimator}  # or cartesian, the paper's own: unbiased too, but far noisier
+  n_replicas: {chains.n_replicas}  # samples of one training step
+  timestep: {1000 * chains.timestep:g} fs
+  friction: {chains.friction:g} /ps
+  hydrogen_mass: {chains.hydrogen_mass:g} Da  # of fast hydrogens; averages do not depend on it
+  n_pool_steps: {chains.n_pool_steps}  # equilibration of the first fast atoms
+  n_equilibration: {chains.n_equilibration}  # steps before the frames of every later chain
+  n_frames: {chains.n_frames}
+  stride: {chains.stride}  # steps between frames
   # platform: CUDA            # else OPENMM_DEFAULT_PLATFORM, else the fastest in a short probe
-  n_workers: {sampler.n_workers}  # processes of the CPU engine; 0 = one per core
+  n_workers: {chains.n_workers}  # processes of the CPU engine; 0 = one per core
 
 training:
   method: {training.method}  # or reverse_kl and joint, the paper's, with the settings of tempering and training
@@ -100,10 +100,10 @@ stopping:  # rounds of mean forces end when all of these hold, or at a limit
   max_evaluations: {stopping.max_evaluations:.0f}
   max_rounds: {stopping.max_rounds}
 
-sampling:  # what ends the training
-  n_samples: {sampling.n_samples}
-  n_equilibration: {sampling.n_equilibration}  # steps of each frame's own chain
-  plots: {_scalar(sampling.plots)}
+samples:  # what ends the training
+  n_samples: {samples.n_samples}
+  n_equilibration: {samples.n_equilibration}  # steps of each frame's own chain
+  plots: {_scalar(samples.plots)}
 """
     return "\n".join(_aligned(line) for line in lines.splitlines()) + "\n"
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import SamplerConfig
-from openmm_cgflow.coordinates.all_atom import MoleculeAssembly
+from openmm_cgflow.coordinates.all_atom import MoleculeMap
 from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.coordinates.slow import CartesianCoordinates, InternalCoordinates
 from openmm_cgflow.coordinates.zmatrix import bond_graph, fast_zmatrix, slow_zmatrix, stereocentres
 from openmm_cgflow.forces.estimator import MeanForce
-from openmm_cgflow.forces.fast_atoms import FastChains, Frames
+from openmm_cgflow.forces.fast_atoms import FastAtoms, Frames
+from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.units import thermal_beta
 
 BONDS = {
@@ -96,14 +96,14 @@ def assembly_of(
     xyz: Tensor,
     elements: Sequence[str] | None = None,
     kind: str = "internal",
-) -> MoleculeAssembly:
+) -> MoleculeMap:
     """Slow coordinates and fast placements of a molecule."""
     graph = bond_graph(n_atoms_of(bonds), bonds)
     coordinates: Any = internal_coordinates(bonds, xyz, slow)
     if kind == "cartesian":
         coordinates = cartesian_coordinates(coordinates.atoms, xyz)
     centres = stereocentres(graph, elements or ["C"] * len(graph))
-    return MoleculeAssembly(coordinates, fast_zmatrix(graph, slow), centres, xyz.numpy())
+    return MoleculeMap(coordinates, fast_zmatrix(graph, slow), centres, xyz.numpy())
 
 
 def random_z(coordinates: Any, n: int, generator: torch.Generator, spread: float = 0.6) -> Tensor:
@@ -237,7 +237,7 @@ def assert_identical(first: Any, second: Any) -> None:
 
 
 class QuadraticBath:
-    """Atoms joined by springs of zero rest length, U = 1/2 sum k_ij |x_i - x_j|^2: a :class:`ChainEngine`.
+    """Atoms joined by springs of zero rest length, U = 1/2 sum k_ij |x_i - x_j|^2: a :class:`Engine`.
 
     Given the slow atoms the fast ones are Gaussian, so frames are drawn exactly, as a stationary first-order
     autoregression, and the potential of mean force is the Schur complement. A spring constant may be negative as long
@@ -302,7 +302,7 @@ class QuadraticBath:
 
 
 class EchoEngine:
-    """A :class:`ChainEngine` that returns what it is given, after a small move, and records it.
+    """A :class:`Engine` that returns what it is given, after a small move, and records it.
 
     Attributes:
         broken: Replicas that come back as nan.
@@ -347,24 +347,24 @@ class EchoEngine:
         return frames, forces, energy, np.isfinite(energy).all(-1)
 
 
-def chain_settings(**values: Any) -> SamplerConfig:
+def chain_settings(**values: Any) -> ChainSettings:
     """Short chains that fail seldom."""
     numbers = {"n_pool_steps": 500, "n_relax": 11, "n_equilibration": 7, "n_frames": 3, "stride": 2, "max_invalid": 0.2}
-    return SamplerConfig(**{**numbers, **values})
+    return ChainSettings(**{**numbers, **values})
 
 
-def chiral_chains(engine: Any = None, seed: int = 5, **values: Any) -> FastChains:
+def chiral_chains(engine: Any = None, seed: int = 5, **values: Any) -> FastAtoms:
     """Chains of a four-atom slow chain with two fast atoms at a stereocentre, on an :class:`EchoEngine`."""
     bonds = [(0, 1), (1, 2), (2, 3), (1, 4), (1, 5)]
     xyz = random_structure(bonds, 1)
-    assembly = assembly_of(bonds, [0, 1, 2, 3], xyz, ["C", "C", "C", "C", "H", "F"])
-    y = assembly.read_fast(xyz)
+    all_atom = assembly_of(bonds, [0, 1, 2, 3], xyz, ["C", "C", "C", "C", "H", "F"])
+    y = all_atom.read_fast(xyz)
 
     def draw_fast(z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         return y + 0.02 * torch.randn((len(z), 2, 3), generator=generator, dtype=torch.float64)
 
-    return FastChains(engine or EchoEngine(), assembly, draw_fast, chain_settings(**values), seed)
+    return FastAtoms(engine or EchoEngine(), all_atom, draw_fast, chain_settings(**values), seed)
 
 
-def some_z(chains: FastChains, n: int, seed: int = 0) -> Tensor:
-    return random_z(chains.assembly.coordinates, n, torch.Generator().manual_seed(seed), 0.5)
+def some_z(fast_atoms: FastAtoms, n: int, seed: int = 0) -> Tensor:
+    return random_z(fast_atoms.all_atom.coordinates, n, torch.Generator().manual_seed(seed), 0.5)

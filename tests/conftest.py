@@ -30,7 +30,7 @@ def systems():
 @pytest.fixture(scope="module")
 def few_tests():
     """Small batches of test samples and short blocks of updates: most of the time would go there."""
-    from openmm_cgflow.training.reverse_kl.pmf import method as pmf_training
+    from openmm_cgflow.training.pmf import method as pmf_training
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pmf_training, "_N_TEST", 512)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import HarmonicBath
 
 from openmm_cgflow.coordinates.placement import bond_angle_dihedral
-from openmm_cgflow.paper.bonded_terms import BondedPrior
+from openmm_cgflow.paper.bonded_terms import BondedTerms
 
 _ALL_PAIRS = [(i, j, 20.0) for i in range(14) for j in range(i)]
 
@@ -76,7 +76,7 @@ class Field(Springs):
         return super().forward(positions) + 10 * positions[..., 0].sum(-1)
 
 
-class Chain(BondedPrior):
+class ReplicaContext(BondedTerms):
     """A chain of atoms with a phase in every term of its torsions."""
 
     def __init__(self, terms: list[tuple[tuple[int, float, float], ...]]) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from analytic import QuadraticBath, assembly_of, random_structure
 
-from openmm_cgflow.config import SamplerConfig
-from openmm_cgflow.forces.fast_atoms import FastChains
+from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 420.0  # not the usual one: the works must be in kT of what they are made at
@@ -70,18 +70,18 @@ def molecule():
     return assembly_of(BONDS, SLOW, random_structure(BONDS, 4))
 
 
-def chains_of(engine, assembly=None):
+def chains_of(engine, all_atom=None):
     def draw(z, temperature, generator):
         return torch.tensor([0.1, 1.5, 0.5], dtype=torch.float64).expand(len(z), 2, 3)
 
-    settings = SamplerConfig(keep_chirality=False, max_invalid=0.5)
-    return FastChains(engine, assembly or molecule(), draw, settings, 0)
+    settings = ChainSettings(keep_chirality=False, max_invalid=0.5)
+    return FastAtoms(engine, all_atom or molecule(), draw, settings, 0)
 
 
-def exact(engine, assembly, z):
+def exact(engine, all_atom, z):
     """beta A of the quadratic bath, shape (...,)."""
-    order = [list(assembly.slow).index(atom) for atom in engine.slow]
-    return BETA * engine.free_energy(assembly.coordinates.to_xyz(z)[..., order, :])
+    order = [list(all_atom.slow).index(atom) for atom in engine.slow]
+    return BETA * engine.free_energy(all_atom.coordinates.to_xyz(z)[..., order, :])
 
 
 def line(n_steps, start=(0.4, 0.4), end=(1.6, -0.4)):

@@ -350,7 +350,7 @@ def learned_chain(chain):
     system = openmm.System()
     for _ in range(5):
         system.addParticle(12.0)
-    system.addForce(openmm.PythonForce(ReplicaEnergy(learned.Chain(list(TERMS)))))
+    system.addForce(openmm.PythonForce(ReplicaEnergy(learned.ReplicaContext(list(TERMS)))))
     return replace(chain, system_xml=openmm.XmlSerializer.serialize(system))
 
 

@@ -51,15 +51,15 @@ def test_units_reach_the_settings():
     config = validate(
         _with(
             temperature="350 K",
-            sampler={"timestep": "0.5 fs", "friction": 20 / unit.picosecond, "hydrogen_mass": "3 Da"},
+            chains={"timestep": "0.5 fs", "friction": 20 / unit.picosecond, "hydrogen_mass": "3 Da"},
             training={"checkpoint_interval": "2 min"},
             tempering={"schedule": "list", "temperatures": ["1000 K", 500]},
         )
     )
     assert config.temperature == 350
-    assert math.isclose(config.sampler.timestep, 0.0005)
-    assert config.sampler.friction == 20
-    assert config.sampler.hydrogen_mass == 3
+    assert math.isclose(config.chains.timestep, 0.0005)
+    assert config.chains.friction == 20
+    assert config.chains.hydrogen_mass == 3
     assert config.training.checkpoint_interval == 120
     assert config.tempering.temperatures == [1000, 500]
 
@@ -67,17 +67,17 @@ def test_units_reach_the_settings():
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        (_with(sampler={"n_replica": 4}), ["sampler.n_replica", "did you mean 'n_replicas'?"]),
+        (_with(chains={"n_replica": 4}), ["chains.n_replica", "did you mean 'n_replicas'?"]),
         (_with(temprature=300), ["temprature", "did you mean 'temperature'?"]),
         (_with(flow={"zzz": 1}), ["flow.zzz", "known keys: n_layers"]),
-        (_with(sampler={"timestep": "1 K"}), ["sampler.timestep", "quantity in ps", "1 K"]),
-        (_with(sampler={"timestep": -1}), ["sampler.timestep", "greater than 0"]),
+        (_with(chains={"timestep": "1 K"}), ["chains.timestep", "quantity in ps", "1 K"]),
+        (_with(chains={"timestep": -1}), ["chains.timestep", "greater than 0"]),
         (_with(temperature="nan"), ["temperature"]),
         (_with(tempering={"schedule": "fast"}), ["tempering.schedule", "adaptive"]),
         (_with(training={"method": "forward_kl"}), ["training.method", "'pmf', 'reverse_kl' or 'joint'"]),
         (_with(coordinates={"peptide_bonds": "cis"}), ["coordinates.peptide_bonds", "'keep' or 'sample'"]),
         (_with(coordinates="cartesian"), ["coordinates: cartesian", "training.method", "reverse_kl"]),
-        (_with(sampler={"n_frames": 1}), ["sampler.n_frames", "training.method pmf", "at least 2"]),
+        (_with(chains={"n_frames": 1}), ["chains.n_frames", "training.method pmf", "at least 2"]),
         (_with(flow={"hidden_features": [64, 0]}), ["flow.hidden_features", "greater than 0"]),
         (_with(pmf={"n_members": 1}), ["pmf.n_members", "greater than or equal to 2"]),
         (_with(pmf={"n_updtaes": 1}), ["pmf.n_updtaes", "did you mean 'n_updates'?"]),
@@ -103,22 +103,22 @@ def test_wrong_settings_are_named(tree, words):
 
 def test_all_problems_in_one_message():
     with pytest.raises(CGFlowError, match=r"2 problem\(s\)") as error:
-        validate(_with(sampler={"n_replica": 4, "stride": 0}))
+        validate(_with(chains={"n_replica": 4, "stride": 0}))
     assert "n_replica" in str(error.value)
     assert "stride" in str(error.value)
 
 
 def test_overrides():
-    changes = ["sampler.n_replicas=8", "coordinates.bound=4", "seed=7", "training.method=reverse_kl"]
+    changes = ["chains.n_replicas=8", "coordinates.bound=4", "seed=7", "training.method=reverse_kl"]
     tree = apply_overrides(_with(coordinates="cartesian"), changes)
-    config = validate(apply_overrides(tree, ["flow.hidden_features=[8, 8]", "sampler.timestep=2 fs"]))
-    assert (config.sampler.n_replicas, config.seed, config.flow.hidden_features) == (8, 7, [8, 8])
+    config = validate(apply_overrides(tree, ["flow.hidden_features=[8, 8]", "chains.timestep=2 fs"]))
+    assert (config.chains.n_replicas, config.seed, config.flow.hidden_features) == (8, 7, [8, 8])
     assert (config.coordinates.kind, config.coordinates.bound) == ("cartesian", 4)
-    assert math.isclose(config.sampler.timestep, 0.002)
-    assert "sampler" not in _MINIMAL, "the caller's tree was changed"
+    assert math.isclose(config.chains.timestep, 0.002)
+    assert "chains" not in _MINIMAL, "the caller's tree was changed"
 
 
-@pytest.mark.parametrize("item", ["sampler.n_replicas", "=3", "temperature.x=3", "sampler.stride=[1"])
+@pytest.mark.parametrize("item", ["chains.n_replicas", "=3", "temperature.x=3", "chains.stride=[1"])
 def test_wrong_overrides(item):
     with pytest.raises(CGFlowError, match=r"--set"):
         apply_overrides({**_MINIMAL, "temperature": 300}, [item])
@@ -140,7 +140,7 @@ def test_what_a_new_user_gets():
 
 def test_resolved_configuration_round_trips(tmp_path):
     atoms = [0, 1, 2]
-    tree = _with(sampler={"timestep": "1.5 fs"}, partition={"slow": atoms}, coordinates={"reference_atoms": atoms})
+    tree = _with(chains={"timestep": "1.5 fs"}, partition={"slow": atoms}, coordinates={"reference_atoms": atoms})
     (tmp_path / "m.pdb").touch()
     source = tmp_path / "a.yaml"
     source.write_text(yaml.safe_dump(tree))

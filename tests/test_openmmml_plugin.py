@@ -6,14 +6,17 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from butane_model import all_atoms, butane_model, close, evaluate, expected
 from openmm import app
-from test_deploy import all_atoms, close, evaluate, expected, model
 
 from openmm_cgflow import CGFlowError
 
-__all__ = ["model"]  # a fixture
-
 openmmml = pytest.importorskip("openmmml", reason="openmm-ml is not installed; the extra [test] has it")
+
+
+@pytest.fixture(scope="module")
+def model(systems):
+    return butane_model(systems)
 
 
 @pytest.fixture

@@ -151,9 +151,9 @@ def ks_distance(a: np.ndarray, weights_a: np.ndarray, b: np.ndarray, weights_b: 
     """Kolmogorov-Smirnov distance of two weighted samples, the largest difference of their cumulative distributions.
 
     Arguments:
-        a: Values, shape (n,).
+        a: AnchorValues, shape (n,).
         weights_a: Non-negative, not necessarily normalised, shape (n,).
-        b: Values, shape (m,).
+        b: AnchorValues, shape (m,).
         weights_b: Non-negative, not necessarily normalised, shape (m,).
     """
     values = np.concatenate((a, b))

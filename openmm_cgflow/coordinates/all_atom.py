@@ -15,10 +15,10 @@ from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.coordinates.zmatrix import ZMatrix
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["Assembly", "MoleculeAssembly", "ParticleAssembly"]
+__all__ = ["AllAtomMap", "BoxMap", "MoleculeMap"]
 
 
-class Assembly(nn.Module, ABC):
+class AllAtomMap(nn.Module, ABC):
     """x = f(z, y) (paper eq. 2), invertible.
 
     The volume element of y does not depend on z, so the fast coordinates may be held while z moves: this is what the
@@ -67,7 +67,7 @@ class Assembly(nn.Module, ABC):
         return torch.ones(xyz.shape[:-2], dtype=torch.bool)
 
 
-class ParticleAssembly(Assembly):
+class BoxMap(AllAtomMap):
     """Particles without bonds: y are the positions of the fast ones, nm.
 
     Arguments:
@@ -92,7 +92,7 @@ class ParticleAssembly(Assembly):
         return 0.0 * y.sum((-1, -2))  # its gradient is asked for
 
 
-class MoleculeAssembly(Assembly):
+class MoleculeMap(AllAtomMap):
     """Slow atoms from z, then every fast atom in a frame of atoms placed before it; y are bonds, angles, dihedrals.
 
     Arguments:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates.all_atom import Assembly, MoleculeAssembly, ParticleAssembly
+from openmm_cgflow.coordinates.all_atom import AllAtomMap, BoxMap, MoleculeMap
 from openmm_cgflow.coordinates.harmonic import Evaluate, HarmonicReference
 from openmm_cgflow.coordinates.slow import BoxCoordinates, CartesianCoordinates, Coordinates, InternalCoordinates
-from openmm_cgflow.coordinates.thermal_map import Chart, InternalChart, LinearChart
+from openmm_cgflow.coordinates.thermal_map import InternalThermalMap, LinearMap, ThermalMap
 from openmm_cgflow.coordinates.zmatrix import (
     ZMatrix,
     amide_bonds,
@@ -25,15 +25,15 @@ from openmm_cgflow.coordinates.zmatrix import (
     slow_zmatrix,
     stereocentres,
 )
-from openmm_cgflow.engines.choose import ReplicaEngine
+from openmm_cgflow.engines.choose import Engine
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.forces.fast_atoms import FastChains
+from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.training.tempering import start_temperature
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["MoleculeScaffold", "ParticleScaffold", "Scaffold", "rotamer_warning"]
+__all__ = ["BoxGeometry", "Geometry", "MoleculeGeometry", "rotamer_warning"]
 
 Saved = dict[str, Any] | None
 
@@ -43,13 +43,13 @@ _FITTED = ("centre", "hessian", "scan")  # of the harmonic reference
 
 
 @dataclass(frozen=True)
-class Scaffold(ABC):
+class Geometry(ABC):
     """What a system and a configuration determine before any training."""
 
     config: Config
     molecular_system: MolecularSystem
     partition: Partition
-    assembly: Assembly
+    all_atom: AllAtomMap
 
     @classmethod
     def build(
@@ -59,7 +59,7 @@ class Scaffold(ABC):
         partition: Partition,
         evaluate: Evaluate | None = None,
         saved: Saved = None,
-    ) -> Scaffold:
+    ) -> Geometry:
         """Coordinates, assembly, and what the energy says of widths.
 
         Arguments:
@@ -72,7 +72,7 @@ class Scaffold(ABC):
         Raises:
             CGFlowError: If the slow atoms contain a ring or a straight chain, or the energy is not finite.
         """
-        kind = ParticleScaffold if config.coordinates.kind == "box" else MoleculeScaffold
+        kind = BoxGeometry if config.coordinates.kind == "box" else MoleculeGeometry
         return kind._build(config, molecular_system, partition, evaluate, saved)
 
     @classmethod
@@ -85,7 +85,7 @@ class Scaffold(ABC):
     @property
     def kinds(self) -> str:
         """What the slow coordinates are, for people."""
-        coordinates = self.assembly.coordinates
+        coordinates = self.all_atom.coordinates
         return f"{coordinates.n_circular} of them torsions" if coordinates.periodic else "positions in a box"
 
     @abstractmethod
@@ -107,10 +107,12 @@ class Scaffold(ABC):
     def fast_centre(self) -> Tensor:
         """Where the coordinates y of each fast atom start, shape as y."""
 
-    def chart(self) -> Chart:
+    def thermal_map(self) -> ThermalMap:
         """The map of a joint density, untrained."""
         temperature = self.config.temperature
-        return InternalChart(self.assembly, self.fast_centre(), lambda gamma: self.fast_widths(temperature / gamma))
+        return InternalThermalMap(
+            self.all_atom, self.fast_centre(), lambda gamma: self.fast_widths(temperature / gamma)
+        )
 
     @abstractmethod
     def saved_arrays(self) -> dict[str, Tensor]:
@@ -120,13 +122,13 @@ class Scaffold(ABC):
     def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         """Thermal draw of the fast coordinates at z, shape (B, n_fast, 3)."""
 
-    def chains(self, engine: ReplicaEngine) -> FastChains:
+    def fast_atoms(self, engine: Engine) -> FastAtoms:
         """Chains of the fast atoms on an engine, with an empty pool."""
-        return FastChains(engine, self.assembly, self.draw_fast, self.config.sampler, self.config.seed)
+        return FastAtoms(engine, self.all_atom, self.draw_fast, self.config.chains, self.config.seed)
 
 
 @dataclass(frozen=True)
-class ParticleScaffold(Scaffold):
+class BoxGeometry(Geometry):
     """Of particles without bonds: the fast ones are drawn around their starts, as widely as the energy allows.
 
     Attributes:
@@ -140,13 +142,13 @@ class ParticleScaffold(Scaffold):
     def _build(
         cls, config: Config, system: MolecularSystem, partition: Partition, evaluate: Evaluate | None, saved: Saved
     ) -> Self:
-        coordinates = BoxCoordinates(partition.slow, system.labels, config.coordinates.box)
+        coordinates = BoxCoordinates(partition.slow, system.labels, config.coordinates.half_edge)
         if saved is not None:
             scan = saved["scan"].numpy()
         else:
             assert evaluate is not None
             scan = _scan(evaluate, system.positions)
-        return cls(config, system, partition, ParticleAssembly(coordinates, partition.fast), scan)
+        return cls(config, system, partition, BoxMap(coordinates, partition.fast), scan)
 
     def fast_rotamers(self) -> list[str]:
         return []
@@ -171,10 +173,10 @@ class ParticleScaffold(Scaffold):
     def fast_centre(self) -> Tensor:
         return torch.tensor(self.molecular_system.positions[list(self.partition.fast)])
 
-    def chart(self) -> Chart:
+    def thermal_map(self) -> ThermalMap:
         config = self.config
-        return LinearChart(
-            self.assembly.coordinates,
+        return LinearMap(
+            self.all_atom.coordinates,
             self.partition.fast,
             torch.tensor(self.molecular_system.positions[:, 0]),
             lambda gamma: self._widths(config.temperature / gamma)[:, 0],
@@ -204,7 +206,7 @@ def _scan(evaluate: Evaluate, positions: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class MoleculeScaffold(Scaffold):
+class MoleculeGeometry(Geometry):
     """Of a molecule: Z-matrices, and the harmonic reference around the input structure.
 
     Attributes:
@@ -242,8 +244,8 @@ class MoleculeScaffold(Scaffold):
         else:
             coordinates = _cartesian(slow, triple, system.labels, system.positions, graph, bound)
         centres = stereocentres(graph, system.elements)
-        assembly = MoleculeAssembly(coordinates, fast, centres, system.positions)
-        return cls(config, system, partition, assembly, harmonic)
+        all_atom = MoleculeMap(coordinates, fast, centres, system.positions)
+        return cls(config, system, partition, all_atom, harmonic)
 
     def fast_rotamers(self) -> list[str]:
         label = self.molecular_system.atom_label
@@ -251,7 +253,7 @@ class MoleculeScaffold(Scaffold):
         return ["-".join(map(label, torsion)) for torsion in torsions]
 
     def bounded_covariance(self) -> Tensor | None:
-        coordinates = self.assembly.coordinates
+        coordinates = self.all_atom.coordinates
         if not isinstance(coordinates, InternalCoordinates):
             return None
         n = coordinates.n_circular
@@ -271,8 +273,8 @@ class MoleculeScaffold(Scaffold):
         return {name: torch.tensor(getattr(self.harmonic, name)) for name in _FITTED}
 
     def draw_fast(self, z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-        slow_xyz = self.assembly.coordinates.to_xyz(z)
-        order = [self.assembly.slow.index(int(atom)) for atom in self.harmonic.slow.atoms]
+        slow_xyz = self.all_atom.coordinates.to_xyz(z)
+        order = [self.all_atom.slow.index(int(atom)) for atom in self.harmonic.slow.atoms]
         return self.harmonic.draw_fast(slow_xyz[:, order], temperature, generator)
 
 
@@ -313,7 +315,7 @@ def _cartesian(
 
 
 def rotamer_warning(rotamers: list[str]) -> str:
-    """What to tell the user of :meth:`Scaffold.fast_rotamers`."""
+    """What to tell the user of :meth:`Geometry.fast_rotamers`."""
     return (
         f"{len(rotamers)} torsion(s) of fast atoms have barriers: {', '.join(rotamers)}. Short chains do not cross "
         "them, so their populations are not sampled. Make their atoms slow, for example with partition.slow: heavy"

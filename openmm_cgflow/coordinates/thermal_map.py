@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.coordinates.all_atom import Assembly
+from openmm_cgflow.coordinates.all_atom import AllAtomMap
 from openmm_cgflow.coordinates.slow import Coordinates, along_x
 
-__all__ = ["Chart", "InternalChart", "LinearChart", "Widths"]
+__all__ = ["InternalThermalMap", "LinearMap", "ThermalMap", "Widths"]
 
 _NOTHING = math.exp(-15)  # times the largest weight: smaller ones do not count for how far particles get
 _MARGIN = 1.2  # of that, for what the measurement has not seen
@@ -32,7 +32,7 @@ def _at_levels(widths: Widths, gamma: float | Tensor) -> tuple[Tensor, Tensor, T
     return levels, torch.stack([widths(level) for level in levels.tolist()]), which
 
 
-class Chart(nn.Module, ABC):
+class ThermalMap(nn.Module, ABC):
     """An invertible map x = f(z, r) at every gamma."""
 
     @property
@@ -70,7 +70,7 @@ class Chart(nn.Module, ABC):
         """
 
 
-class InternalChart(Chart):
+class InternalThermalMap(ThermalMap):
     """z are the slow coordinates of an assembly, r its fast ones around their start.
 
     Arguments:
@@ -81,9 +81,9 @@ class InternalChart(Chart):
 
     centre: Tensor
 
-    def __init__(self, assembly: Assembly, centre: Tensor, widths: Widths) -> None:
+    def __init__(self, all_atom: AllAtomMap, centre: Tensor, widths: Widths) -> None:
         super().__init__()
-        self.assembly, self.widths = assembly, widths
+        self.all_atom, self.widths = all_atom, widths
         self.register_buffer("centre", centre.double())
 
     @property
@@ -98,18 +98,18 @@ class InternalChart(Chart):
         return self.centre + self._widths(gamma) * r.unflatten(-1, self.centre.shape)
 
     def build(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
-        return self.assembly.build(z, self._physical(r, gamma))
+        return self.all_atom.build(z, self._physical(r, gamma))
 
     def read(self, xyz: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
-        away = self.assembly.wrap_fast(self.assembly.read_fast(xyz) - self.centre)
-        return self.assembly.read_slow(xyz), (away / self._widths(gamma)).flatten(-2)
+        away = self.all_atom.wrap_fast(self.all_atom.read_fast(xyz) - self.centre)
+        return self.all_atom.read_slow(xyz), (away / self._widths(gamma)).flatten(-2)
 
     def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
-        volume = self.assembly.coordinates.log_volume(z) + self.assembly.log_volume_fast(self._physical(r, gamma))
+        volume = self.all_atom.coordinates.log_volume(z) + self.all_atom.log_volume_fast(self._physical(r, gamma))
         return volume + self._widths(gamma).log().sum((-1, -2))
 
     def same_handedness(self, xyz: Tensor) -> Tensor:
-        return self.assembly.same_handedness(xyz)
+        return self.all_atom.same_handedness(xyz)
 
 
 class _Frame(NamedTuple):
@@ -128,7 +128,7 @@ class _Frame(NamedTuple):
     root: Tensor
 
 
-class LinearChart(Chart):
+class LinearMap(ThermalMap):
     """x = A (z, y) along the x axis: particles are weighted means of pseudo-particles, slow and fast ones.
 
     A is right-stochastic, its rows have sum one, so translations of pseudo-particles translate all particles (paper

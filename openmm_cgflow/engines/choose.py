@@ -12,16 +12,16 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
-from openmm_cgflow.config import SamplerConfig
-from openmm_cgflow.engines.context import Chain, Dynamics, Frames, Schedule
+from openmm_cgflow.engines.context import Dynamics, Frames, ReplicaContext, Schedule
 from openmm_cgflow.engines.copies import NotReplicableError
 from openmm_cgflow.engines.lattice import Lattice, LatticeEngine, plan_lattice
 from openmm_cgflow.engines.platforms import PlatformChoice, choose_platform, fastest_platform, platform_choice
 from openmm_cgflow.engines.workers import ContextsEngine, default_workers
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.python_forces import BatchEvaluator, network_on_gpu, split_batched
+from openmm_cgflow.settings import ChainSettings
 
-__all__ = ["Frames", "Molecule", "ReplicaEngine", "create_engine", "frozen_system"]
+__all__ = ["Engine", "Frames", "Molecule", "create_engine", "frozen_system"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Molecule(Protocol):
     def elements(self) -> Sequence[str]: ...
 
 
-class ReplicaEngine(Protocol):
+class Engine(Protocol):
     """Samples the fast atoms of many replicas by Langevin dynamics while the slow atoms stand still.
 
     Attributes:
@@ -109,7 +109,7 @@ class ReplicaEngine(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: SamplerConfig) -> ReplicaEngine:
+def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: ChainSettings) -> Engine:
     """The engine that suits platform and energy: small Contexts on the CPU, one giant System on a GPU.
 
     A potential that takes all replicas in one call gets the giant System everywhere.
@@ -151,8 +151,8 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
         plan = plan_for(platform)
         if isinstance(plan, Lattice):
             start = np.concatenate([template - template.mean(axis=0) + site for site in plan.sites])
-            return _time_step(Chain(plan.system(len(plan.sites)), platform, tiny), start) / len(plan.sites)
-        return _time_step(Chain(system, platform, tiny), template) / n_workers(platform)
+            return _time_step(ReplicaContext(plan.system(len(plan.sites)), platform, tiny), start) / len(plan.sites)
+        return _time_step(ReplicaContext(system, platform, tiny), template) / n_workers(platform)
 
     platform = choose_platform(settings.platform, settings.precision, seconds_per_step)
     plan = plan_for(platform)
@@ -164,7 +164,7 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Sam
             apart = system if not batched or not rest.getNumForces() else rest
 
             def seconds_per_evaluation(choice: PlatformChoice) -> float:
-                return _time_evaluation(Chain(apart, choice, dynamics), template) / n_workers(choice)
+                return _time_evaluation(ReplicaContext(apart, choice, dynamics), template) / n_workers(choice)
 
             single = fastest_platform(choices, seconds_per_evaluation, "evaluation")
         if not batched:
@@ -224,7 +224,7 @@ def _keep_weights(force: openmm.CustomCentroidBondForce, system: openmm.System) 
             force.setGroupParameters(i, particles, masses)
 
 
-def _time_step(chain: Chain, start: np.ndarray) -> float:
+def _time_step(chain: ReplicaContext, start: np.ndarray) -> float:
     """Seconds per Langevin step: the fastest of three runs of at least ``_PROBE_SECONDS``, or one if that is long."""
     chain.reseed(1, 300.0)
     chain.run(start, Schedule(300.0, 1, 1, 1, 1), 1, evaluate=False)
@@ -237,7 +237,7 @@ def _time_step(chain: Chain, start: np.ndarray) -> float:
     return elapsed / n_steps
 
 
-def _time_evaluation(chain: Chain, xyz: np.ndarray) -> float:
+def _time_evaluation(chain: ReplicaContext, xyz: np.ndarray) -> float:
     """Seconds for the energy and forces of a structure, of as many as take ``_PROBE_SECONDS``, at least two."""
     chain.evaluate(xyz)
     n, begin = 0, time.perf_counter()
@@ -247,7 +247,7 @@ def _time_evaluation(chain: Chain, xyz: np.ndarray) -> float:
     return (time.perf_counter() - begin) / n
 
 
-def _seconds(chain: Chain, n_steps: int) -> float:
+def _seconds(chain: ReplicaContext, n_steps: int) -> float:
     begin = time.perf_counter()
     chain.step(n_steps)
     chain.positions()  # GPU platforms run behind; this waits for them

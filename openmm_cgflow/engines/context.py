@@ -12,7 +12,7 @@ from openmm import unit
 
 from openmm_cgflow.engines.platforms import PlatformChoice
 
-__all__ = ["Chain", "Dynamics", "Frames", "Schedule", "clear", "is_divergence", "state_arrays"]
+__all__ = ["Dynamics", "Frames", "ReplicaContext", "Schedule", "clear", "is_divergence", "state_arrays"]
 
 _DESCENT, _LANGEVIN = 0, 1
 _FORCE_UNIT = unit.kilojoule_per_mole / unit.nanometer
@@ -54,7 +54,7 @@ class Dynamics:
     force_cap: float
 
 
-class Chain:
+class ReplicaContext:
     """One Context that runs one structure after another: capped descent, then ``LangevinMiddleIntegrator``.
 
     Atoms of mass zero stay where they are.

@@ -12,9 +12,9 @@ import numpy as np
 import openmm
 
 from openmm_cgflow.engines.context import (
-    Chain,
     Dynamics,
     Frames,
+    ReplicaContext,
     Schedule,
     clear,
     is_divergence,
@@ -144,7 +144,7 @@ class LatticeEngine:
         self._template = template
         self._contexts, self._evaluator = contexts, evaluator or contexts
         self._dynamics = dynamics
-        self._chains: dict[int, Chain] | None = {}
+        self._chains: dict[int, ReplicaContext] | None = {}
         self._n_copy_steps = 0
         self.platform = platform
         self.description = (
@@ -168,7 +168,7 @@ class LatticeEngine:
         stride: int,
         seed: int,
     ) -> Frames:
-        """Runs one chain from each structure; see ``ReplicaEngine.run``."""
+        """Runs one chain from each structure; see ``Engine.run``."""
         schedule = Schedule(temperature, n_relax, n_equilibration, n_frames, stride)
         finite = check_structures(xyz, self._template)
         centres = self._centres(np.where(finite[:, None, None], xyz, self._template))
@@ -209,7 +209,7 @@ class LatticeEngine:
         return result
 
     def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Energies and forces; see ``ReplicaEngine.evaluate``."""
+        """Energies and forces; see ``Engine.evaluate``."""
         check_structures(xyz, self._template)
         return self._evaluator.evaluate(xyz)
 
@@ -267,11 +267,11 @@ class LatticeEngine:
             n_copies = (n_copies + 1) // 2
         return n_copies
 
-    def _chain(self, n_copies: int) -> Chain:
+    def _chain(self, n_copies: int) -> ReplicaContext:
         if self._chains is None:
             raise RuntimeError("the engine is closed")
         if n_copies not in self._chains:
-            self._chains[n_copies] = Chain(self._lattice.system(n_copies), self.platform, self._dynamics)
+            self._chains[n_copies] = ReplicaContext(self._lattice.system(n_copies), self.platform, self._dynamics)
         return self._chains[n_copies]
 
     @staticmethod
@@ -295,7 +295,7 @@ class LatticeEngine:
         return frames
 
 
-def _last_positions(chain: Chain, giant: np.ndarray) -> np.ndarray:
+def _last_positions(chain: ReplicaContext, giant: np.ndarray) -> np.ndarray:
     """Positions after OpenMM stopped; all NaN if it does not even give those."""
     try:
         return chain.positions()

@@ -109,7 +109,7 @@ def choose_platform(
         CGFlowError: If the named platform does not exist or cannot be used on this machine.
     """
     if requested:
-        return _named(requested, precision, "sampler.platform")
+        return _named(requested, precision, "chains.platform")
     if from_environment := os.environ.get(_ENVIRONMENT):
         return _named(from_environment, precision, _ENVIRONMENT)
     for failure in openmm.Platform.getPluginLoadFailures():

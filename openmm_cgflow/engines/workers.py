@@ -22,9 +22,9 @@ import numpy as np
 import openmm
 
 from openmm_cgflow.engines.context import (
-    Chain,
     Dynamics,
     Frames,
+    ReplicaContext,
     Schedule,
     clear,
     is_divergence,
@@ -41,7 +41,9 @@ _EVALUATION_CHUNK = 64
 _PARENT_CHECK = 2.0  # s
 
 
-def _run_chunk(chain: Chain, xyz: np.ndarray, schedule: Schedule, entropy: tuple[int, int]) -> tuple[Frames, int]:
+def _run_chunk(
+    chain: ReplicaContext, xyz: np.ndarray, schedule: Schedule, entropy: tuple[int, int]
+) -> tuple[Frames, int]:
     n_replicas, n_atoms, _ = xyz.shape
     shape = (n_replicas, schedule.n_frames, n_atoms, 3)
     frames = Frames(np.zeros(shape), np.zeros(shape), np.zeros(shape[:2]), np.zeros(n_replicas, dtype=bool))
@@ -63,7 +65,7 @@ def _run_chunk(chain: Chain, xyz: np.ndarray, schedule: Schedule, entropy: tuple
     return frames, chain.n_evaluations - before
 
 
-def _evaluate_chunk(chain: Chain, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def _evaluate_chunk(chain: ReplicaContext, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     before = chain.n_evaluations
     energy = np.full(len(xyz), np.nan)
     forces = np.full(xyz.shape, np.nan)
@@ -77,14 +79,14 @@ def _evaluate_chunk(chain: Chain, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 # The one Context of a worker process. A pool's initializer has nowhere else to leave it; it stays None in the parent.
-_worker_chain: Chain | None = None
+_worker_chain: ReplicaContext | None = None
 
 
 def _start_worker(system_xml: str, platform: PlatformChoice, dynamics: Dynamics) -> None:
     global _worker_chain
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    _worker_chain = Chain(openmm.XmlSerializer.deserialize(system_xml), platform, dynamics)
+    _worker_chain = ReplicaContext(openmm.XmlSerializer.deserialize(system_xml), platform, dynamics)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -125,10 +127,10 @@ class ContextsEngine:
         self.platform = platform
         self.description = f"contexts engine, {n_workers} worker(s), platform {platform}"
         self._template = template
-        self._chain: Chain | None = None
+        self._chain: ReplicaContext | None = None
         self._executor: loky.ProcessPoolExecutor | None = None
         if n_workers == 1:
-            self._chain = Chain(system, platform, dynamics)
+            self._chain = ReplicaContext(system, platform, dynamics)
             return
         threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENMM_CPU_THREADS")
         self._executor = loky.ProcessPoolExecutor(
@@ -149,7 +151,7 @@ class ContextsEngine:
         stride: int,
         seed: int,
     ) -> Frames:
-        """Runs one chain from each structure; see ``ReplicaEngine.run``."""
+        """Runs one chain from each structure; see ``Engine.run``."""
         finite = check_structures(xyz, self._template)
         start = np.where(finite[:, None, None], xyz, self._template)
         schedule = Schedule(temperature, n_relax, n_equilibration, n_frames, stride)
@@ -163,7 +165,7 @@ class ContextsEngine:
         return frames
 
     def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Energies and forces; see ``ReplicaEngine.evaluate``."""
+        """Energies and forces; see ``Engine.evaluate``."""
         check_structures(xyz, self._template)
         tasks = [(xyz[i : i + _EVALUATION_CHUNK],) for i in range(0, len(xyz), _EVALUATION_CHUNK)]
         results = self._map(_evaluate_chunk, tasks or [(xyz,)])
@@ -199,7 +201,7 @@ class ContextsEngine:
         except (loky.BrokenProcessPool, loky.process_executor.TerminatedWorkerError) as error:
             raise CGFlowError(
                 "A worker process of the sampler ended unexpectedly: killed, or out of memory. Resume the run, with a "
-                f"smaller sampler.n_workers if memory was short. The pool said: {str(error).splitlines()[0]}"
+                f"smaller chains.n_workers if memory was short. The pool said: {str(error).splitlines()[0]}"
             ) from None
 
 

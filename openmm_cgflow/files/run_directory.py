@@ -30,7 +30,7 @@ __all__ = ["RunDirectory", "config_differences", "load_checked"]
 _MARK = "# A run directory of openmm_cgflow.\n"
 # None changes what is learned, so a run may be continued with other values. Files may have moved; that they still hold
 # the same molecule and force field is checked by its fingerprint.
-_FREE_SETTINGS = ("system", "sampling", "training.checkpoint_interval", "sampler.n_workers")
+_FREE_SETTINGS = ("system", "samples", "training.checkpoint_interval", "chains.n_workers")
 
 _logger = logging.getLogger("openmm_cgflow")
 _T = TypeVar("_T")
@@ -292,7 +292,7 @@ class RunDirectory:
 def config_differences(old: str, new: str) -> list[str]:
     """Settings that differ between two resolved configurations, one line each, ``key: old -> new``.
 
-    Settings that do not change what is learned are left out: ``sampling``, the checkpoint interval, the workers.
+    Settings that do not change what is learned are left out: ``samples``, the checkpoint interval, the workers.
     """
     before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
     names = [name for name in {**before, **after} if before.get(name, "unset") != after.get(name, "unset")]

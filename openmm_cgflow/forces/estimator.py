@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.coordinates.all_atom import Assembly
-from openmm_cgflow.forces.fast_atoms import FastChains, Frames
+from openmm_cgflow.coordinates.all_atom import AllAtomMap
+from openmm_cgflow.forces.fast_atoms import FastAtoms, Frames
 from openmm_cgflow.forces.switching import switch
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
@@ -96,21 +96,21 @@ def shortened(vectors: Tensor, multiple: float) -> Tensor:
     return vectors * (multiple * length.median() / length.clamp(min=largest)).clamp(max=1.0)
 
 
-def frame_gradients(assembly: Assembly, z: Tensor, frames: Frames, beta: float, estimator: str) -> Tensor:
+def frame_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames, beta: float, estimator: str) -> Tensor:
     """d(beta U)/dz of every frame, shape (B, n_frames, n_features).
 
     ``comoving`` holds the fast atoms' internal coordinates and contracts the forces on all atoms; ``cartesian``, the
     paper's, holds their positions and contracts the forces on the slow atoms alone. Both average to the mean force.
     """
     if estimator == "comoving":
-        return comoving_gradients(assembly, z, frames, beta)[0]
+        return comoving_gradients(all_atom, z, frames, beta)[0]
     repeated = _repeated(z, frames)
-    built = assembly.coordinates.to_xyz(repeated)
-    (gradient,) = torch.autograd.grad(built, repeated, _reduced(frames, beta)[..., list(assembly.slow), :])
+    built = all_atom.coordinates.to_xyz(repeated)
+    (gradient,) = torch.autograd.grad(built, repeated, _reduced(frames, beta)[..., list(all_atom.slow), :])
     return torch.where(frames.valid[:, None, None], gradient, 0.0)
 
 
-def comoving_gradients(assembly: Assembly, z: Tensor, frames: Frames, beta: float) -> tuple[Tensor, Tensor]:
+def comoving_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames, beta: float) -> tuple[Tensor, Tensor]:
     """d(beta U)/dz and the force balance of the fast coordinates y, beta dU/dy - d ln J/dy, of every frame.
 
     J is the volume element of y. At every z, the balance averages to zero over the fast atoms.
@@ -118,9 +118,9 @@ def comoving_gradients(assembly: Assembly, z: Tensor, frames: Frames, beta: floa
     Returns:
         Shapes (B, n_frames, n_features) and (B, n_frames, 3 n_fast).
     """
-    repeated, y = _repeated(z, frames), assembly.read_fast(frames.xyz).requires_grad_()
-    slow, fast = torch.autograd.grad(assembly.build(repeated, y), (repeated, y), _reduced(frames, beta))
-    (volume,) = torch.autograd.grad(assembly.log_volume_fast(y).sum(), y)
+    repeated, y = _repeated(z, frames), all_atom.read_fast(frames.xyz).requires_grad_()
+    slow, fast = torch.autograd.grad(all_atom.build(repeated, y), (repeated, y), _reduced(frames, beta))
+    (volume,) = torch.autograd.grad(all_atom.log_volume_fast(y).sum(), y)
     valid = frames.valid[:, None, None]
     return torch.where(valid, slow, 0.0), torch.where(valid, (fast - volume).flatten(2), 0.0)
 
@@ -205,30 +205,32 @@ class MolecularMeanForce:
 
     def __init__(
         self,
-        chains: FastChains,
+        fast_atoms: FastAtoms,
         estimator: Literal["comoving", "cartesian"] = "comoving",
         adaptive: bool = False,
     ) -> None:
-        self.chains, self.estimator, self.adaptive = chains, estimator, adaptive
-        self.n_equilibration, self.n_frames = chains.settings.n_equilibration, chains.settings.n_frames
+        self.fast_atoms, self.estimator, self.adaptive = fast_atoms, estimator, adaptive
+        self.n_equilibration, self.n_frames = fast_atoms.settings.n_equilibration, fast_atoms.settings.n_frames
         self._earlier_evaluations = 0
 
     @property
     def n_energy_evaluations(self) -> int:
         """Of the engine, and of the sessions that this one continues."""
-        return self._earlier_evaluations + self.chains.engine.n_energy_evaluations
+        return self._earlier_evaluations + self.fast_atoms.engine.n_energy_evaluations
 
     def __call__(self, z: Tensor, temperature: float) -> MeanForce:
-        frames = self.chains.run(z, temperature, self.n_equilibration, self.n_frames, self.chains.settings.stride)
+        frames = self.fast_atoms.run(
+            z, temperature, self.n_equilibration, self.n_frames, self.fast_atoms.settings.stride
+        )
         beta = thermal_beta(temperature)
         if self.adaptive:
             self._lengthen_equilibration(beta * frames.energy[frames.valid])
         parts = None
         if self.estimator == "comoving":
-            gradients, balance = comoving_gradients(self.chains.assembly, z, frames, beta)
+            gradients, balance = comoving_gradients(self.fast_atoms.all_atom, z, frames, beta)
             parts = ChainParts(_parts(gradients), _parts(balance))
         else:
-            gradients = frame_gradients(self.chains.assembly, z, frames, beta, self.estimator)
+            gradients = frame_gradients(self.fast_atoms.all_atom, z, frames, beta, self.estimator)
         gradient, variance = mean_and_variance(gradients, frames.valid)
         energies = torch.where(frames.valid[:, None], frames.energy, 0.0)
         energy, energy_variance = mean_and_variance(energies[..., None], frames.valid)
@@ -241,7 +243,7 @@ class MolecularMeanForce:
         # A few chains that leave an overlap say nothing of the others.
         drift = drift[(drift - drift.median()).abs() < _LARGEST_SPREAD * drift.std()]
         if len(drift) > 1 and abs(drift.mean()) > _LARGEST_DRIFT * drift.std() / math.sqrt(len(drift)):
-            longest = _LONGEST_EQUILIBRATION * self.chains.settings.n_equilibration
+            longest = _LONGEST_EQUILIBRATION * self.fast_atoms.settings.n_equilibration
             self.n_equilibration = min(longest, math.ceil(1.5 * self.n_equilibration))
 
     def tune(self, noise: float) -> None:
@@ -254,25 +256,25 @@ class MolecularMeanForce:
         """
         if not self.adaptive:
             return
-        overhead = (self.n_equilibration + self.chains.settings.n_relax) / self.chains.settings.stride
+        overhead = (self.n_equilibration + self.fast_atoms.settings.n_relax) / self.fast_atoms.settings.stride
         best = math.sqrt(overhead * noise * self.n_frames)
         best = min(max(best, self.n_frames / 1.5), 1.5 * self.n_frames)
-        first = self.chains.settings.n_frames
+        first = self.fast_atoms.settings.n_frames
         self.n_frames = round(min(max(best, first), _MOST_FRAMES * first))
 
     def switch(self, paths: Tensor, temperature: float, slowness: int) -> tuple[Tensor, Tensor]:
-        seed = derive_seed(self.chains.seed, 11, self.chains.n_calls)
-        return switch(self.chains, paths, temperature, seed, slowness)
+        seed = derive_seed(self.fast_atoms.seed, 11, self.fast_atoms.n_calls)
+        return switch(self.fast_atoms, paths, temperature, seed, slowness)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "chains": self.chains.state_dict(),
+            "chains": self.fast_atoms.state_dict(),
             "n_energy_evaluations": self.n_energy_evaluations,
             "n_equilibration": self.n_equilibration,
             "n_frames": self.n_frames,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.chains.load_state_dict(state["chains"])
+        self.fast_atoms.load_state_dict(state["chains"])
         self.n_equilibration, self.n_frames = state["n_equilibration"], state["n_frames"]
-        self._earlier_evaluations = state["n_energy_evaluations"] - self.chains.engine.n_energy_evaluations
+        self._earlier_evaluations = state["n_energy_evaluations"] - self.fast_atoms.engine.n_energy_evaluations

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import SamplerConfig
-from openmm_cgflow.coordinates.all_atom import Assembly
+from openmm_cgflow.coordinates.all_atom import AllAtomMap
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import ChainSettings
 
-__all__ = ["ChainEngine", "FastChains", "Frames", "Quarantine"]
+__all__ = ["Engine", "FastAtoms", "Frames", "Quarantine"]
 
 _N_POOLS = 16  # calls whose end states stay in the pool
 
 
-class ChainEngine(Protocol):
-    """What runs the frozen-slow chains: see :class:`openmm_cgflow.engines.choose.ReplicaEngine`."""
+class Engine(Protocol):
+    """What runs the frozen-slow chains: see :class:`openmm_cgflow.engines.choose.Engine`."""
 
     @property
     def n_energy_evaluations(self) -> int: ...
@@ -62,7 +62,7 @@ class Quarantine:
     flipped: int = 0
 
 
-class FastChains:
+class FastAtoms:
     """Short chains of the fast atoms at given z, warm-started from a pool.
 
     The pool holds the fast internal coordinates where earlier chains ended, with their z; a new z starts from its
@@ -73,19 +73,19 @@ class FastChains:
         engine: Runs the chains.
         assembly: Builds structures.
         draw_fast: Thermal draw of y: (z, temperature, generator) -> y.
-        settings: The ``sampler`` section of the configuration.
+        settings: The ``chains`` section of the configuration.
         seed: The configuration's seed.
     """
 
     def __init__(
         self,
-        engine: ChainEngine,
-        assembly: Assembly,
+        engine: Engine,
+        all_atom: AllAtomMap,
         draw_fast: Callable[[Tensor, float, torch.Generator], Tensor],
-        settings: SamplerConfig,
+        settings: ChainSettings,
         seed: int,
     ) -> None:
-        self.engine, self.assembly, self.settings, self.seed = engine, assembly, settings, seed
+        self.engine, self.all_atom, self.settings, self.seed = engine, all_atom, settings, seed
         self._draw_fast = draw_fast
         self.follow: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         """Moves y along with z, (y, z before, z after) -> y; without it, fast atoms start as their neighbour's are."""
@@ -120,7 +120,7 @@ class FastChains:
         z = z.detach()
         if not self.pool:
             self._fill_pool(z, temperature)
-        xyz = self.assembly.build(z, self._nearest(z))
+        xyz = self.all_atom.build(z, self._nearest(z))
         frames = self._run(z, xyz, temperature, self.settings.n_relax, n_equilibration, n_frames, stride, seed)
         if keep:
             self._keep(z, frames)
@@ -133,11 +133,11 @@ class FastChains:
     def _fill_pool(self, z: Tensor, temperature: float) -> None:
         z = z[:: max(1, len(z) // self.settings.n_pool)]  # evenly: a batch may be sorted
         generator = torch.Generator().manual_seed(derive_seed(self.seed, 1))
-        xyz = self.assembly.build(z, self._draw_fast(z, temperature, generator))
+        xyz = self.all_atom.build(z, self._draw_fast(z, temperature, generator))
         self._keep(z, self._run(z, xyz, temperature, 100, self.settings.n_pool_steps, 1, 1, derive_seed(self.seed, 2)))
 
     def _keep(self, z: Tensor, frames: Frames) -> None:
-        self.pool.append((z[frames.valid], self.assembly.read_fast(frames.xyz[frames.valid, -1])))
+        self.pool.append((z[frames.valid], self.all_atom.read_fast(frames.xyz[frames.valid, -1])))
         del self.pool[:-_N_POOLS]
 
     def _nearest(self, z: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class FastChains:
         return y if self.follow is None else self.follow(y, pool_z[nearest], z)
 
     def _embed(self, z: Tensor) -> Tensor:
-        n = self.assembly.coordinates.n_circular
+        n = self.all_atom.coordinates.n_circular
         # Torsions decide which fast atoms fit. Mean forces just after the start were off by 0.7 kT/rad in a first pool
         # of 256 with a weight of 0.2, by 0.4 with 0.05, and by nothing that could be measured in a pool of 16,000.
         scale = 0.05 if n else 1.0
@@ -180,7 +180,7 @@ class FastChains:
             seed=derive_seed(self.seed, 3, self.n_calls) if seed is None else seed,
         )
         frames = Frames(*(torch.as_tensor(array) for array in raw))
-        same = self.assembly.same_handedness(frames.xyz).all(-1)
+        same = self.all_atom.same_handedness(frames.xyz).all(-1)
         valid = frames.valid & same if self.settings.keep_chirality else frames.valid
         self.quarantine.total += len(z)
         self.quarantine.not_finite += int((~frames.valid).sum())
@@ -190,8 +190,8 @@ class FastChains:
             n_flipped = int((frames.valid & ~same).sum())
             raise ReplicaError(
                 f"{n_invalid} of {len(z)} replicas failed at {temperature:.0f} K ({n_flipped} changed their "
-                f"handedness, {n_invalid - n_flipped} diverged), more than sampler.max_invalid = "
-                f"{self.settings.max_invalid}. Try a shorter sampler.timestep or, in a reverse_kl training, a lower "
+                f"handedness, {n_invalid - n_flipped} diverged), more than chains.max_invalid = "
+                f"{self.settings.max_invalid}. Try a shorter chains.timestep or, in a reverse_kl training, a lower "
                 "tempering.start"
             )
         return frames._replace(valid=valid)

@@ -21,7 +21,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from openmm_cgflow.errors import ReplicaError
-from openmm_cgflow.forces.fast_atoms import FastChains
+from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
@@ -51,7 +51,7 @@ def acceptance_ratio(forward: np.ndarray, backward: np.ndarray) -> float:
 
 
 def switch(
-    chains: FastChains, paths: Tensor, temperature: float, seed: int, slowness: int = 1
+    fast_atoms: FastAtoms, paths: Tensor, temperature: float, seed: int, slowness: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Moves one replica along each path.
 
@@ -68,18 +68,18 @@ def switch(
     Raises:
         ReplicaError: If too many chains fail.
     """
-    assembly, engine, beta = chains.assembly, chains.engine, thermal_beta(temperature)
-    frames = chains.run(paths[:, 0], temperature, _N_EQUILIBRATION, 1, 1, derive_seed(seed, 22), keep=False)
+    all_atom, engine, beta = fast_atoms.all_atom, fast_atoms.engine, thermal_beta(temperature)
+    frames = fast_atoms.run(paths[:, 0], temperature, _N_EQUILIBRATION, 1, 1, derive_seed(seed, 22), keep=False)
     work, valid = torch.zeros(len(paths), dtype=torch.float64), frames.valid.clone()
     for step in range(1, paths.shape[1]):
-        y = assembly.read_fast(frames.xyz[:, 0])
+        y = all_atom.read_fast(frames.xyz[:, 0])
         y = torch.where(valid[:, None, None], y, y[valid][:1])
-        shifted = chains.follow(y, paths[:, step - 1], paths[:, step]) if chains.follow else y
-        moved = assembly.build(paths[:, step], shifted)
+        shifted = fast_atoms.follow(y, paths[:, step - 1], paths[:, step]) if fast_atoms.follow else y
+        moved = all_atom.build(paths[:, step], shifted)
         energy = torch.as_tensor(engine.evaluate(moved.numpy())[0])
         change = beta * (energy - frames.energy[:, 0])
-        change -= assembly.log_volume_fast(shifted) - assembly.log_volume_fast(y)
-        frames = chains.propagate(
+        change -= all_atom.log_volume_fast(shifted) - all_atom.log_volume_fast(y)
+        frames = fast_atoms.propagate(
             paths[:, step], moved, temperature, slowness * _N_LANGEVIN, derive_seed(seed, 23, step)
         )
         # An overlap of infinite energy counts, with no weight, whatever follows; what is not a number does not.

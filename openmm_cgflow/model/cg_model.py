@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.coordinates.thermal_map import LinearChart
-from openmm_cgflow.engines.choose import ReplicaEngine, create_engine
+from openmm_cgflow.coordinates.thermal_map import LinearMap
+from openmm_cgflow.engines.choose import Engine, create_engine
 from openmm_cgflow.engines.platforms import keep_platform
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.forces.fast_atoms import FastChains
+from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.model.force import CGSystem, Mechanism, bead_system, new_force
 from openmm_cgflow.model.free_energy import Energy, FlowPotential, FreeEnergy, PMFPotential, TorsionPotential
 from openmm_cgflow.model.sampling import Samples, draw_samples
@@ -39,9 +39,9 @@ __all__ = ["CGModel", "new_flow", "new_joint", "new_pmf", "new_response"]
 logger = logging.getLogger(__name__)
 
 
-def new_flow(config: Config, scaffold: Scaffold) -> CGFlow:
+def new_flow(config: Config, geometry: Geometry) -> CGFlow:
     """An untrained flow, its weights from the configuration's seed."""
-    coordinates = scaffold.assembly.coordinates
+    coordinates = geometry.all_atom.coordinates
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 5))
         return CGFlow(
@@ -52,37 +52,37 @@ def new_flow(config: Config, scaffold: Scaffold) -> CGFlow:
             config.flow.n_bounded_layers,
             config.flow.n_bins,
             config.flow.hidden_features,
-            scaffold.bounded_covariance(),
+            geometry.bounded_covariance(),
             coordinates.periodic,
         )
 
 
-def new_joint(config: Config, scaffold: Scaffold, flow: CGFlow) -> JointFlow:
+def new_joint(config: Config, geometry: Geometry, flow: CGFlow) -> JointFlow:
     """An untrained joint density around a flow: y given z is as wide as the energy at the start says."""
-    chart = scaffold.chart()
+    thermal_map = geometry.thermal_map()
     n_context = n_slow_features(flow.n_circular, flow.n_bounded, flow.periodic) + N_GAMMA_FEATURES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 14))
         conditional = ConditionalFlow(
-            chart.n_fast_features,
+            thermal_map.n_fast_features,
             n_context,
             config.coordinates.bound,
             config.joint.n_layers,
             config.flow.n_bins,
             config.flow.hidden_features,
-            torch.eye(chart.n_fast_features, dtype=torch.float64),
+            torch.eye(thermal_map.n_fast_features, dtype=torch.float64),
         ).double()
-    return JointFlow(flow, conditional, chart)
+    return JointFlow(flow, conditional, thermal_map)
 
 
-def new_pmf(config: Config, scaffold: Scaffold) -> PMF:
+def new_pmf(config: Config, geometry: Geometry) -> PMF:
     """An unfitted PMF, its networks from the configuration's seed."""
-    covariance = scaffold.bounded_covariance()
+    covariance = geometry.bounded_covariance()
     if covariance is None:
         raise CGFlowError("a potential of mean force needs coordinates: internal")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 9))
-        settings, coordinates = config.pmf, scaffold.assembly.coordinates
+        settings, coordinates = config.pmf, geometry.all_atom.coordinates
         return PMF(
             coordinates.n_circular,
             torch.linalg.inv(covariance),
@@ -92,13 +92,13 @@ def new_pmf(config: Config, scaffold: Scaffold) -> PMF:
         )
 
 
-def new_response(config: Config, scaffold: Scaffold) -> FastResponse:
+def new_response(config: Config, geometry: Geometry) -> FastResponse:
     """A response of the fast atoms that is zero, its networks from the configuration's seed."""
-    coordinates = scaffold.assembly.coordinates
+    coordinates = geometry.all_atom.coordinates
     n_circular, n_bounded = coordinates.n_circular, coordinates.n_features - coordinates.n_circular
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 10))
-        widths = scaffold.fast_widths(config.temperature)
+        widths = geometry.fast_widths(config.temperature)
         return FastResponse(n_circular, n_bounded, widths, config.pmf.hidden_features, coordinates.periodic)
 
 
@@ -111,7 +111,7 @@ class CGModel:
     Get one from :func:`openmm_cgflow.train` or :func:`openmm_cgflow.load`.
 
     Attributes:
-        scaffold: Molecule, partition, coordinates.
+        geometry: Molecule, partition, coordinates.
         flow: q(z).
         pmf: The fitted potential of mean force; None after ``training.method: reverse_kl``.
         response: How the fast atoms follow the slow ones; None without a PMF.
@@ -124,7 +124,7 @@ class CGModel:
 
     def __init__(
         self,
-        scaffold: Scaffold,
+        geometry: Geometry,
         flow: CGFlow,
         pmf: PMF | None,
         response: FastResponse | None,
@@ -133,7 +133,7 @@ class CGModel:
         platform: str,
         joint: JointFlow | None = None,
     ) -> None:
-        self.scaffold, self.flow, self.pmf, self.response, self.joint = scaffold, flow, pmf, response, joint
+        self.geometry, self.flow, self.pmf, self.response, self.joint = geometry, flow, pmf, response, joint
         self.temperatures, self.platform, self._pool = temperatures, platform, pool
 
     @property
@@ -147,19 +147,19 @@ class CGModel:
     @property
     def gamma(self) -> float:
         """Of the flow, at this stage: joint densities have one flow for all stages, other models one for each."""
-        return 1.0 if self.joint is None else self.scaffold.config.temperature / self.temperature
+        return 1.0 if self.joint is None else self.geometry.config.temperature / self.temperature
 
     @property
     def coordinates(self) -> Coordinates:
-        return self.scaffold.assembly.coordinates
+        return self.geometry.all_atom.coordinates
 
     @property
     def molecular_system(self) -> MolecularSystem:
-        return self.scaffold.molecular_system
+        return self.geometry.molecular_system
 
     @property
     def partition(self) -> Partition:
-        return self.scaffold.partition
+        return self.geometry.partition
 
     @torch.no_grad()
     def log_prob(self, z: np.ndarray | Tensor) -> np.ndarray:
@@ -210,7 +210,7 @@ class CGModel:
             CGFlowError: If the model has no potential of mean force or no torsions and these are asked for, or its
                 slow coordinates are combinations of all particles.
         """
-        if self.joint is not None and isinstance(self.joint.chart, LinearChart):
+        if self.joint is not None and isinstance(self.joint.thermal_map, LinearMap):
             raise CGFlowError(
                 "this model's slow coordinates are combinations of all particles (training.method: joint on a target): "
                 "there is no force on slow atoms alone"
@@ -286,27 +286,27 @@ class CGModel:
         positions = torch.as_tensor(xyz, dtype=torch.float64)
         if self.joint is not None:
             return self.joint.read(positions, self.gamma)[0].detach().numpy()
-        return self.scaffold.assembly.read_slow(positions).numpy()
+        return self.geometry.all_atom.read_slow(positions).numpy()
 
     def describe_map(self) -> list[str]:
         """What each slow coordinate is made of, where that was learned."""
-        chart = self.joint.chart if self.joint is not None else None
-        if not isinstance(chart, LinearChart) or not chart.weights.requires_grad:
+        thermal_map = self.joint.thermal_map if self.joint is not None else None
+        if not isinstance(thermal_map, LinearMap) or not thermal_map.weights.requires_grad:
             return []
         order = [*self.partition.slow, *self.partition.fast]
         labels = self.molecular_system.labels
         lines = []
-        for k, row in enumerate(chart.slow_directions().tolist()):
+        for k, row in enumerate(thermal_map.slow_directions().tolist()):
             terms = [f"{weight:+.3f} {labels[i]}" for i, weight in enumerate(row)]
             lines.append(f"slow coordinate {k + 1} (started as {labels[order[k]]}) = {' '.join(terms)}")
         return lines
 
-    def chains(self, engine: ReplicaEngine) -> FastChains:
+    def fast_atoms(self, engine: Engine) -> FastAtoms:
         """Chains of the fast atoms on an engine, warm-started from the pool that the training left."""
-        chains = self.scaffold.chains(engine)
-        chains.pool = list(self._pool)
-        chains.follow = self.response.follow if self.response is not None else None
-        return chains
+        fast_atoms = self.geometry.fast_atoms(engine)
+        fast_atoms.pool = list(self._pool)
+        fast_atoms.follow = self.response.follow if self.response is not None else None
+        return fast_atoms
 
     def sample(
         self,
@@ -325,25 +325,25 @@ class CGModel:
             n: Number of samples.
             seed: Same seed, same samples. By default one derived from the configuration's; that itself gives the
                 frames of the run's own ``samples.dcd`` once more.
-            n_equilibration: Steps of each chain; ``sampling.n_equilibration`` by default. Joint densities need none.
-            acceptance: That fraction, ``sampling.acceptance`` by default; with 1 they are the flow's as drawn.
+            n_equilibration: Steps of each chain; ``samples.n_equilibration`` by default. Joint densities need none.
+            acceptance: That fraction, ``samples.acceptance`` by default; with 1 they are the flow's as drawn.
 
         Raises:
             CGFlowError: If a number is out of range.
             ReplicaError: If too many chains fail.
         """
-        config = self.scaffold.config
-        platform = keep_platform(config.sampler.platform, self.platform)
-        settings = config.sampler.model_copy(update={"platform": platform})
+        config = self.geometry.config
+        platform = keep_platform(config.chains.platform, self.platform)
+        settings = config.chains.model_copy(update={"platform": platform})
         changed = {"n_equilibration": n_equilibration, "acceptance": acceptance}
-        sampling = config.sampling.model_copy(update={k: v for k, v in changed.items() if v is not None})
+        sampling = config.samples.model_copy(update={k: v for k, v in changed.items() if v is not None})
         with one_torch_thread(), create_engine(self.molecular_system, self.partition.slow, settings) as engine:
             return draw_samples(self, engine, n, derive_seed(config.seed, 16) if seed is None else seed, sampling)
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`from_state` reads back."""
         return {
-            "scaffold": self.scaffold.saved_arrays(),
+            "geometry": self.geometry.saved_arrays(),
             "flow": self.flow.state_dict(),
             "pmf": self.pmf.state_dict() if self.pmf is not None else None,
             "response": self.response.state_dict() if self.response is not None else None,
@@ -361,17 +361,17 @@ class CGModel:
         cls, state: dict[str, Any], config: Config, molecular_system: MolecularSystem, partition: Partition
     ) -> CGModel:
         """A model from :meth:`state` and the run directory's system."""
-        scaffold = Scaffold.build(config, molecular_system, partition, saved=state["scaffold"])
-        flow = new_flow(config, scaffold)
+        geometry = Geometry.build(config, molecular_system, partition, saved=state["geometry"])
+        flow = new_flow(config, geometry)
         flow.load_state_dict(state["flow"])
         pmf = response = None
         if state["pmf"] is not None:
-            pmf, response = new_pmf(config, scaffold), new_response(config, scaffold)
+            pmf, response = new_pmf(config, geometry), new_response(config, geometry)
             pmf.load_state_dict(state["pmf"])
             response.load_state_dict(state["response"])
         joint = None
         if state["joint"] is not None:
-            joint = new_joint(config, scaffold, flow)
+            joint = new_joint(config, geometry, flow)
             joint.load_state_dict(state["joint"])
         pool = [tuple(entry) for entry in state["pool"]]
-        return cls(scaffold, flow, pmf, response, list(state["temperatures"]), pool, state["platform"], joint)
+        return cls(geometry, flow, pmf, response, list(state["temperatures"]), pool, state["platform"], joint)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import SamplingConfig
-from openmm_cgflow.engines.choose import ReplicaEngine
+from openmm_cgflow.engines.choose import Engine
 from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.networks.weights import RejectionControl
 from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import SampleSettings
 from openmm_cgflow.training.pmf.flow_fit import weighted_samples
 from openmm_cgflow.units import thermal_beta
 
@@ -63,10 +63,10 @@ class Samples:
 
 def draw_samples(
     model: CGModel,
-    engine: ReplicaEngine,
+    engine: Engine,
     n: int,
     seed: int,
-    settings: SamplingConfig,
+    settings: SampleSettings,
     must_stop: Callable[[], bool] | None = None,
 ) -> Samples:
     """See :meth:`openmm_cgflow.model.cg_model.CGModel.sample`; ``KeyboardInterrupt`` once ``must_stop()`` is true."""
@@ -74,7 +74,7 @@ def draw_samples(
         raise CGFlowError(f"number of samples: got {n}, expected at least 1")
     if not 0 < settings.acceptance <= 1:
         raise CGFlowError(f"acceptance: got {settings.acceptance}, expected above 0 and at most 1")
-    size = max(model.scaffold.config.sampler.n_replicas, min(n, _BATCH_SIZE))
+    size = max(model.geometry.config.chains.n_replicas, min(n, _BATCH_SIZE))
     draw = (_all_at_once if model.joint else _from_chains)(model, engine, seed, settings)
     generator = torch.Generator().manual_seed(derive_seed(seed, 6))
     kept: list[tuple[Tensor, ...]] = []
@@ -99,8 +99,8 @@ def draw_samples(
     return Samples(trajectory, slow, log_q, log_weight if weighed else None, energy, n_rejected)
 
 
-def _from_chains(model: CGModel, engine: ReplicaEngine, seed: int, settings: SamplingConfig) -> _Draw:
-    chains = model.chains(engine)
+def _from_chains(model: CGModel, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
+    fast_atoms = model.fast_atoms(engine)
 
     @torch.no_grad()
     def propose(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -114,14 +114,14 @@ def _from_chains(model: CGModel, engine: ReplicaEngine, seed: int, settings: Sam
 
     def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
         log_weight, z, log_q = accepted(size, generator)
-        frames = chains.run(z, model.temperature, settings.n_equilibration, 1, 1, derive_seed(seed, 7, batch))
+        frames = fast_atoms.run(z, model.temperature, settings.n_equilibration, 1, 1, derive_seed(seed, 7, batch))
         return frames.xyz[:, 0], z, log_q, log_weight, frames.energy[:, 0], frames.valid
 
     return draw
 
 
-def _all_at_once(model: CGModel, engine: ReplicaEngine, seed: int, settings: SamplingConfig) -> _Draw:
-    joint, gamma, keep_chirality = model.joint, model.gamma, model.scaffold.config.sampler.keep_chirality
+def _all_at_once(model: CGModel, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
+    joint, gamma, keep_chirality = model.joint, model.gamma, model.geometry.config.chains.keep_chirality
     assert joint is not None
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ def _all_at_once(model: CGModel, engine: ReplicaEngine, seed: int, settings: Sam
         energy = torch.as_tensor(engine.evaluate(xyz.numpy())[0])
         valid = torch.isfinite(energy)
         if keep_chirality:
-            valid &= joint.chart.same_handedness(xyz)
+            valid &= joint.thermal_map.same_handedness(xyz)
         log_weight = torch.where(valid, -thermal_beta(model.temperature) * energy - log_q, -math.inf)
         return log_weight, xyz, z, log_q, energy, valid
 

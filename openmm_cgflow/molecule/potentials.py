@@ -17,10 +17,10 @@ import torch
 from openmm import app
 from torch import Tensor, nn
 
-from openmm_cgflow.config import PotentialConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.topology import copy_topology
 from openmm_cgflow.molecule.torch_force import TorchEnergy, module_device, python_force, torch_force
+from openmm_cgflow.settings import PotentialSettings
 
 __all__ = ["ReplicaEnergy", "add_potential"]
 
@@ -69,7 +69,7 @@ class ReplicaEnergy(TorchEnergy):
 
 
 def add_potential(
-    config: PotentialConfig, topology: app.Topology, system: openmm.System, positions: np.ndarray
+    config: PotentialSettings, topology: app.Topology, system: openmm.System, positions: np.ndarray
 ) -> list[str]:
     """Adds what ``system.potential`` names to a System.
 
@@ -103,7 +103,7 @@ def add_potential(
     return [f"{source}: evaluated by openmm.PythonForce, one structure at a time: it takes no batches"]
 
 
-def _call_factory(config: PotentialConfig) -> nn.Module:
+def _call_factory(config: PotentialSettings) -> nn.Module:
     assert config.python is not None
     name, _, attribute = config.python.partition(":")
     try:
@@ -127,7 +127,7 @@ def _call_factory(config: PotentialConfig) -> nn.Module:
     return module
 
 
-def _load_torchscript(config: PotentialConfig) -> torch.jit.ScriptModule:
+def _load_torchscript(config: PotentialSettings) -> torch.jit.ScriptModule:
     assert config.torchscript is not None
     try:
         return torch.jit.load(config.torchscript, map_location="cpu")
@@ -176,7 +176,7 @@ def _energy_and_gradient(module: nn.Module, xyz: Tensor) -> tuple[Tensor, Tensor
     return energy.detach().cpu(), gradient.cpu()
 
 
-def _add_openmmml(name: str, config: PotentialConfig, topology: app.Topology, system: openmm.System) -> list[str]:
+def _add_openmmml(name: str, config: PotentialSettings, topology: app.Topology, system: openmm.System) -> list[str]:
     try:
         from openmmml import MLPotential
     except ImportError as error:

@@ -40,7 +40,7 @@ class BatchedEnergy(Protocol):
 
 
 class Evaluator(Protocol):
-    """Energies and forces of structures; see ``ReplicaEngine.evaluate``."""
+    """Energies and forces of structures; see ``Engine.evaluate``."""
 
     @property
     def n_energy_evaluations(self) -> int: ...
@@ -103,7 +103,7 @@ class BatchEvaluator:
         self.description = "one call for all" + (f", other forces by {rest.description}" if rest else "")
 
     def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``ReplicaEngine.evaluate``."""
+        """See ``Engine.evaluate``."""
         if self._rest is None:
             energy, forces = np.zeros(len(xyz)), np.zeros(xyz.shape)
         else:

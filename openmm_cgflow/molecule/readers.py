@@ -16,10 +16,10 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
-from openmm_cgflow.config import PotentialConfig, SystemConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.python_forces import python_functions
 from openmm_cgflow.molecule.topology import refuse_explicit_solvent
+from openmm_cgflow.settings import PotentialSettings, SystemSettings
 
 if TYPE_CHECKING:
     import parmed
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def load_files(config: SystemConfig) -> Loaded:
+def load_files(config: SystemSettings) -> Loaded:
     """Follows the one route that the configuration names.
 
     Routes: PDB or mmCIF with force-field XML (``openmm.app.ForceField``) or a System XML; Amber prmtop
@@ -90,7 +90,7 @@ def load_files(config: SystemConfig) -> Loaded:
     return loaded._replace(notes=(*loaded.notes, *heard))
 
 
-def _structure(config: SystemConfig) -> Path:
+def _structure(config: SystemSettings) -> Path:
     assert config.structure is not None  # validated: without it there is a target, which is no file
     return config.structure
 
@@ -100,7 +100,7 @@ def load_parmed(structure: parmed.Structure, implicit_solvent: str | None, sourc
 
     Arguments:
         structure: With parameters and coordinates.
-        implicit_solvent: A key of ``SystemConfig.implicit_solvent``, or None.
+        implicit_solvent: A key of ``SystemSettings.implicit_solvent``, or None.
         source: Names the input in messages.
 
     Raises:
@@ -148,7 +148,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9/]", "", name.lower().removesuffix(".xml"))
 
 
-def _follow(config: SystemConfig) -> Loaded:
+def _follow(config: SystemSettings) -> Loaded:
     if config.topology is None:
         if config.parameters:
             raise CGFlowError("system.parameters are CHARMM files and go with a psf topology (system.topology)")
@@ -168,7 +168,7 @@ def _follow(config: SystemConfig) -> Loaded:
     )
 
 
-def _from_structure(config: SystemConfig) -> Loaded:
+def _from_structure(config: SystemSettings) -> Loaded:
     path = _structure(config)
     if path.suffix.lower() == ".gro" or path.suffix.lower() not in _READERS:
         raise CGFlowError(
@@ -206,7 +206,7 @@ def _bare_system(topology: app.Topology, path: Path) -> openmm.System:
     return system
 
 
-def _with_potential(config: PotentialConfig, loaded: Loaded) -> Loaded:
+def _with_potential(config: PotentialSettings, loaded: Loaded) -> Loaded:
     from openmm_cgflow.molecule.potentials import add_potential  # the only way from here to torch
 
     system = openmm.XmlSerializer.clone(loaded.system)
@@ -231,7 +231,7 @@ def _force_field(names: Sequence[str]) -> app.ForceField:
 
 
 def _explain_template(
-    error: Exception, config: SystemConfig, force_field: app.ForceField, topology: app.Topology
+    error: Exception, config: SystemSettings, force_field: app.ForceField, topology: app.Topology
 ) -> str:
     path, names, text = config.structure, " ".join(config.forcefield), str(error)
     reason = re.split(r"  (?:You may be able|For more information)", text)[0]
@@ -291,7 +291,7 @@ def read_system_xml(path: Path) -> openmm.System:
     return system
 
 
-def _from_amber(config: SystemConfig, path: Path) -> Loaded:
+def _from_amber(config: SystemSettings, path: Path) -> Loaded:
     with _reading(path, "cannot be read as an Amber prmtop; is the file complete?"):
         prmtop = app.AmberPrmtopFile(str(path))
     refuse_explicit_solvent(prmtop.topology, str(path))
@@ -309,7 +309,7 @@ def _from_amber(config: SystemConfig, path: Path) -> Loaded:
     return Loaded(prmtop.topology, system, positions, _solvent_note(config.implicit_solvent))
 
 
-def _from_gromacs(config: SystemConfig, path: Path) -> Loaded:
+def _from_gromacs(config: SystemSettings, path: Path) -> Loaded:
     if config.implicit_solvent is not None:
         return _from_gromacs_by_parmed(config, path)
     include = {} if config.include_dir is None else {"includeDir": str(config.include_dir)}
@@ -324,7 +324,7 @@ def _from_gromacs(config: SystemConfig, path: Path) -> Loaded:
     return Loaded(top.topology, system, positions, ())
 
 
-def _from_gromacs_by_parmed(config: SystemConfig, path: Path) -> Loaded:
+def _from_gromacs_by_parmed(config: SystemSettings, path: Path) -> Loaded:
     try:
         from parmed import gromacs
     except ImportError as error:
@@ -346,7 +346,7 @@ def _from_gromacs_by_parmed(config: SystemConfig, path: Path) -> Loaded:
     return loaded._replace(notes=(*loaded.notes, "GB radii were assigned by ParmEd"))
 
 
-def _from_charmm(config: SystemConfig, path: Path) -> Loaded:
+def _from_charmm(config: SystemSettings, path: Path) -> Loaded:
     if not config.parameters:
         raise CGFlowError(
             f"{path}: a CHARMM psf needs its parameter files: set system.parameters to the .prm, .rtf or .str files"
@@ -374,7 +374,7 @@ def _from_charmm(config: SystemConfig, path: Path) -> Loaded:
     return Loaded(psf.topology, system, positions, _solvent_note(config.implicit_solvent))
 
 
-def _solvent_model(config: SystemConfig) -> Any:
+def _solvent_model(config: SystemSettings) -> Any:
     return None if config.implicit_solvent is None else _SOLVENTS[config.implicit_solvent]
 
 
@@ -415,7 +415,7 @@ def _read_positions(path: Path, readers: dict[str, Callable[[str], Any]]) -> Any
     return content
 
 
-def _positions_for(topology: app.Topology, config: SystemConfig, readers: dict[str, Callable[[str], Any]]) -> Any:
+def _positions_for(topology: app.Topology, config: SystemSettings, readers: dict[str, Callable[[str], Any]]) -> Any:
     """Positions of the structure file once its atoms match the topology's in number and elements."""
     content = _read_positions(_structure(config), readers)
     if len(content.positions) != topology.getNumAtoms():

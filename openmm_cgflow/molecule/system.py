@@ -16,12 +16,13 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
-from openmm_cgflow.config import SystemConfig, validate
+from openmm_cgflow.config import validate
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule import readers as loaders
 from openmm_cgflow.molecule.sanitize import angle_term_ends, bond_term_pairs, energy_and_forces, sanitize
 from openmm_cgflow.molecule.topology import atom_labels, connected_components, copy_topology, refuse_explicit_solvent
 from openmm_cgflow.paper.targets import Target, new_target
+from openmm_cgflow.settings import SystemSettings
 
 if TYPE_CHECKING:
     import parmed
@@ -59,7 +60,7 @@ class MolecularSystem:
     @classmethod
     def from_files(
         cls,
-        structure: SystemConfig | str | Path,
+        structure: SystemSettings | str | Path,
         forcefield: str | Sequence[str] = (),
         *,
         topology: str | Path | None = None,
@@ -72,21 +73,21 @@ class MolecularSystem:
         """Loads a molecule from a validated configuration, or from the same settings given one by one.
 
         Arguments:
-            structure: A ``SystemConfig``, or the file with the starting positions (PDB, mmCIF, inpcrd, gro, crd).
+            structure: A ``SystemSettings``, or the file with the starting positions (PDB, mmCIF, inpcrd, gro, crd).
             forcefield: OpenMM force-field XML names, such as ``["amber99sbildn.xml", "amber99_obc.xml"]``.
             topology: Amber prmtop, GROMACS top or CHARMM psf.
             parameters: CHARMM parameter files, with a psf.
             system_xml: Serialized ``openmm.System``.
             implicit_solvent: ``hct``, ``obc1``, ``obc2``, ``gbn`` or ``gbn2``, with ``topology``.
             include_dir: Where GROMACS include files live.
-            potential: Settings of a ``PotentialConfig``, such as ``{"python": "my_module:factory"}``: alone or added
+            potential: Settings of a ``PotentialSettings``, such as ``{"python": "my_module:factory"}``: alone or added
                 to the force field.
 
         Raises:
             CGFlowError: If a setting is wrong, a file is missing or unreadable, the force field does not fit, or the
                 molecule is not supported; the message says what to do.
         """
-        if not isinstance(structure, SystemConfig):
+        if not isinstance(structure, SystemSettings):
             settings = {
                 "structure": structure,
                 "forcefield": [forcefield] if isinstance(forcefield, str) else [str(name) for name in forcefield],

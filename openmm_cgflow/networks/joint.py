@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.coordinates.thermal_map import Chart
+from openmm_cgflow.coordinates.thermal_map import ThermalMap
 from openmm_cgflow.networks.flow import CGFlow, ConditionalFlow
 from openmm_cgflow.networks.layers import slow_features
 
@@ -26,9 +26,9 @@ class JointFlow(nn.Module):
         chart: The map; its parameters, if any, are trained along.
     """
 
-    def __init__(self, flow: CGFlow, conditional: ConditionalFlow, chart: Chart) -> None:
+    def __init__(self, flow: CGFlow, conditional: ConditionalFlow, thermal_map: ThermalMap) -> None:
         super().__init__()
-        self.flow, self.conditional, self.chart = flow, conditional, chart
+        self.flow, self.conditional, self.thermal_map = flow, conditional, thermal_map
 
     def context(self, z: Tensor, gamma: float | Tensor) -> Tensor:
         """What q(r | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
@@ -49,11 +49,11 @@ class JointFlow(nn.Module):
 
     def build(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """All-atom positions, nm, shape (n, n_atoms, 3)."""
-        return self.chart.build(z, r, gamma)
+        return self.thermal_map.build(z, r, gamma)
 
     def read(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """z and r of all-atom positions."""
-        return self.chart.read(xyz, gamma)
+        return self.thermal_map.read(xyz, gamma)
 
     def log_prob(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log q(z, r | gamma), float64, shape (n,)."""
@@ -62,7 +62,7 @@ class JointFlow(nn.Module):
 
     def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log |dx/d(z, r)|, rigid motions included, shape (n,)."""
-        return self.chart.log_volume(z, r, gamma)
+        return self.thermal_map.log_volume(z, r, gamma)
 
     def log_prob_xyz(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
         """log density of positions, nm, shape (n, n_atoms, 3) -> (n,)."""

@@ -18,7 +18,7 @@ from openmm_cgflow.forces.estimator import MeanForce, shortened
 from openmm_cgflow.networks.layers import n_slow_features, slow_features
 from openmm_cgflow.training.optimisers import RunningAverage
 
-__all__ = ["PMF", "MeanForceBuffer", "PMFFitter", "Values", "held_out_error", "squared_aim"]
+__all__ = ["PMF", "AnchorValues", "MeanForceBuffer", "PMFFitter", "held_out_error", "squared_aim"]
 
 # A mean force is fitted to within its own noise, but no better than these: close contacts, where forces are a hundred
 # times the thermal ones, would otherwise be all the fit looks at. The size is the *predicted* one: weights that depend
@@ -175,7 +175,7 @@ class MeanForceBuffer:
         self.rounds = [dict(one) for one in state["rounds"]]
 
 
-class Values(NamedTuple):
+class AnchorValues(NamedTuple):
     """Differences Phi(end) - Phi(start) that are known, with each ensemble member's random weights of them.
 
     Shapes (n, n_features), the same, (n,), (n,) and (n, n_members).
@@ -211,7 +211,7 @@ class PMFFitter:
         n_updates: int,
         generator: torch.Generator,
         scale: float = 1.0,
-        values: Values | None = None,
+        values: AnchorValues | None = None,
     ) -> float:
         """Continues the fit; returns the mean weighted square of the mean forces, about 1 where all is noise.
 
@@ -245,7 +245,7 @@ class PMFFitter:
             self.networks.update()
         return total / n_updates
 
-    def _misfit_of_values(self, values: Values) -> Tensor:
+    def _misfit_of_values(self, values: AnchorValues) -> Tensor:
         members = self.networks.trained.members
         expand = (self.pmf.n_members, -1, -1)
         predicted = members(values.end.expand(expand)) - members(values.start.expand(expand))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from openmm_cgflow.coordinates.placement import bond_angle_dihedral
 
-__all__ = ["BondedPrior"]
+__all__ = ["BondedTerms"]
 
 
-class BondedPrior(nn.Module):
+class BondedTerms(nn.Module):
     """Positions (..., n_atoms, 3) nm -> energies (...) kJ/mol.
 
     k/2 (r - r0)^2 of bonds, k/2 (a - a0)^2 of angles and of impropers, and |k| + k cos(n d) of dihedrals d. An improper

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.paper.bonded_terms import BondedPrior
+from openmm_cgflow.paper.bonded_terms import BondedTerms
 
 __all__ = ["DimeNetPP", "DimeNetWithPrior", "load_dimenet"]
 
@@ -37,7 +37,7 @@ Parameters = Mapping[str, Tensor]
 class DimeNetWithPrior(nn.Module):
     """The sum of both: positions (..., n_atoms, 3) nm -> energies (...) kJ/mol."""
 
-    def __init__(self, network: DimeNetPP, prior: BondedPrior) -> None:
+    def __init__(self, network: DimeNetPP, prior: BondedTerms) -> None:
         super().__init__()
         self.network, self.prior = network, prior
 
@@ -58,7 +58,7 @@ def load_dimenet(weights: Path, prior: Path, device: str = "cpu") -> DimeNetWith
     """
     try:
         described = json.loads(Path(prior).read_text())
-        terms = BondedPrior.from_dict(described)
+        terms = BondedTerms.from_dict(described)
         species, cutoff = described["species"], float(described["r_cutoff_nm"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CGFlowError(f"{prior}: not the prior of a DimeNet++: {type(error).__name__}: {error}") from error

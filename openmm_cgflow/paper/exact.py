@@ -160,7 +160,7 @@ def evaluate_exactly(
     """
     run = RunDirectory.open(run_directory)
     model = load(run.path)
-    config = model.scaffold.config
+    config = model.geometry.config
     record = run.read_provenance()
     if config.system is None or config.system.target is None:
         raise CGFlowError(f"{run.path}: not a run on a synthetic target; evaluate compares it with a reference")
@@ -275,7 +275,8 @@ def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
     inside = np.isfinite(log_model)
     if not inside.any():
         raise CGFlowError(
-            f"at beta {model.beta:.3g} mol/kJ no exact sample has density in the model: is coordinates.box too small?"
+            f"at beta {model.beta:.3g} mol/kJ no exact sample has density in the model: is coordinates.half_edge too "
+            "small?"
         )
     log_exact = target.log_density(exact[:_N_DRAWS], model.beta, normaliser)
     difference = (log_exact - log_model)[inside] - math.log(inside.mean())

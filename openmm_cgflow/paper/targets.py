@@ -15,7 +15,7 @@ import openmm
 from openmm import app
 from scipy.special import logsumexp
 
-from openmm_cgflow.config import TargetConfig
+from openmm_cgflow.settings import TargetSettings
 
 __all__ = ["DoubleWell", "GaussianMixture", "Target", "new_target"]
 
@@ -254,7 +254,7 @@ class GaussianMixture(Target):
         return self._exponents(z).argmax(1)
 
 
-def new_target(settings: TargetConfig) -> Target:
+def new_target(settings: TargetSettings) -> Target:
     """The target that ``system.target`` names."""
     if settings.name == "double_well":
         return DoubleWell()

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openmm_cgflow.config import Config, SamplerConfig, TemperingConfig
+from openmm_cgflow.config import Config
+from openmm_cgflow.settings import ChainSettings, TemperingSettings
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.networks.flow import one_torch_thread
 from openmm_cgflow.engines.lattice import LatticeEngine
 from openmm_cgflow.molecule.partition import Partition
-from openmm_cgflow.engines.choose import ReplicaEngine, create_engine
-from openmm_cgflow.coordinates.geometry import Scaffold, rotamer_warning
-from openmm_cgflow.runs.loop import new_trainer
+from openmm_cgflow.engines.choose import Engine, create_engine
+from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
+from openmm_cgflow.runs.loop import new_method
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.training.tempering import start_temperature
 
@@ -64,16 +65,16 @@ def dry_run(config: Config) -> Iterator[str]:
     yield from (f"note: {note}" for note in molecular_system.notes)
     partition = Partition.of(molecular_system, config)
     yield "partition: " + partition.describe(molecular_system)
-    with create_engine(molecular_system, partition.slow, config.sampler) as engine:
-        scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate)
-        coordinates = scaffold.assembly.coordinates
-        yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {scaffold.kinds}"
+    with create_engine(molecular_system, partition.slow, config.chains) as engine:
+        geometry = Geometry.build(config, molecular_system, partition, engine.evaluate)
+        coordinates = geometry.all_atom.coordinates
+        yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {geometry.kinds}"
         yield from (f"  {name}" for name in coordinates.names)
-        yield f"handedness: {scaffold.assembly.n_stereocentres} stereocentre(s)"
-        if rotamers := scaffold.fast_rotamers():
+        yield f"handedness: {geometry.all_atom.n_stereocentres} stereocentre(s)"
+        if rotamers := geometry.fast_rotamers():
             yield f"warning: {rotamer_warning(rotamers)}"
         yield f"engine: {engine.description}"
-        cost = measure_cost(config, scaffold, engine)
+        cost = measure_cost(config, geometry, engine)
     rate = f"{cost.n_evaluations:.1e} energy evaluations at {cost.evaluations_per_second:.1e} per second"
     if config.training.method == "pmf":
         yield (
@@ -90,21 +91,21 @@ def dry_run(config: Config) -> Iterator[str]:
     yield f"estimated wall time: {_readable(cost.seconds)} on this machine"
 
 
-def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> Cost:
+def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
     """Times a few training steps and scales them to the whole run."""
-    sampler = config.sampler
-    few_steps = min(sampler.n_pool_steps, _PROBE_POOL_STEPS)
-    n_replicas = _timed_replicas(sampler, scaffold, engine)
+    chains = config.chains
+    few_steps = min(chains.n_pool_steps, _PROBE_POOL_STEPS)
+    n_replicas = _timed_replicas(chains, geometry, engine)
     changed = {"n_pool_steps": few_steps, "n_replicas": n_replicas, "adaptive": False}
     quick = config.model_copy(
         update={
-            "sampler": sampler.model_copy(update=changed),
+            "chains": chains.model_copy(update=changed),
             # Whole rounds are timed, also where the limits would end them at once.
             "stopping": config.stopping.model_copy(update={"max_rounds": 100, "max_evaluations": math.inf}),
         }
     )
-    probe = Scaffold.build(quick, scaffold.molecular_system, scaffold.partition, saved=scaffold.saved_arrays())
-    trainer = new_trainer(quick, probe, probe.chains(engine))
+    probe = Geometry.build(quick, geometry.molecular_system, geometry.partition, saved=geometry.saved_arrays())
+    trainer = new_method(quick, probe, probe.fast_atoms(engine))
     with one_torch_thread():  # as in a training
         trainer.step()  # fills the pool and warms up
         before, start = engine.n_energy_evaluations, time.perf_counter()
@@ -113,7 +114,7 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
         seconds = time.perf_counter() - start
     evaluations = engine.n_energy_evaluations - before
     rate = evaluations / seconds
-    scale = sampler.n_replicas / n_replicas / _N_PROBE_STEPS
+    scale = chains.n_replicas / n_replicas / _N_PROBE_STEPS
     per_step, per_step_evaluations = scale * seconds, scale * evaluations
     n_stages = n_steps = 1
     if config.training.method == "pmf":
@@ -124,15 +125,15 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
         n_steps = math.ceil(n_rounds + n_last / 3)
         per_step_evaluations *= n_rounds / n_steps
     else:
-        n_stages = count_stages(config.tempering, config.temperature, probe.assembly.coordinates.n_features)
+        n_stages = count_stages(config.tempering, config.temperature, probe.all_atom.coordinates.n_features)
         n_steps = config.training.n_steps_last
         if n_stages > 1:
             n_steps += config.training.n_steps_first + (n_stages - 2) * config.training.n_steps
     # The first pool, the final samples and the check by switching.
-    sampling = config.sampling
-    extra = min(sampler.n_pool, sampler.n_replicas) * sampler.n_pool_steps
-    extra += sampling.n_samples * (sampler.n_relax + sampling.n_equilibration + 2)
-    if config.training.method == "pmf" and probe.assembly.coordinates.n_circular:
+    sampling = config.samples
+    extra = min(chains.n_pool, chains.n_replicas) * chains.n_pool_steps
+    extra += sampling.n_samples * (chains.n_relax + sampling.n_equilibration + 2)
+    if config.training.method == "pmf" and probe.all_atom.coordinates.n_circular:
         extra += 2 * sampling.n_verified * sampling.n_switches * _EVALUATIONS_OF_A_SWITCH
     return Cost(
         n_stages=n_stages,
@@ -144,18 +145,18 @@ def measure_cost(config: Config, scaffold: Scaffold, engine: ReplicaEngine) -> C
     )
 
 
-def _timed_replicas(sampler: SamplerConfig, scaffold: Scaffold, engine: ReplicaEngine) -> int:
+def _timed_replicas(chains: ChainSettings, geometry: Geometry, engine: Engine) -> int:
     """All, unless each is a Context of its own with so slow a potential that the steps would take very long."""
     if isinstance(engine, LatticeEngine):
-        return sampler.n_replicas
-    structures = np.repeat(scaffold.molecular_system.positions[None], _N_TIMED, axis=0)
+        return chains.n_replicas
+    structures = np.repeat(geometry.molecular_system.positions[None], _N_TIMED, axis=0)
     start = time.perf_counter()
     engine.evaluate(structures)
-    seconds = (time.perf_counter() - start) / _N_TIMED * sampler.chain_evaluations
-    return min(sampler.n_replicas, max(_FEWEST, int(_LONG_STEP / seconds)))
+    seconds = (time.perf_counter() - start) / _N_TIMED * chains.chain_evaluations
+    return min(chains.n_replicas, max(_FEWEST, int(_LONG_STEP / seconds)))
 
 
-def count_stages(settings: TemperingConfig, temperature: float, n_features: int) -> int:
+def count_stages(settings: TemperingSettings, temperature: float, n_features: int) -> int:
     """Stages of the temperature ladder.
 
     The adaptive schedule finds its own; for a harmonic molecule, whose energy varies by n_features/2 kT² over the slow

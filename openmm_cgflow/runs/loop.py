@@ -16,44 +16,44 @@ import torch
 from tqdm.auto import tqdm
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.forces.fast_atoms import FastChains
+from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.files.atomic import atomic_path
-from openmm_cgflow.training.joint import EngineEnergies, JointTrainer
+from openmm_cgflow.training.joint import EngineEnergies, JointTraining
 from openmm_cgflow.forces.estimator import MolecularMeanForce
 from openmm_cgflow.model.cg_model import CGModel, new_flow, new_joint, new_pmf, new_response
-from openmm_cgflow.training.pmf.method import PMFTrainer
-from openmm_cgflow.engines.choose import ReplicaEngine
+from openmm_cgflow.training.pmf.method import PMFTraining
+from openmm_cgflow.engines.choose import Engine
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.runs.load import save_state
-from openmm_cgflow.training.reverse_kl import Trainer
+from openmm_cgflow.training.reverse_kl import ReverseKL
 
-__all__ = ["Session", "new_trainer", "stop_requests"]
+__all__ = ["TrainingLoop", "new_method", "stop_requests"]
 
 logger = logging.getLogger(__name__)
 
-AnyTrainer = Trainer | PMFTrainer | JointTrainer
+AnyMethod = ReverseKL | PMFTraining | JointTraining
 
 
-def new_trainer(config: Config, scaffold: Scaffold, chains: FastChains) -> AnyTrainer:
+def new_method(config: Config, geometry: Geometry, fast_atoms: FastAtoms) -> AnyMethod:
     """What ``training.method`` names, at its start."""
-    coordinates, flow = scaffold.assembly.coordinates, new_flow(config, scaffold)
+    coordinates, flow = geometry.all_atom.coordinates, new_flow(config, geometry)
     if config.training.method == "joint":
-        joint = new_joint(config, scaffold, flow)
-        return JointTrainer(config, joint, EngineEnergies(chains.engine))
-    adaptive = config.sampler.adaptive and config.training.method == "pmf"
-    estimator = MolecularMeanForce(chains, config.sampler.estimator, adaptive)
+        joint = new_joint(config, geometry, flow)
+        return JointTraining(config, joint, EngineEnergies(fast_atoms.engine))
+    adaptive = config.chains.adaptive and config.training.method == "pmf"
+    estimator = MolecularMeanForce(fast_atoms, config.chains.estimator, adaptive)
     if config.training.method == "reverse_kl":
-        return Trainer(config, coordinates, flow, estimator)
-    return PMFTrainer(config, coordinates, flow, new_pmf(config, scaffold), new_response(config, scaffold), estimator)
+        return ReverseKL(config, coordinates, flow, estimator)
+    return PMFTraining(config, coordinates, flow, new_pmf(config, geometry), new_response(config, geometry), estimator)
 
 
-class Session:
+class TrainingLoop:
     """Runs a trainer in a run directory.
 
     Arguments:
         run: Where everything is written.
-        scaffold: What the trainer's model is built on.
+        geometry: What the trainer's model is built on.
         trainer: Stepped to its end.
         engine: For its description.
         chains: Of the trainer's mean forces, on that engine.
@@ -65,15 +65,15 @@ class Session:
     def __init__(
         self,
         run: RunDirectory,
-        scaffold: Scaffold,
-        trainer: AnyTrainer,
-        engine: ReplicaEngine,
-        chains: FastChains,
+        geometry: Geometry,
+        trainer: AnyMethod,
+        engine: Engine,
+        fast_atoms: FastAtoms,
         started: float,
         max_time: float | None,
         earlier: float,
     ) -> None:
-        self.run, self.scaffold, self.trainer, self.engine, self.chains = run, scaffold, trainer, engine, chains
+        self.run, self.geometry, self.trainer, self.engine, self.fast_atoms = run, geometry, trainer, engine, fast_atoms
         self.started, self.max_time, self.earlier = started, max_time, earlier
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -91,7 +91,7 @@ class Session:
         """Steps to the end; False if it had to stop before."""
         trainer = self.trainer
         checkpointed = time.monotonic()
-        interval = self.scaffold.config.training.checkpoint_interval
+        interval = self.geometry.config.training.checkpoint_interval
         self.write_provenance("running")
         with _bar(progress) as bar:
             while True:
@@ -121,14 +121,14 @@ class Session:
         flow = joint.flow if joint is not None else copy.deepcopy(trainer.flow)
         (joint or flow).double()  # training may run in single precision
         return CGModel(
-            self.scaffold, flow, trainer.pmf, trainer.response, trainer.temperatures, self.chains.pool, platform, joint
+            self.geometry, flow, trainer.pmf, trainer.response, trainer.temperatures, self.fast_atoms.pool, platform, joint
         )
 
     def save_checkpoint(self) -> None:
         state = {
-            "fingerprint": self.scaffold.molecular_system.fingerprint(),
-            "positions": torch.tensor(self.scaffold.molecular_system.positions),
-            "scaffold": self.scaffold.saved_arrays(),
+            "fingerprint": self.geometry.molecular_system.fingerprint(),
+            "positions": torch.tensor(self.geometry.molecular_system.positions),
+            "geometry": self.geometry.saved_arrays(),
             "trainer": self.trainer.state_dict(),
             "platform": self.engine.platform.name,
             "wall_time": self.wall_time,
@@ -149,7 +149,7 @@ class Session:
         )
         if unmet := trainer.unmet:
             logger.info("not met: %s", "; ".join(unmet))
-        counts = self.chains.quarantine
+        counts = self.fast_atoms.quarantine
         if counts.not_finite or counts.flipped:
             logger.info(
                 "quarantined so far: %d diverged and %d changed handedness, of %d replicas",
@@ -168,7 +168,7 @@ class Session:
             logger.info("step %d: %s, %.0f s", row["step"], text, self.wall_time)
 
     def write_provenance(self, status: str) -> None:
-        config = self.scaffold.config
+        config = self.geometry.config
         self.run.write_provenance(
             {
                 "status": status,
@@ -177,14 +177,14 @@ class Session:
                 "wall_time_s": round(self.wall_time, 1),
                 "engine": self.engine.description,
                 "seed": config.seed,
-                "fingerprint": self.scaffold.molecular_system.fingerprint(),
+                "fingerprint": self.geometry.molecular_system.fingerprint(),
                 "method": config.training.method,
                 "ended_by": self.trainer.ended_by,
                 "unmet": self.trainer.unmet,
                 "n_steps": self.trainer.n_steps,
                 "temperatures_K": self.trainer.temperatures,
                 "energy_evaluations": self.trainer.estimator.n_energy_evaluations,
-                "quarantine": vars(self.chains.quarantine),
+                "quarantine": vars(self.fast_atoms.quarantine),
             }
         )
 

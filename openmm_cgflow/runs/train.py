@@ -24,12 +24,12 @@ from openmm_cgflow.molecule.readers import read_system_xml
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.engines.platforms import keep_platform
-from openmm_cgflow.engines.choose import ReplicaEngine, create_engine
+from openmm_cgflow.engines.choose import Engine, create_engine
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.files.log import held_back
 from openmm_cgflow.model.sampling import Samples, draw_samples
-from openmm_cgflow.coordinates.geometry import Scaffold, rotamer_warning
-from openmm_cgflow.runs.loop import Session, new_trainer, stop_requests
+from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
+from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests
 from openmm_cgflow.runs.load import load_model_state, load_state
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table
@@ -90,28 +90,28 @@ def train(
             saved = run.load_checkpoint(lambda path: load_state(path, molecular_system))
             if saved is None:
                 logger.info("%s: nothing to resume, starting from the beginning", run.path)
-        platform = keep_platform(config.sampler.platform, saved["platform"]) if saved else config.sampler.platform
-        settings = config.sampler.model_copy(update={"platform": platform})
-        arrays = saved["scaffold"] if saved else None
+        platform = keep_platform(config.chains.platform, saved["platform"]) if saved else config.chains.platform
+        settings = config.chains.model_copy(update={"platform": platform})
+        arrays = saved["geometry"] if saved else None
         with held_back() as release_log:
             engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
-            scaffold = Scaffold.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
+            geometry = Geometry.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
         if not resume:  # whatever can be wrong with the input was found before the directory is touched
             run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
             stack.enter_context(run.logging())
             release_log()
-        _describe(scaffold, engine)
-        chains = scaffold.chains(engine)
-        trainer = new_trainer(config, scaffold, chains)
+        _describe(geometry, engine)
+        fast_atoms = geometry.fast_atoms(engine)
+        trainer = new_method(config, geometry, fast_atoms)
         if trainer.response is not None:
-            chains.follow = trainer.response.follow
+            fast_atoms.follow = trainer.response.follow
         if saved is not None:
             trainer.load_state_dict(saved["trainer"])
         run.truncate_metrics(trainer.n_steps)
         if saved is None:
-            _write_inputs(run, scaffold)
+            _write_inputs(run, geometry)
         earlier = saved["wall_time"] if saved else 0.0
-        session = Session(run, scaffold, trainer, engine, chains, started, max_time, earlier)
+        session = TrainingLoop(run, geometry, trainer, engine, fast_atoms, started, max_time, earlier)
         try:
             with stop_requests() as stop:
                 complete = session.train(progress, stop)
@@ -180,58 +180,58 @@ def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | 
     return [path, colvar, *([topology] if topology else [])]
 
 
-def _describe(scaffold: Scaffold, engine: ReplicaEngine) -> None:
-    system, coordinates = scaffold.molecular_system, scaffold.assembly.coordinates
+def _describe(geometry: Geometry, engine: Engine) -> None:
+    system, coordinates = geometry.molecular_system, geometry.all_atom.coordinates
     for note in system.notes:
         logger.info("note: %s", note)
-    logger.info(scaffold.partition.describe(system))
+    logger.info(geometry.partition.describe(system))
     logger.info(
         "%d slow coordinates, %s; %d stereocentres",
         coordinates.n_features,
-        scaffold.kinds,
-        scaffold.assembly.n_stereocentres,
+        geometry.kinds,
+        geometry.all_atom.n_stereocentres,
     )
     logger.info(engine.description)
-    if rotamers := scaffold.fast_rotamers():
+    if rotamers := geometry.fast_rotamers():
         logger.warning(rotamer_warning(rotamers))
 
 
-def _write_inputs(run: RunDirectory, scaffold: Scaffold) -> None:
-    system = scaffold.molecular_system
+def _write_inputs(run: RunDirectory, geometry: Geometry) -> None:
+    system = geometry.molecular_system
     atomic_write(run.system_xml, system.to_xml())
     with atomic_path(run.topology) as path, path.open("w") as file:
         app.PDBFile.writeFile(system.topology, system.positions * unit.nanometer, file, keepIds=True)
-    atomic_write(run.slow_atoms, json.dumps(scaffold.partition.to_json(system), indent=2) + "\n")
+    atomic_write(run.slow_atoms, json.dumps(geometry.partition.to_json(system), indent=2) + "\n")
 
 
 def _finish(
-    run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config, must_stop: Callable[[], bool]
+    run: RunDirectory, model: CGModel, engine: Engine, config: Config, must_stop: Callable[[], bool]
 ) -> bool:
     """Samples and plots of a finished training; False if stopped before their end."""
-    if config.sampling.plots:
+    if config.samples.plots:
         plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")
-    if model.pmf is not None and model.coordinates.n_circular and config.sampling.n_verified and not must_stop():
+    if model.pmf is not None and model.coordinates.n_circular and config.samples.n_verified and not must_stop():
         _verify(run, model, engine, config)
     if model.joint is not None:
         for line in model.describe_map():
             logger.info(line)
-    if config.sampling.n_samples == 0:
+    if config.samples.n_samples == 0:
         return True
-    logger.info("sampling %d structures at %.1f K", config.sampling.n_samples, model.temperature)
+    logger.info("sampling %d structures at %.1f K", config.samples.n_samples, model.temperature)
     try:
-        samples = draw_samples(model, engine, config.sampling.n_samples, config.seed, config.sampling, must_stop)
+        samples = draw_samples(model, engine, config.samples.n_samples, config.seed, config.samples, must_stop)
     except KeyboardInterrupt:
         return False
     paths = save_samples(model, samples, run.samples)
     logger.info("wrote %s", ", ".join(map(str, paths)))
-    if config.sampling.plots:
+    if config.samples.plots:
         _plot_samples(run, model, samples)
     return True
 
 
-def _verify(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Config) -> None:
+def _verify(run: RunDirectory, model: CGModel, engine: Engine, config: Config) -> None:
     """Checks the PMF by switching, and says what came out."""
-    settings = config.sampling
+    settings = config.samples
     try:
         found = verify(model, engine, settings.n_verified, settings.n_switches, config.seed)
     except CGFlowError as error:  # the training is done and sampling can go on
@@ -253,7 +253,7 @@ def _verify(run: RunDirectory, model: CGModel, engine: ReplicaEngine, config: Co
             "that is more than errors explain: one conformation is off by %.2f kT, %.1f times what is to be expected, "
             "and populations may be off by as much. Where the training ended at a limit, raise "
             "stopping.max_evaluations; else fast atoms that take longer than a chain to turn are the usual cause: add "
-            "them to partition.slow, or raise sampler.n_equilibration",
+            "them to partition.slow, or raise chains.n_equilibration",
             abs(found.pmf[worst] - found.switching[worst]),
             deviations[worst],
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.training.pmf.paths import low_paths
-from openmm_cgflow.engines.choose import ReplicaEngine
+from openmm_cgflow.engines.choose import Engine
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.forces.switching import Switches, slower, switch
 
@@ -60,7 +60,7 @@ class Verification:
         return asdict(self) | {"rms_difference": self.rms_difference, "rms_error": self.rms_error, "unit": "kT"}
 
 
-def verify(model: CGModel, engine: ReplicaEngine, n_conformations: int, n_replicas: int, seed: int) -> Verification:
+def verify(model: CGModel, engine: Engine, n_conformations: int, n_replicas: int, seed: int) -> Verification:
     """Compares the model's PMF with switching between conformations that differ most among its samples.
 
     Arguments:
@@ -83,12 +83,12 @@ def verify(model: CGModel, engine: ReplicaEngine, n_conformations: int, n_replic
     ends = switches.paths[:, -1]
     with torch.no_grad():
         pmf = model.pmf(ends) - model.pmf(switches.paths[:, 0])
-    chains = model.chains(engine)
+    fast_atoms = model.fast_atoms(engine)
     before = engine.n_energy_evaluations
     every = list(range(n_conformations))
 
     def run(paths: Tensor, slowness: int) -> tuple[Tensor, Tensor]:
-        return switch(chains, paths, model.temperature, seed, slowness)
+        return switch(fast_atoms, paths, model.temperature, seed, slowness)
 
     if failed := switches.add(run, every, n_replicas):
         raise ReplicaError(f"hardly any switch to {len(failed)} of {n_conformations} conformations was usable")

@@ -20,7 +20,7 @@ from torch import Tensor
 from openmm_cgflow.config import Config
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.forces.estimator import shortened
-from openmm_cgflow.forces.fast_atoms import ChainEngine
+from openmm_cgflow.forces.fast_atoms import Engine
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES, Ladder
@@ -30,7 +30,7 @@ from openmm_cgflow.training.reverse_kl import GradientGuard
 from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["EnergyAndForces", "EngineEnergies", "JointTrainer"]
+__all__ = ["EnergyAndForces", "EngineEnergies", "JointTraining"]
 
 _FORWARD = 0.5  # share of the forward KL where the effective sample size is no smaller
 _AT_STAGE = 0.6  # fraction of the updates that train the stage's own temperature
@@ -66,7 +66,7 @@ class EngineEnergies:
         engine: Evaluates positions.
     """
 
-    def __init__(self, engine: ChainEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._earlier_evaluations = 0
 
@@ -111,14 +111,14 @@ def _mean_log(weights: Tensor, log_q: Tensor) -> Tensor:
     return weights @ torch.where(torch.isfinite(log_q), log_q, 0.0)
 
 
-class JointTrainer(Ladder):
+class JointTraining(Ladder):
     """Adam on the joint density; its whole state can be saved and continued bit for bit.
 
-    Use: as :class:`openmm_cgflow.training.reverse_kl.Trainer`. Every stage trains its own temperature and, now and
+    Use: as :class:`openmm_cgflow.training.reverse_kl.ReverseKL`. Every stage trains its own temperature and, now and
     then, all hotter ones: there modes weigh alike, and what is learned of them serves below.
 
     Arguments:
-        config: Sections ``training``, ``tempering``, ``sampler.n_replicas`` and ``sampler.max_invalid``,
+        config: Sections ``training``, ``tempering``, ``chains.n_replicas`` and ``chains.max_invalid``,
             ``joint.n_replays``, ``temperature`` and ``seed`` are used.
         joint: Trained in place, the map included.
         estimator: Energies and forces.
@@ -136,7 +136,7 @@ class JointTrainer(Ladder):
         self.generator = torch.Generator().manual_seed(config.seed)
         trained = self.networks.trained
         self._densities = [*trained.flow.parameters(), *trained.conditional.parameters()]
-        self._map = [parameter for parameter in trained.chart.parameters() if parameter.requires_grad]
+        self._map = [parameter for parameter in trained.thermal_map.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self._densities, lr=config.training.learning_rate, betas=_BETAS)
         # Gradients of earlier batches, forward KL alone, are much smaller than those of new ones.
         self.guard, self._replay_guard = GradientGuard(config.training), GradientGuard(config.training)
@@ -176,7 +176,7 @@ class JointTrainer(Ladder):
         if not self.n_steps:
             self._look_around()
         gamma, gamma_from = self._draw_gammas()
-        z, r = joint(joint.draw_base(self.config.sampler.n_replicas, self.generator), gamma_from)
+        z, r = joint(joint.draw_base(self.config.chains.n_replicas, self.generator), gamma_from)
         xyz = joint.build(z, r, gamma_from)
         energy, forces, valid = self._evaluate(xyz.detach())
         at, n_valid = xyz.detach()[valid].requires_grad_(), int(valid.sum())
@@ -248,13 +248,13 @@ class JointTrainer(Ladder):
         _, xyz, energy, log_old = (part[rows] for part in earlier)
         weights = clipped_softmax(-gamma * beta * energy - log_old)
         self.networks.trained.zero_grad()
-        (_REGULARITY * joint.chart.irregularity() - _mean_log(weights, joint.log_prob_xyz(xyz, gamma))).backward()
+        (_REGULARITY * joint.thermal_map.irregularity() - _mean_log(weights, joint.log_prob_xyz(xyz, gamma))).backward()
         self._update(self._replay_guard)
 
     def _look_around(self) -> None:
         """Measures where structures are at the start, from the density as it is before any training."""
         joint = self.networks.trained
-        base = joint.draw_base(N_ENERGY_BATCHES * self.config.sampler.n_replicas, self.generator)
+        base = joint.draw_base(N_ENERGY_BATCHES * self.config.chains.n_replicas, self.generator)
         with torch.no_grad():
             z, r = joint(base, self.gamma)
             xyz = joint.build(z, r, self.gamma)
@@ -268,17 +268,17 @@ class JointTrainer(Ladder):
         if not len(xyz) or float(1 / weights.square().sum()) < _ENOUGH_FOR_COVARIANCE * xyz.shape[1]:
             return  # what was measured before, at the start the harmonic widths, is better than a matrix near singular
         for joint in (self.networks.trained, self.networks.average):
-            joint.chart.measure(self.gamma, xyz, weights)
+            joint.thermal_map.measure(self.gamma, xyz, weights)
 
     def _evaluate(self, xyz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Energies and forces of those structures that have them, and which these are, shape (n,) bool."""
         energy, forces = self.estimator(xyz)
         valid = torch.isfinite(energy) & torch.isfinite(forces).flatten(1).all(1)
         n_invalid = int((~valid).sum())
-        if n_invalid > self.config.sampler.max_invalid * len(xyz) or n_invalid == len(xyz):
+        if n_invalid > self.config.chains.max_invalid * len(xyz) or n_invalid == len(xyz):
             raise ReplicaError(
                 f"{n_invalid} of {len(valid)} samples have no finite energy at {self.temperature:.0f} K, and "
-                f"sampler.max_invalid is {self.config.sampler.max_invalid}. Try a lower training.learning_rate"
+                f"chains.max_invalid is {self.config.chains.max_invalid}. Try a lower training.learning_rate"
             )
         return energy[valid], forces[valid], valid
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import Config, TrainingConfig
+from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForce, MeanForceEstimator, shortened
 from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.settings import TrainingSettings
 from openmm_cgflow.training.ladder import Ladder
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["GradientGuard", "Trainer", "reverse_kl_gradient"]
+__all__ = ["GradientGuard", "ReverseKL", "reverse_kl_gradient"]
 
 
 def reverse_kl_gradient(
@@ -59,7 +60,7 @@ def reverse_kl_gradient(
 class GradientGuard:
     """Clips moderate gradients and skips very large ones against a running median of norms (paper section 3.3)."""
 
-    def __init__(self, settings: TrainingConfig) -> None:
+    def __init__(self, settings: TrainingSettings) -> None:
         self.settings = settings
         self.norms: list[float] = []
 
@@ -80,13 +81,13 @@ class GradientGuard:
         return norm, True
 
 
-class Trainer(Ladder):
+class ReverseKL(Ladder):
     """Adam on the reverse KL at falling temperatures; its whole state can be saved and continued bit for bit.
 
     Use: ``step()`` while not ``stage_done``; then keep the stage's model and ``next_stage()``, until ``done``.
 
     Arguments:
-        config: Sections ``training``, ``tempering``, ``sampler.n_replicas``, ``temperature`` and ``seed`` are used.
+        config: Sections ``training``, ``tempering``, ``chains.n_replicas``, ``temperature`` and ``seed`` are used.
         coordinates: Slow coordinates.
         flow: Trained in place.
         estimator: Mean forces.
@@ -108,7 +109,7 @@ class Trainer(Ladder):
         ``residual`` is the root mean square of d(beta A - log J + log q)/dz per unit of z, and ``noise`` the part of it
         that the mean forces' standard error explains: training is converged where they meet.
         """
-        base = self.flow.draw_base(self.config.sampler.n_replicas, self.generator)
+        base = self.flow.draw_base(self.config.chains.n_replicas, self.generator)
         with torch.no_grad():
             z, _ = self.flow(base)
         force = self.estimator(z, self.temperature)

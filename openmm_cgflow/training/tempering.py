@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import TemperingConfig
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.units import thermal_beta
 
 _SHRINK = 0.6  # of a step that would increase the KL too much (the paper's second version)
@@ -48,7 +48,7 @@ def log_weights(energy: Tensor, energy_variance: Tensor, delta_beta: float) -> T
     return -delta_beta * away * shrink
 
 
-def start_temperature(settings: TemperingConfig, target: float) -> float:
+def start_temperature(settings: TemperingSettings, target: float) -> float:
     """Temperature of the first stage, K.
 
     Raises:
@@ -68,7 +68,7 @@ def start_temperature(settings: TemperingConfig, target: float) -> float:
 
 
 def next_temperature(
-    settings: TemperingConfig,
+    settings: TemperingSettings,
     current: float,
     target: float,
     energy: Tensor,
@@ -103,7 +103,7 @@ def next_temperature(
 
 
 def _largest_step(
-    settings: TemperingConfig, limit: float, energy: Tensor, energy_variance: Tensor, kl: float | None
+    settings: TemperingSettings, limit: float, energy: Tensor, energy_variance: Tensor, kl: float | None
 ) -> float:
     def weights(step: float) -> Tensor:
         return log_weights(energy, energy_variance, step)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from openmm_cgflow import CGFlowError, MolecularSystem, Partition, load_config
-from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.model.cg_model import new_flow, new_pmf
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 
@@ -17,7 +17,7 @@ PHI_PSI = ["dihedral ACE1:C-ALA2:N-ALA2:CA-ALA2:C", "dihedral ALA2:N-ALA2:CA-ALA
 
 @pytest.fixture(scope="module")
 def build(systems):
-    """A scaffold of alanine dipeptide with these settings, and perhaps another input structure."""
+    """A geometry of alanine dipeptide with these settings, and perhaps another input structure."""
 
     def build(*settings, positions=None):
         config = load_config(systems / "alanine_dipeptide" / "alanine_dipeptide.yaml", settings)
@@ -29,7 +29,7 @@ def build(systems):
             results = [energy_and_forces(molecule.system, frame) for frame in xyz]
             return np.array([energy for energy, _ in results]), np.array([forces for _, forces in results])
 
-        return Scaffold.build(config, molecule, Partition.resolve(molecule, config.partition.slow), evaluate)
+        return Geometry.build(config, molecule, Partition.resolve(molecule, config.partition.slow), evaluate)
 
     return build
 
@@ -44,21 +44,21 @@ def sampled(build):
     return build("coordinates.peptide_bonds=sample")
 
 
-def names_of(scaffold, circular):
-    coordinates = scaffold.assembly.coordinates
+def names_of(geometry, circular):
+    coordinates = geometry.all_atom.coordinates
     return [n for n, c in zip(coordinates.names, coordinates.circular.tolist(), strict=True) if c == circular]
 
 
-def input_z(scaffold):
-    xyz = torch.tensor(scaffold.molecular_system.positions)
-    return scaffold.assembly.read_slow(xyz[None])[0]
+def input_z(geometry):
+    xyz = torch.tensor(geometry.molecular_system.positions)
+    return geometry.all_atom.read_slow(xyz[None])[0]
 
 
 def test_peptide_bonds_are_kept_by_default(kept):
     """They are bounded features, centred where the input structure has them."""
     assert sorted(names_of(kept, True)) == sorted(PHI_PSI)
     assert set(OMEGAS) < set(names_of(kept, False))
-    coordinates, z = kept.assembly.coordinates, input_z(kept)
+    coordinates, z = kept.all_atom.coordinates, input_z(kept)
     for name in OMEGAS:
         k = coordinates.names.index(name)
         middle = float(((coordinates.low + coordinates.high) / 2)[k])
@@ -76,14 +76,14 @@ def test_peptide_bonds_are_torsions_if_sampled(sampled, kept):
 
 def test_a_cis_bond_of_the_input_stays_cis(sampled, build):
     """The first omega turned by half a turn in the sampled description, then held."""
-    coordinates = sampled.assembly.coordinates
+    coordinates = sampled.all_atom.coordinates
     z = input_z(sampled).clone()
     k = coordinates.names.index(OMEGAS[0])
     z[k] = math.remainder(float(z[k]) + math.pi, 2 * math.pi)
     assert abs(float(z[k])) < 0.5
-    fast = sampled.assembly.read_fast(torch.tensor(sampled.molecular_system.positions)[None, None])
-    xyz = sampled.assembly.build(z[None, None], fast)[0, 0].numpy()
-    held = build(positions=xyz).assembly.coordinates
+    fast = sampled.all_atom.read_fast(torch.tensor(sampled.molecular_system.positions)[None, None])
+    xyz = sampled.all_atom.build(z[None, None], fast)[0, 0].numpy()
+    held = build(positions=xyz).all_atom.coordinates
     middle = ((held.low + held.high) / 2).tolist()
     assert abs(math.remainder(middle[held.names.index(OMEGAS[0])], 2 * math.pi)) < 0.6
     assert abs(math.remainder(middle[held.names.index(OMEGAS[1])] - math.pi, 2 * math.pi)) < 0.6
@@ -108,7 +108,7 @@ def test_covariance_of_bounded_features(kept):
 def test_widths_are_those_of_the_hottest_temperature_of_the_method(kept, build):
     """With a learned PMF nothing is hotter than the target; the reverse KL starts at tempering.start."""
     hot = build("training.method=reverse_kl", "tempering.start=1200 K")
-    ratio = (hot.assembly.coordinates.scale / kept.assembly.coordinates.scale)[2:]
+    ratio = (hot.all_atom.coordinates.scale / kept.all_atom.coordinates.scale)[2:]
     unclipped = (ratio - 2).abs() < 1e-6  # sqrt(1200 / 300), but for intervals that end where geometry does
     assert float(unclipped.double().mean()) > 0.5
     torch.testing.assert_close(
@@ -117,16 +117,16 @@ def test_widths_are_those_of_the_hottest_temperature_of_the_method(kept, build):
 
 
 def test_cartesian_coordinates_have_no_covariance(build):
-    scaffold = build("coordinates=cartesian", "training.method=reverse_kl")
-    assert scaffold.bounded_covariance() is None
-    assert new_flow(scaffold.config, scaffold).conditional.linear is None
+    geometry = build("coordinates=cartesian", "training.method=reverse_kl")
+    assert geometry.bounded_covariance() is None
+    assert new_flow(geometry.config, geometry).conditional.linear is None
     with pytest.raises(CGFlowError, match="coordinates: internal"):
-        new_pmf(scaffold.config, scaffold)
+        new_pmf(geometry.config, geometry)
 
 
 def test_a_saved_scaffold_is_the_same(kept):
-    again = Scaffold.build(kept.config, kept.molecular_system, kept.partition, saved=kept.saved_arrays())
-    assert again.assembly.coordinates.names == kept.assembly.coordinates.names
+    again = Geometry.build(kept.config, kept.molecular_system, kept.partition, saved=kept.saved_arrays())
+    assert again.all_atom.coordinates.names == kept.all_atom.coordinates.names
     assert torch.equal(again.bounded_covariance(), kept.bounded_covariance())
 
 

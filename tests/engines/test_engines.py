@@ -11,22 +11,22 @@ import pytest
 from openmm import unit
 from toys import HarmonicBath, make_toy
 
-from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.engines.choose import _time_evaluation, create_engine, frozen_system
-from openmm_cgflow.engines.context import Chain, Dynamics, Schedule, is_divergence
+from openmm_cgflow.engines.context import Dynamics, ReplicaContext, Schedule, is_divergence
 from openmm_cgflow.engines.platforms import platform_choice
 from openmm_cgflow.engines.workers import ContextsEngine
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import ChainSettings
 
 LONG = {"n_relax": 5, "n_equilibration": 150, "n_frames": 8, "stride": 40}
 SHORT = {"n_relax": 3, "n_equilibration": 5, "n_frames": 2, "stride": 4}
 
 
 def settings(**changes):
-    return SamplerConfig(
+    return ChainSettings(
         **({"engine": "contexts", "platform": "Reference", "n_workers": 1, "timestep": 0.002} | changes)
     )
 
@@ -109,7 +109,7 @@ def test_input_is_not_changed(peptide):
 
 def test_descent_leaves_thermal_structures_alone(bath):
     system = frozen_system(bath.toy, bath.slow, 4.0)
-    chain = Chain(system, platform_choice("Reference"), Dynamics(0.002, 50.0, force_cap=1e4))
+    chain = ReplicaContext(system, platform_choice("Reference"), Dynamics(0.002, 50.0, force_cap=1e4))
     state = chain.run(bath.toy.positions, Schedule(300.0, 10, 0, 1, 0), 1, evaluate=False)[0]
     assert np.array_equal(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer), bath.toy.positions)
 
@@ -118,7 +118,7 @@ def test_descent_brings_large_forces_down_to_the_cap(bath):
     system = frozen_system(bath.toy, bath.slow, 4.0)
     start = bath.toy.positions.copy()
     start[2] += 3.0
-    chain = Chain(system, platform_choice("Reference"), Dynamics(0.002, 50.0, force_cap=2000.0))
+    chain = ReplicaContext(system, platform_choice("Reference"), Dynamics(0.002, 50.0, force_cap=2000.0))
     chain.run(start, Schedule(300.0, 2000, 0, 1, 0), 1, evaluate=False)
     state = chain.evaluate(chain.positions())
     forces = state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
@@ -198,7 +198,7 @@ def test_other_errors_of_openmm_are_not_hidden(bath, monkeypatch):
         raise openmm.OpenMMException("out of memory")
 
     with create_engine(bath.toy, bath.slow, settings()) as engine:
-        monkeypatch.setattr(Chain, "run", broken)
+        monkeypatch.setattr(ReplicaContext, "run", broken)
         with pytest.raises(openmm.OpenMMException, match="out of memory"):
             engine.run(starts(bath, 2), 300.0, seed=1, **SHORT)
 
@@ -250,7 +250,7 @@ def test_one_step_is_one_evaluation():
     for _ in range(2):
         system.addParticle(1.0)
     system.addForce(openmm.PythonForce(compute))
-    chain = Chain(system, platform_choice("Reference"), Dynamics(0.001, 50.0, 1e4))
+    chain = ReplicaContext(system, platform_choice("Reference"), Dynamics(0.001, 50.0, 1e4))
     chain.reseed(1, 300.0)
     chain.run(np.zeros((2, 3)), Schedule(300.0, 3, 5, 2, 4), 1, evaluate=True)
     assert len(calls) == chain.n_evaluations == 3 + 5 + 2 * 4 + 2
@@ -365,7 +365,7 @@ import os, signal, sys, threading
 sys.path.insert(0, {tests!r})
 from toys import HarmonicBath
 import numpy as np
-from openmm_cgflow.config import SamplerConfig
+from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.engines.choose import create_engine
 print("main module", flush=True)
 bath = HarmonicBath()
@@ -374,7 +374,7 @@ schedule = dict(n_relax=0, n_frames=1, stride=1, seed=1)
 """
 INTERRUPTED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have their background jobs ignore it
-with create_engine(bath.toy, bath.slow, SamplerConfig(platform="Reference", n_workers=2)) as engine:
+with create_engine(bath.toy, bath.slow, ChainSettings(platform="Reference", n_workers=2)) as engine:
     engine.run(start, 300.0, n_equilibration=1, **schedule)
     threading.Timer(1.0, os.killpg, (os.getpgrp(), signal.SIGINT)).start()  # work is in progress, on busy cores, too
     try:
@@ -385,7 +385,7 @@ with create_engine(bath.toy, bath.slow, SamplerConfig(platform="Reference", n_wo
     print("alive", all(process.is_alive() for process in workers), flush=True)
 """
 KILLED = """
-engine = create_engine(bath.toy, bath.slow, SamplerConfig(platform="Reference", n_workers=2))
+engine = create_engine(bath.toy, bath.slow, ChainSettings(platform="Reference", n_workers=2))
 engine.run(start, 300.0, n_equilibration=1, **schedule)
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
 engine.run(start, 300.0, n_equilibration=2_000_000, **schedule)
@@ -456,7 +456,7 @@ def test_frames_of_a_gpu_are_evaluated_where_that_is_fastest(gpu, fastest, monke
 
 def test_evaluations_are_timed():
     bath = HarmonicBath()
-    chain = Chain(bath.toy.system, platform_choice("Reference"), Dynamics(0.002, 50.0, 1e4))
+    chain = ReplicaContext(bath.toy.system, platform_choice("Reference"), Dynamics(0.002, 50.0, 1e4))
     assert 0 < _time_evaluation(chain, bath.toy.positions) < 0.1
 
 

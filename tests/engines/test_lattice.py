@@ -6,12 +6,12 @@ import pytest
 from openmm import app, unit
 from toys import HarmonicBath, make_toy
 
-from openmm_cgflow.config import SamplerConfig
 from openmm_cgflow.engines import lattice as lattice_module
 from openmm_cgflow.engines.choose import create_engine, frozen_system
 from openmm_cgflow.engines.copies import _COPIED, NotReplicableError, check_copies, replicate_system
 from openmm_cgflow.engines.lattice import LatticeEngine, plan_lattice
 from openmm_cgflow.engines.workers import ContextsEngine
+from openmm_cgflow.settings import ChainSettings
 
 N_ATOMS = 8
 BONDS = [(i, i + 1) for i in range(N_ATOMS - 1)]
@@ -349,7 +349,7 @@ def test_molecule_in_pieces_has_no_size():
 
 
 def settings(**changes):
-    return SamplerConfig(engine="lattice", platform="Reference", n_workers=1, timestep=0.002, **changes)
+    return ChainSettings(engine="lattice", platform="Reference", n_workers=1, timestep=0.002, **changes)
 
 
 def test_engine_samples_the_closed_form():
@@ -492,7 +492,7 @@ def test_engine_on_a_gpu(systems, gpu_platform):
     schedule = {"n_relax": 20, "n_equilibration": 1000, "n_frames": 5, "stride": 100}
     energies = []
     for engine_name, platform in (("lattice", gpu_platform), ("contexts", "Reference")):
-        options = SamplerConfig(engine=engine_name, platform=platform, n_replicas=64, n_workers=1)
+        options = ChainSettings(engine=engine_name, platform=platform, n_replicas=64, n_workers=1)
         with create_engine(peptide, slow, options) as engine:
             assert engine_name in engine.description
             frames = engine.run(start, 300.0, seed=1, **schedule)

@@ -27,7 +27,7 @@ def no_probe(choice):
 def test_setting_wins_over_environment_and_probe(monkeypatch):
     monkeypatch.setenv("OPENMM_DEFAULT_PLATFORM", "Reference")
     choice = choose_platform("CPU", "mixed", no_probe)
-    assert choice.name == "CPU" and "sampler.platform" in choice.reason
+    assert choice.name == "CPU" and "chains.platform" in choice.reason
 
 
 def test_environment_wins_over_probe(monkeypatch):

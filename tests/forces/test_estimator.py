@@ -23,7 +23,7 @@ from openmm_cgflow.forces.estimator import (
     mean_and_variance,
     shortened,
 )
-from openmm_cgflow.forces.fast_atoms import FastChains, Frames
+from openmm_cgflow.forces.fast_atoms import FastAtoms, Frames
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0
@@ -50,19 +50,19 @@ def spread_of(kind):
     return 0.5 if kind == "internal" else 0.3
 
 
-def exact(assembly, engine, z, beta=BETA):
+def exact(all_atom, engine, z, beta=BETA):
     at = z.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(beta * engine.free_energy(slow_positions(assembly, engine, at)).sum(), at)
+    (gradient,) = torch.autograd.grad(beta * engine.free_energy(slow_positions(all_atom, engine, at)).sum(), at)
     return gradient
 
 
-def slow_positions(assembly, engine, z):
-    order = [list(assembly.slow).index(atom) for atom in engine.slow]
-    return assembly.coordinates.to_xyz(z)[:, order]
+def slow_positions(all_atom, engine, z):
+    order = [list(all_atom.slow).index(atom) for atom in engine.slow]
+    return all_atom.coordinates.to_xyz(z)[:, order]
 
 
-def run(assembly, engine, z, n_frames, seed=1):
-    xyz = assembly.build(z, torch.zeros(len(z), 2, 3, dtype=torch.float64) + torch.tensor([0.1, 1.5, 0.5]))
+def run(all_atom, engine, z, n_frames, seed=1):
+    xyz = all_atom.build(z, torch.zeros(len(z), 2, 3, dtype=torch.float64) + torch.tensor([0.1, 1.5, 0.5]))
     return engine.run(xyz.numpy(), TEMPERATURE, n_relax=0, n_equilibration=0, n_frames=n_frames, stride=1, seed=seed)
 
 
@@ -97,9 +97,9 @@ def test_the_bath_has_the_free_energy_it_claims():
 
 def test_the_bath_draws_what_it_claims():
     engine = bath(correlation=0.6)
-    assembly = molecule()
-    z = random_z(assembly.coordinates, 1, torch.Generator().manual_seed(0))
-    frames = run(assembly, engine, z.repeat(4000, 1), 2)
+    all_atom = molecule()
+    z = random_z(all_atom.coordinates, 1, torch.Generator().manual_seed(0))
+    frames = run(all_atom, engine, z.repeat(4000, 1), 2)
     fast = frames.xyz[:, :, engine.fast]
     start = frames.xyz[0, 0, SLOW]
     ff, fs = engine._block(engine.fast, engine.fast), engine._block(engine.fast, engine.slow)
@@ -116,11 +116,11 @@ def test_the_bath_draws_what_it_claims():
 @pytest.mark.parametrize("estimator", ["comoving", "cartesian"])
 def test_mean_force_of_the_quadratic_bath(kind, estimator):
     """Both estimators, in both coordinate systems, agree with the closed form within four standard errors."""
-    assembly, engine = molecule(kind), bath()
-    z = random_z(assembly.coordinates, 150, torch.Generator().manual_seed(2), spread_of(kind))
-    frames = run(assembly, engine, z, 40)
-    expected = exact(assembly, engine, z)
-    gradients = frame_gradients(assembly, z, frames, BETA, estimator)
+    all_atom, engine = molecule(kind), bath()
+    z = random_z(all_atom.coordinates, 150, torch.Generator().manual_seed(2), spread_of(kind))
+    frames = run(all_atom, engine, z, 40)
+    expected = exact(all_atom, engine, z)
+    gradients = frame_gradients(all_atom, z, frames, BETA, estimator)
     assert gradients.shape == (150, 40, 6)
     assert float(pulls(gradients, expected).abs().max()) < 4
     # The standard errors themselves: squared deviations in their units average to one.
@@ -130,10 +130,10 @@ def test_mean_force_of_the_quadratic_bath(kind, estimator):
 
 
 def test_estimators_agree_with_each_other_frame_by_frame():
-    assembly, engine = molecule(), bath()
-    z = random_z(assembly.coordinates, 200, torch.Generator().manual_seed(3), 0.5)
-    frames = run(assembly, engine, z, 30)
-    one, other = (frame_gradients(assembly, z, frames, BETA, e) for e in ("comoving", "cartesian"))
+    all_atom, engine = molecule(), bath()
+    z = random_z(all_atom.coordinates, 200, torch.Generator().manual_seed(3), 0.5)
+    frames = run(all_atom, engine, z, 30)
+    one, other = (frame_gradients(all_atom, z, frames, BETA, e) for e in ("comoving", "cartesian"))
     assert float(pulls(one - other, torch.zeros(6)).abs().max()) < 4
     assert float((one - other).abs().max()) > 1
 
@@ -141,9 +141,9 @@ def test_estimators_agree_with_each_other_frame_by_frame():
 @pytest.mark.parametrize("fault", ["temperature", "slow atom dropped", "frames of another z", "wrong sign"])
 def test_a_wrong_mean_force_is_noticed(fault):
     """The same comparison fails where the code would be wrong."""
-    assembly, engine = molecule(), bath()
-    z = random_z(assembly.coordinates, 150, torch.Generator().manual_seed(2), 0.5)
-    frames = run(assembly, engine, z, 40)
+    all_atom, engine = molecule(), bath()
+    z = random_z(all_atom.coordinates, 150, torch.Generator().manual_seed(2), 0.5)
+    frames = run(all_atom, engine, z, 40)
     beta, forces = BETA, frames.forces.clone()
     if fault == "temperature":
         beta = BETA * 1.1
@@ -154,48 +154,48 @@ def test_a_wrong_mean_force_is_noticed(fault):
     else:
         forces = -forces
     for estimator in ("comoving", "cartesian"):
-        gradients = frame_gradients(assembly, z, frames._replace(forces=forces), beta, estimator)
-        assert float(chi_square(gradients, exact(assembly, engine, z)).max()) > 1 + 10 * math.sqrt(2 / 150)
+        gradients = frame_gradients(all_atom, z, frames._replace(forces=forces), beta, estimator)
+        assert float(chi_square(gradients, exact(all_atom, engine, z)).max()) > 1 + 10 * math.sqrt(2 / 150)
 
 
 def test_comoving_without_the_fast_atoms_forces_is_the_cartesian_estimator():
     """An identity of single frames: moving fast atoms rigidly has no divergence, so their forces add noise or remove
     it, never a mean."""
-    assembly, engine = molecule(), bath()
-    z = random_z(assembly.coordinates, 20, torch.Generator().manual_seed(2), 0.5)
-    frames = run(assembly, engine, z, 4)
+    all_atom, engine = molecule(), bath()
+    z = random_z(all_atom.coordinates, 20, torch.Generator().manual_seed(2), 0.5)
+    frames = run(all_atom, engine, z, 4)
     forces = frames.forces.clone()
     forces[:, :, engine.fast] = 0
-    without = frame_gradients(assembly, z, frames._replace(forces=forces), BETA, "comoving")
-    torch.testing.assert_close(without, frame_gradients(assembly, z, frames, BETA, "cartesian"))
+    without = frame_gradients(all_atom, z, frames._replace(forces=forces), BETA, "comoving")
+    torch.testing.assert_close(without, frame_gradients(all_atom, z, frames, BETA, "cartesian"))
 
 
 def test_comoving_is_less_noisy_where_fast_atoms_are_stiff():
     """Atoms bound to the frame that carries them: held in that frame they say nothing, held in space they do."""
-    assembly = molecule()
+    all_atom = molecule()
     stiff = [(C, E, 2e5), (D, E, -5e4), (B, E, -5e4), (E, F, 1e5), (C, F, -3e4), (A, F, 50.0)]
     engine = QuadraticBath(6, stiff, SLOW)
-    z = random_z(assembly.coordinates, 100, torch.Generator().manual_seed(2), 0.5)
-    frames = run(assembly, engine, z, 20)
-    expected = exact(assembly, engine, z)
+    z = random_z(all_atom.coordinates, 100, torch.Generator().manual_seed(2), 0.5)
+    frames = run(all_atom, engine, z, 20)
+    expected = exact(all_atom, engine, z)
     variance = {}
     for estimator in ("comoving", "cartesian"):
-        gradients = frame_gradients(assembly, z, frames, BETA, estimator)
+        gradients = frame_gradients(all_atom, z, frames, BETA, estimator)
         assert float(pulls(gradients, expected).abs().max()) < 4
         variance[estimator] = mean_and_variance(gradients, frames.valid)[1].mean(0)
     ratio = variance["cartesian"] / variance["comoving"]
     # The torsion, the bond A-B and the angle A-B-C carry the atoms that E and F are bound to as one body.
-    assert assembly.coordinates.names[4] == f"angle A{A}-A{B}-A{C}"
+    assert all_atom.coordinates.names[4] == f"angle A{A}-A{B}-A{C}"
     assert (ratio[[0, 1, 4]] > 1000).all() and (ratio > 0.8).all()
 
 
 def test_same_mean_force_from_correlated_frames():
-    assembly, engine = molecule(), bath(correlation=0.7)
-    z = random_z(assembly.coordinates, 400, torch.Generator().manual_seed(5), 0.5)
-    frames = run(assembly, engine, z, 12)
-    expected = exact(assembly, engine, z)
+    all_atom, engine = molecule(), bath(correlation=0.7)
+    z = random_z(all_atom.coordinates, 400, torch.Generator().manual_seed(5), 0.5)
+    frames = run(all_atom, engine, z, 12)
+    expected = exact(all_atom, engine, z)
     for estimator in ("comoving", "cartesian"):
-        gradients = frame_gradients(assembly, z, frames, BETA, estimator)
+        gradients = frame_gradients(all_atom, z, frames, BETA, estimator)
         mean, variance = mean_and_variance(gradients, frames.valid)
         assert float(pulls(gradients, expected).abs().max()) < 4
         size = ((mean - expected).square().mean(0) / variance.mean(0)).sqrt()
@@ -204,20 +204,20 @@ def test_same_mean_force_from_correlated_frames():
 
 def test_gradient_of_a_frame_is_a_derivative_of_the_energy():
     """d(beta U)/dz by finite differences of the rebuilt structure: no statistics."""
-    assembly, engine = molecule(), bath()
-    z = random_z(assembly.coordinates, 3, torch.Generator().manual_seed(6), 0.5)
-    frames = run(assembly, engine, z, 2)
-    y = assembly.read_fast(frames.xyz)
+    all_atom, engine = molecule(), bath()
+    z = random_z(all_atom.coordinates, 3, torch.Generator().manual_seed(6), 0.5)
+    frames = run(all_atom, engine, z, 2)
+    y = all_atom.read_fast(frames.xyz)
 
     def energy(moved, comoving):
-        xyz = assembly.build(moved[:, None].expand(-1, 2, -1), y)
+        xyz = all_atom.build(moved[:, None].expand(-1, 2, -1), y)
         if not comoving:
             xyz = xyz.clone()
             xyz[:, :, FAST] = frames.xyz[:, :, FAST]
         return 0.5 * (xyz * (engine.laplacian @ xyz)).sum((-1, -2))
 
     for estimator in ("comoving", "cartesian"):
-        found = frame_gradients(assembly, z, frames, BETA, estimator)
+        found = frame_gradients(all_atom, z, frames, BETA, estimator)
         for k in range(6):
             step = 1e-5 * torch.eye(6).double()[k]
             difference = energy(z + step, estimator == "comoving") - energy(z - step, estimator == "comoving")
@@ -294,9 +294,9 @@ def test_invalid_replicas_do_not_enter_the_pooled_correlation():
 
 
 def test_invalid_frames_do_not_leak():
-    assembly, engine = molecule(), bath()
-    z = random_z(assembly.coordinates, 12, torch.Generator().manual_seed(2), 0.5)
-    frames = run(assembly, engine, z, 5)
+    all_atom, engine = molecule(), bath()
+    z = random_z(all_atom.coordinates, 12, torch.Generator().manual_seed(2), 0.5)
+    frames = run(all_atom, engine, z, 5)
     xyz, forces, energy = frames.xyz.clone(), frames.forces.clone(), frames.energy.clone()
     xyz[3], forces[3], energy[3] = math.nan, math.nan, math.nan
     xyz[7], forces[7] = 0.0, math.inf
@@ -304,8 +304,8 @@ def test_invalid_frames_do_not_leak():
     valid[[3, 7]] = False
     broken = Frames(xyz, forces, energy, valid)
     for estimator in ("comoving", "cartesian"):
-        clean = frame_gradients(assembly, z, frames, BETA, estimator)
-        found = frame_gradients(assembly, z, broken, BETA, estimator)
+        clean = frame_gradients(all_atom, z, frames, BETA, estimator)
+        found = frame_gradients(all_atom, z, broken, BETA, estimator)
         assert (found[~valid] == 0).all()
         assert torch.equal(found[valid], clean[valid])
 
@@ -316,16 +316,16 @@ def test_invalid_frames_do_not_leak():
 def molecular(estimator):
     engine = bath()
     xyz = random_structure(BONDS, 4)
-    assembly = assembly_of(BONDS, SLOW, xyz)
-    y = assembly.read_fast(xyz)
-    sampler = FastChains(engine, assembly, lambda z, t, g: y.expand(len(z), -1, -1), chain_settings(), 3)
-    return MolecularMeanForce(sampler, estimator), assembly
+    all_atom = assembly_of(BONDS, SLOW, xyz)
+    y = all_atom.read_fast(xyz)
+    chains = FastAtoms(engine, all_atom, lambda z, t, g: y.expand(len(z), -1, -1), chain_settings(), 3)
+    return MolecularMeanForce(chains, estimator), all_atom
 
 
 def with_failures(estimator):
     engine = EchoEngine()
     force = MolecularMeanForce(chiral_chains(engine, max_invalid=0.5), estimator)
-    force(some_z(force.chains, 8), TEMPERATURE)
+    force(some_z(force.fast_atoms, 8), TEMPERATURE)
     engine.broken, engine.mirrored = [1], [5]
     return force
 
@@ -375,21 +375,21 @@ def test_estimators_keep_the_contract(name):
 @pytest.mark.parametrize("estimator", ["comoving", "cartesian"])
 def test_the_whole_estimator_on_the_quadratic_bath(estimator):
     """Through the chains, the pool and the defaults: gradient, energy and both standard errors."""
-    force, assembly = molecular(estimator)
+    force, all_atom = molecular(estimator)
     temperature = 420.0
     beta = thermal_beta(temperature)
-    engine = force.chains.engine
-    z = random_z(assembly.coordinates, 1500, torch.Generator().manual_seed(8), 0.5)
+    engine = force.fast_atoms.engine
+    z = random_z(all_atom.coordinates, 1500, torch.Generator().manual_seed(8), 0.5)
     found = force(z, temperature)
-    expected = exact(assembly, engine, z, beta)
+    expected = exact(all_atom, engine, z, beta)
     away = (found.gradient - expected).mean(0) / (found.variance.mean(0) / 1500).sqrt()
     assert float(away.abs().max()) < 4
-    energy = engine.mean_energy(slow_positions(assembly, engine, z), temperature)
+    energy = engine.mean_energy(slow_positions(all_atom, engine, z), temperature)
     away = (found.energy - energy).mean() / (found.energy_variance.mean() / 1500).sqrt()
     assert abs(float(away)) < 4
     spread = ((found.energy - energy).square().mean() / found.energy_variance.mean()).sqrt()
     assert float(spread) == pytest.approx(1, abs=0.1)
-    # The first pool takes every fifth z: at least sampler.n_pool = 256 of them.
+    # The first pool takes every fifth z: at least chains.n_pool = 256 of them.
     assert force.n_energy_evaluations == 300 * (100 + 500 + 1) + 1500 * (11 + 7 + 3 * 2)
 
 
@@ -447,8 +447,8 @@ def test_equilibration_grows_while_energies_drift(drift, longer):
 def test_chains_have_the_length_that_was_chosen():
     force = adaptive()
     force.n_equilibration, force.n_frames = 70, 6
-    force(some_z(force.chains, 4), TEMPERATURE)
-    last = force.chains.engine.calls[-1]
+    force(some_z(force.fast_atoms, 4), TEMPERATURE)
+    last = force.fast_atoms.engine.calls[-1]
     assert last["n_equilibration"] == 70 and last["n_frames"] == 6
     again = adaptive()
     again.load_state_dict(force.state_dict())

@@ -13,44 +13,44 @@ from openmm_cgflow.seeds import derive_seed
 TEMPERATURE = 300.0
 
 
-def go(chains, z, temperature=TEMPERATURE, **values):
-    return chains.run(z, temperature, n_equilibration=7, n_frames=3, stride=2, **values)
+def go(fast_atoms, z, temperature=TEMPERATURE, **values):
+    return fast_atoms.run(z, temperature, n_equilibration=7, n_frames=3, stride=2, **values)
 
 
 def test_the_first_call_equilibrates_a_pool():
     engine = EchoEngine()
-    sampler = chiral_chains(engine)
-    z = some_z(sampler, 6)
-    frames = go(sampler, z, 450.0)
+    chains = chiral_chains(engine)
+    z = some_z(chains, 6)
+    frames = go(chains, z, 450.0)
     pool, call = engine.calls
     assert (pool["n_equilibration"], pool["n_frames"], pool["temperature"]) == (500, 1, 450.0)
     assert (call["n_equilibration"], call["n_frames"], call["stride"], call["n_relax"]) == (7, 3, 2, 11)
     assert frames.xyz.shape == (6, 3, 6, 3) and frames.energy.shape == (6, 3)
-    go(sampler, z)
+    go(chains, z)
     assert len(engine.calls) == 3  # once
 
 
 def test_chains_start_at_z():
     engine = EchoEngine()
-    sampler = chiral_chains(engine)
+    chains = chiral_chains(engine)
     for seed in range(3):
-        z = some_z(sampler, 6, seed)
-        go(sampler, z)
+        z = some_z(chains, 6, seed)
+        go(chains, z)
         start = torch.as_tensor(engine.calls[-1]["xyz"])
-        torch.testing.assert_close(sampler.assembly.read_slow(start), z, rtol=0, atol=1e-9)
+        torch.testing.assert_close(chains.all_atom.read_slow(start), z, rtol=0, atol=1e-9)
 
 
 def test_fast_atoms_start_from_the_nearest_neighbour_in_the_pool():
     engine = EchoEngine()
-    sampler = chiral_chains(engine)
-    go(sampler, some_z(sampler, 20, 1))
-    pool_z = torch.cat([entry[0] for entry in sampler.pool])
-    pool_y = torch.cat([entry[1] for entry in sampler.pool])
+    chains = chiral_chains(engine)
+    go(chains, some_z(chains, 20, 1))
+    pool_z = torch.cat([entry[0] for entry in chains.pool])
+    pool_y = torch.cat([entry[1] for entry in chains.pool])
     assert float(pool_y.std(0).min()) > 0
-    z = some_z(sampler, 200, 2)
+    z = some_z(chains, 200, 2)
     z[:, 0] += 2 * math.pi  # the same torsions
-    go(sampler, z)
-    found = sampler.assembly.read_fast(torch.as_tensor(engine.calls[-1]["xyz"]))
+    go(chains, z)
+    found = chains.all_atom.read_fast(torch.as_tensor(engine.calls[-1]["xyz"]))
     away = (pool_y - found[:, None]).abs().amax((2, 3))
     assert float(away.amin(1).max()) < 1e-9  # all from the pool
     torsion = torch.stack((z[:, 0].cos(), z[:, 0].sin()), 1)
@@ -63,97 +63,97 @@ def test_fast_atoms_start_from_the_nearest_neighbour_in_the_pool():
 
 def test_fast_atoms_are_taken_along_from_their_neighbour():
     engine = EchoEngine()
-    sampler = chiral_chains(engine)
-    go(sampler, some_z(sampler, 20, 1))
+    chains = chiral_chains(engine)
+    go(chains, some_z(chains, 20, 1))
     asked = []
 
     def follow(y, start, end):
         asked.append((y, start, end))
         return y + torch.tensor([0.001, 0.02, 0.03])
 
-    sampler.follow = follow
-    z = some_z(sampler, 5, 2)
-    go(sampler, z)
+    chains.follow = follow
+    z = some_z(chains, 5, 2)
+    go(chains, z)
     ((y, start, end),) = asked
     assert torch.equal(end, z)
-    pool_z = torch.cat([entry[0] for entry in sampler.pool[:-1]])
-    pool_y = torch.cat([entry[1] for entry in sampler.pool[:-1]])
+    pool_z = torch.cat([entry[0] for entry in chains.pool[:-1]])
+    pool_y = torch.cat([entry[1] for entry in chains.pool[:-1]])
     for row in range(5):
         those = pool_y[(pool_z == start[row]).all(1)]
         assert (those == y[row]).flatten(1).all(1).any()
-    found = sampler.assembly.read_fast(torch.as_tensor(engine.calls[-1]["xyz"]))
+    found = chains.all_atom.read_fast(torch.as_tensor(engine.calls[-1]["xyz"]))
     moved = torch.remainder(found - y + math.pi, 2 * math.pi) - math.pi
     torch.testing.assert_close(moved, torch.tensor([0.001, 0.02, 0.03]).double().expand_as(moved), rtol=0, atol=1e-9)
 
 
 def test_the_pool_holds_where_chains_ended_and_forgets():
-    sampler = chiral_chains()
+    chains = chiral_chains()
     for seed in range(fastchains._N_POOLS + 2):
-        z = some_z(sampler, 5, seed)
-        frames = go(sampler, z)
-        assert torch.equal(sampler.pool[-1][0], z)
-        assert torch.equal(sampler.pool[-1][1], sampler.assembly.read_fast(frames.xyz[:, -1]))
-    assert len(sampler.pool) == fastchains._N_POOLS
+        z = some_z(chains, 5, seed)
+        frames = go(chains, z)
+        assert torch.equal(chains.pool[-1][0], z)
+        assert torch.equal(chains.pool[-1][1], chains.all_atom.read_fast(frames.xyz[:, -1]))
+    assert len(chains.pool) == fastchains._N_POOLS
 
 
 @pytest.mark.parametrize(("n", "n_pool", "expected"), [(30, 10, 10), (25, 10, 13), (6, 10, 6), (30, 1, 1)])
 def test_the_first_pool_is_a_part_of_the_batch_evenly(n, n_pool, expected):
     """At least n_pool of the batch's z where there are so many, from its beginning to its end."""
     engine = EchoEngine()
-    sampler = chiral_chains(engine, n_pool=n_pool)
-    z = some_z(sampler, n)
-    go(sampler, z)
+    chains = chiral_chains(engine, n_pool=n_pool)
+    z = some_z(chains, n)
+    go(chains, z)
     pool = engine.calls[0]["xyz"]
     assert len(pool) == expected
-    found = sampler.assembly.read_slow(torch.as_tensor(pool))
+    found = chains.all_atom.read_slow(torch.as_tensor(pool))
     torch.testing.assert_close(found, z[:: max(1, n // n_pool)], rtol=0, atol=1e-9)
     assert len(engine.calls[1]["xyz"]) == n
 
 
 def test_quarantine_counts_and_keeps_bad_replicas_out_of_the_pool():
     engine = EchoEngine()
-    sampler = chiral_chains(engine, max_invalid=0.5)
-    go(sampler, some_z(sampler, 10))
-    assert vars(sampler.quarantine) == {"total": 20, "not_finite": 0, "flipped": 0}
+    chains = chiral_chains(engine, max_invalid=0.5)
+    go(chains, some_z(chains, 10))
+    assert vars(chains.quarantine) == {"total": 20, "not_finite": 0, "flipped": 0}
     engine.broken, engine.mirrored = [1, 4], [7]
-    z = some_z(sampler, 10, 1)
-    frames = go(sampler, z)
+    z = some_z(chains, 10, 1)
+    frames = go(chains, z)
     good = torch.tensor([True, False, True, True, False, True, True, False, True, True])
     assert torch.equal(frames.valid, good)
-    assert vars(sampler.quarantine) == {"total": 30, "not_finite": 2, "flipped": 1}
-    assert torch.equal(sampler.pool[-1][0], z[good])
-    assert torch.isfinite(sampler.pool[-1][1]).all()
+    assert vars(chains.quarantine) == {"total": 30, "not_finite": 2, "flipped": 1}
+    assert torch.equal(chains.pool[-1][0], z[good])
+    assert torch.isfinite(chains.pool[-1][1]).all()
 
 
 def test_flips_may_be_allowed():
     engine = EchoEngine()
-    sampler = chiral_chains(engine, keep_chirality=False)
-    go(sampler, some_z(sampler, 4))
+    chains = chiral_chains(engine, keep_chirality=False)
+    go(chains, some_z(chains, 4))
     engine.mirrored = [2]
-    assert go(sampler, some_z(sampler, 4)).valid.all()
-    assert sampler.quarantine.flipped == 1  # counted all the same
+    assert go(chains, some_z(chains, 4)).valid.all()
+    assert chains.quarantine.flipped == 1  # counted all the same
 
 
 def test_too_many_failures_are_a_named_error():
     engine = EchoEngine()
-    sampler = chiral_chains(engine, max_invalid=0.2)
-    z = some_z(sampler, 10)
-    go(sampler, z)
+    chains = chiral_chains(engine, max_invalid=0.2)
+    z = some_z(chains, 10)
+    go(chains, z)
     engine.broken, engine.mirrored = [0], [1]
-    go(sampler, z)  # just allowed
+    go(chains, z)  # just allowed
     engine.broken = [0, 2]
     message = r"3 of 10 replicas failed at 300 K \(1 changed their handedness, 2 diverged"
     with pytest.raises(ReplicaError, match=message):
-        go(sampler, z)
+        go(chains, z)
 
 
 def test_seeds():
     engine = EchoEngine()
-    sampler = chiral_chains(engine)
-    z = some_z(sampler, 3)
-    go(sampler, z)
-    go(sampler, z)
-    go(sampler, z, seed=77)
+    chains = chiral_chains(engine)
+    z = some_z(chains, 3)
+    go(chains, z)
+    go(chains, z)
+    go(chains, z, seed=77)
     seeds = [call["seed"] for call in engine.calls]
     assert len(set(seeds)) == 4 and seeds[-1] == 77
     other = EchoEngine()
@@ -180,8 +180,8 @@ def test_chains_continue_from_their_state():
 
 
 def test_a_state_does_not_change_with_what_comes_later():
-    sampler = chiral_chains()
-    go(sampler, some_z(sampler, 6))
-    state = sampler.state_dict()
-    go(sampler, some_z(sampler, 6, 1))
+    chains = chiral_chains()
+    go(chains, some_z(chains, 6))
+    state = chains.state_dict()
+    go(chains, some_z(chains, 6, 1))
     assert state["n_calls"] == 2 and len(state["pool"]) == 2 and state["quarantine"]["total"] == 12

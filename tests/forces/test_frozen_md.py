@@ -7,7 +7,7 @@ import torch
 from openmm import unit
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
-from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.forces.estimator import frame_gradients
 from openmm_cgflow.units import thermal_beta
@@ -50,16 +50,16 @@ def sigmas(ours, theirs):
 def at_one_z(systems):
     """Our chains at the input structure's z: the molecule, what it is built from, and the frames."""
     config = load_config(
-        systems / "alanine_dipeptide" / "alanine_dipeptide.yaml", ["sampler.n_workers=1", "sampler.platform=Reference"]
+        systems / "alanine_dipeptide" / "alanine_dipeptide.yaml", ["chains.n_workers=1", "chains.platform=Reference"]
     )
     molecule = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecule, config.partition.slow)
-    with create_engine(molecule, partition.slow, config.sampler) as engine:
-        scaffold = Scaffold.build(config, molecule, partition, engine.evaluate)
-        z = scaffold.assembly.read_slow(torch.tensor(molecule.positions)).expand(128, -1)
-        frames = scaffold.chains(engine).run(z, TEMPERATURE, 500, 20, 10)
+    with create_engine(molecule, partition.slow, config.chains) as engine:
+        geometry = Geometry.build(config, molecule, partition, engine.evaluate)
+        z = geometry.all_atom.read_slow(torch.tensor(molecule.positions)).expand(128, -1)
+        frames = geometry.fast_atoms(engine).run(z, TEMPERATURE, 500, 20, 10)
     assert frames.valid.all()
-    return molecule, partition, scaffold, frames
+    return molecule, partition, geometry, frames
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ def test_fast_atoms_are_distributed_alike(at_one_z, reference):
     A methyl group turns rarely in the reference, and which of its hydrogens is which then matters to each one's angle:
     bonds and angles are averaged over its three hydrogens, and its dihedrals left out.
     """
-    _, _, scaffold, frames = at_one_z
-    fast = scaffold.harmonic.fast
+    _, _, geometry, frames = at_one_z
+    fast = geometry.harmonic.fast
     rotors = [fast.references[:, 0] == parent for parent in fast.references[fast.rotatable, 0]]
     assert [rotor.sum() for rotor in rotors] == [3, 3, 3]
     single = ~np.any(rotors, axis=0)
-    values = [scaffold.assembly.read_fast(torch.as_tensor(xyz)).numpy() for xyz in (frames.xyz, reference[1])]
+    values = [geometry.all_atom.read_fast(torch.as_tensor(xyz)).numpy() for xyz in (frames.xyz, reference[1])]
     centre = values[1][0, 0].copy()
     for rotor in rotors:
         centre[rotor] = centre[rotor].mean(axis=0)
@@ -118,10 +118,10 @@ def test_a_motion_remover_would_be_seen(at_one_z):
 @pytest.mark.slow
 def test_both_estimators_have_the_same_mean(at_one_z):
     """Co-moving and Cartesian, on the same frames; the noise of the co-moving one is far smaller."""
-    _, _, scaffold, frames = at_one_z
-    z = scaffold.assembly.read_slow(frames.xyz[:, 0])
+    _, _, geometry, frames = at_one_z
+    z = geometry.all_atom.read_slow(frames.xyz[:, 0])
     comoving, cartesian = (
-        frame_gradients(scaffold.assembly, z, frames, thermal_beta(TEMPERATURE), estimator).mean(1).numpy()
+        frame_gradients(geometry.all_atom, z, frames, thermal_beta(TEMPERATURE), estimator).mean(1).numpy()
         for estimator in ("comoving", "cartesian")
     )
     difference = cartesian - comoving  # one row a chain, and the chains are independent

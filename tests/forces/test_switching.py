@@ -14,13 +14,13 @@ from openmm_cgflow.forces.switching import Switches, acceptance_ratio, slower, s
 from openmm_cgflow.units import thermal_beta
 
 
-def switched(path, n, engine, assembly, seed=1, follow=None, slowness=1):
+def switched(path, n, engine, all_atom, seed=1, follow=None, slowness=1):
     """Works along a path and back, and the exact free-energy difference."""
     both = torch.stack((path, path.flip(0))).repeat_interleave(n, 0)
-    chains = chains_of(engine, assembly)
-    chains.follow = follow
-    work, valid = switch(chains, both, TEMPERATURE, seed, slowness)
-    ends = exact(engine, assembly, path[[0, -1]])
+    fast_atoms = chains_of(engine, all_atom)
+    fast_atoms.follow = follow
+    work, valid = switch(fast_atoms, both, TEMPERATURE, seed, slowness)
+    ends = exact(engine, all_atom, path[[0, -1]])
     return work.reshape(2, n), valid.reshape(2, n), float(ends[1] - ends[0])
 
 
@@ -79,8 +79,8 @@ def test_acceptance_ratio_agrees_with_pymbar():
 
 @pytest.mark.parametrize("n_steps", [2, 3, 9])
 def test_switching_is_exact_however_fast(n_steps):
-    assembly, engine = molecule(), MovingBath()
-    (forward, backward), valid, difference = switched(line(n_steps), 5000, engine, assembly)
+    all_atom, engine = molecule(), MovingBath()
+    (forward, backward), valid, difference = switched(line(n_steps), 5000, engine, all_atom)
     assert valid.all() and abs(difference) > 2
     for work, expected in ((forward, difference), (backward, -difference)):
         assert abs(in_standard_errors(work, expected)) < 4
@@ -101,15 +101,15 @@ def escort(y, start, end):
 
 def test_switching_is_exact_with_any_escort(monkeypatch):
     """Whatever takes the fast atoms along; without the change of their volume element it would not be."""
-    assembly = molecule()
+    all_atom = molecule()
 
     def errors():
-        (forward, backward), valid, difference = switched(line(4), 8000, MovingBath(), assembly, follow=escort)
+        (forward, backward), valid, difference = switched(line(4), 8000, MovingBath(), all_atom, follow=escort)
         assert float(valid.double().mean()) > 0.99
         return [in_standard_errors(forward[valid[0]], difference), in_standard_errors(backward[valid[1]], -difference)]
 
     assert max(map(abs, errors())) < 4
-    monkeypatch.setattr(assembly, "log_volume_fast", lambda y: torch.zeros(len(y), dtype=torch.float64))
+    monkeypatch.setattr(all_atom, "log_volume_fast", lambda y: torch.zeros(len(y), dtype=torch.float64))
     assert max(map(abs, errors())) > 5
 
 
@@ -195,13 +195,13 @@ def test_same_seed_same_works():
 
 def test_switching_leaves_the_pool_alone():
     """Its ends lie on a few paths: what starts from the pool later must not descend from them."""
-    engine, assembly = MovingBath(), molecule()
-    chains = chains_of(engine, assembly)
-    chains.run(line(20), TEMPERATURE, 10, 1, 1)
-    before = [z.clone() for z, _ in chains.pool]
-    switch(chains, line(3)[None].expand(6, -1, -1), TEMPERATURE, 1)
-    assert len(before) == len(chains.pool) == 2
-    assert all(torch.equal(first, second[0]) for first, second in zip(before, chains.pool, strict=True))
+    engine, all_atom = MovingBath(), molecule()
+    fast_atoms = chains_of(engine, all_atom)
+    fast_atoms.run(line(20), TEMPERATURE, 10, 1, 1)
+    before = [z.clone() for z, _ in fast_atoms.pool]
+    switch(fast_atoms, line(3)[None].expand(6, -1, -1), TEMPERATURE, 1)
+    assert len(before) == len(fast_atoms.pool) == 2
+    assert all(torch.equal(first, second[0]) for first, second in zip(before, fast_atoms.pool, strict=True))
 
 
 # ---------------------------------------------------------------- collected works
@@ -307,9 +307,9 @@ def test_slower_where_much_is_dissipated(before, dissipation, after):
 
 @pytest.mark.parametrize("slowness", [1, 3])
 def test_cost_is_an_upper_limit(slowness):
-    engine, assembly = MovingBath(), molecule()
-    chains = chains_of(engine, assembly)
-    chains.run(line(20), TEMPERATURE, 10, 1, 1)
+    engine, all_atom = MovingBath(), molecule()
+    fast_atoms = chains_of(engine, all_atom)
+    fast_atoms.run(line(20), TEMPERATURE, 10, 1, 1)
     run = engine.run
 
     def counting(xyz, *args, **others):  # an engine evaluates the frames, too
@@ -319,6 +319,6 @@ def test_cost_is_an_upper_limit(slowness):
 
     engine.run = counting
     switches, before = Switches(torch.stack((line(40), line(40)))), engine.n_energy_evaluations
-    switches.add(lambda paths, slow: switch(chains, paths, TEMPERATURE, 1, slow), [0, 1], 5, [1, slowness])
+    switches.add(lambda paths, slow: switch(fast_atoms, paths, TEMPERATURE, 1, slow), [0, 1], 5, [1, slowness])
     cost = switches.cost(5) + switches.cost(5, slowness)
     assert 0.6 * cost < engine.n_energy_evaluations - before <= cost

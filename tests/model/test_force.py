@@ -9,73 +9,22 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from test_joint import joint_flow, linear
+from butane_model import all_atoms, butane_model, close, evaluate, expected, system_of
+from joint_models import joint_flow, linear
 
-from openmm_cgflow import CGFlowError, MolecularSystem, Partition, load_config
-from openmm_cgflow.coordinates.geometry import Scaffold
-from openmm_cgflow.engines.platforms import PlatformChoice
-from openmm_cgflow.model.cg_model import CGModel, new_flow, new_pmf
+from openmm_cgflow import CGFlowError
+from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.force import save_torchscript, traced, traced_with_forces
-from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.torch_force import of_all_atoms
 from openmm_cgflow.units import thermal_beta
 
-REFERENCE = PlatformChoice("Reference")
 ENERGIES = ("pmf", "flow", "torsions")
 MECHANISMS = ("python", pytest.param("torchforce", marks=pytest.mark.torchforce))
 
 
 @pytest.fixture(scope="module")
 def model(systems):
-    settings = ["flow.n_layers=2", "flow.hidden_features=[8]", "pmf.hidden_features=[16]", "pmf.n_members=2"]
-    config = load_config(systems / "butane" / "butane.yaml", settings)
-    molecule = MolecularSystem.from_files(config.system)
-    partition = Partition.resolve(molecule, config.partition.slow)
-
-    def evaluate(xyz):
-        energies, forces = zip(*(energy_and_forces(molecule.system, frame) for frame in xyz), strict=True)
-        return np.array(energies), np.array(forces)
-
-    scaffold = Scaffold.build(config, molecule, partition, evaluate)
-    flow, pmf = new_flow(config, scaffold), new_pmf(config, scaffold)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in (*flow.parameters(), *pmf.parameters()):
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return CGModel(scaffold, flow, pmf, None, [config.temperature], [], "Reference")
-
-
-def all_atoms(model, seed=0):
-    """Positions near the input structure."""
-    positions = model.molecular_system.positions
-    return positions + 0.003 * np.random.default_rng(seed).normal(size=positions.shape)
-
-
-def expected(model, positions, atoms, scale=1.0, energy=None):
-    at = torch.tensor(positions, requires_grad=True)
-    value = model.energy_of_positions(scale, energy)(at[list(atoms)])
-    (gradient,) = torch.autograd.grad(value, at)
-    return value.item(), -gradient.numpy()
-
-
-def evaluate(system, positions, platform=REFERENCE, groups=-1):
-    context = platform.context(system, openmm.VerletIntegrator(0.001))
-    context.setPositions(positions)
-    state = context.getState(energy=True, forces=True, groups=groups)
-    return state.getPotentialEnergy()._value, state.getForces(asNumpy=True)._value
-
-
-def system_of(force, n_atoms):
-    system = openmm.System()
-    for _ in range(n_atoms):
-        system.addParticle(12.0)
-    system.addForce(force)
-    return system
-
-
-def close(found, true):
-    assert found[0] == pytest.approx(true[0], rel=1e-5)
-    np.testing.assert_allclose(found[1], true[1], atol=1e-5 * np.abs(true[1]).max())
+    return butane_model(systems)
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -165,7 +114,7 @@ def test_added_to_the_force_field_it_survives_xml(model, mechanism):
 
 def test_default_is_the_pmf_and_without_one_the_flow(model):
     positions = all_atoms(model)[list(model.partition.slow)]
-    without = CGModel(model.scaffold, model.flow, None, None, model.temperatures, [], "Reference")
+    without = CGModel(model.geometry, model.flow, None, None, model.temperatures, [], "Reference")
     close(evaluate(model.create_cg_system().system, positions), expected(model, positions, range(4), 1.0, "pmf"))
     at = torch.tensor(positions)
     assert without.energy_of_positions()(at) == model.energy_of_positions(energy="flow")(at)
@@ -257,6 +206,6 @@ def test_unknown_words_are_refused(model):
 
 def test_learned_combinations_are_refused(model):
     joint = joint_flow(linear())
-    learned = CGModel(model.scaffold, joint.flow, None, None, model.temperatures, [], "Reference", joint)
+    learned = CGModel(model.geometry, joint.flow, None, None, model.temperatures, [], "Reference", joint)
     with pytest.raises(CGFlowError, match="combinations of all particles"):
         learned.create_force()

@@ -12,7 +12,7 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 
-SYSTEMS = Path(__file__).parents[1] / "systems"
+SYSTEMS = Path(__file__).parents[2] / "systems"
 # Residue, atoms, bonds inside the residue; the C of each residue is joined to the N of the next.
 ACE = ("ACE", "CH3 H1 H2 H3 C O", "CH3-H1 CH3-H2 CH3-H3 CH3-C C-O")
 FOR = ("FOR", "H C O", "H-C C-O")

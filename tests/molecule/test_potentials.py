@@ -12,17 +12,18 @@ import openmm
 import pytest
 import torch
 import yaml
-from test_runner import TINY
+from settings import TINY
 from toys import HarmonicBath
 
 from openmm_cgflow import CGFlowError, MolecularSystem, load, load_config, train
-from openmm_cgflow.config import SamplerConfig, dump_config
+from openmm_cgflow.config import dump_config
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.molecule.potentials import ReplicaEnergy
 from openmm_cgflow.molecule.python_forces import batched_energy
 from openmm_cgflow.molecule.readers import read_system_xml
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.torch_force import TorchEnergy, python_force
+from openmm_cgflow.settings import ChainSettings
 
 SHORT = {"n_relax": 2, "n_equilibration": 3, "n_frames": 2, "stride": 2}
 
@@ -49,7 +50,7 @@ def expected(module, xyz):
 
 
 def settings(**changes):
-    return SamplerConfig(**({"platform": "Reference", "n_workers": 1, "n_replicas": 6} | changes))
+    return ChainSettings(**({"platform": "Reference", "n_workers": 1, "n_replicas": 6} | changes))
 
 
 # ---------------------------------------------------------------- into a System

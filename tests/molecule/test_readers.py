@@ -8,13 +8,13 @@ import openmm
 import pytest
 from openmm import app, unit
 
-from openmm_cgflow.config import SystemConfig
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.readers import load_files, near_force_fields
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.system import MolecularSystem
+from openmm_cgflow.settings import SystemSettings
 
-ALANINE = Path(__file__).parents[1] / "systems" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
+ALANINE = Path(__file__).parents[2] / "systems" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 VACUUM = ["amber99sbildn.xml"]
 
 
@@ -249,7 +249,7 @@ def test_charmm_without_or_with_wrong_parameters(charmm, tmp_path):
 
 
 def test_from_files_takes_a_configuration(vacuum):
-    config = SystemConfig(structure=ALANINE, forcefield=VACUUM)
+    config = SystemSettings(structure=ALANINE, forcefield=VACUUM)
     assert MolecularSystem.from_files(config).fingerprint() == vacuum.fingerprint()
     assert MolecularSystem.from_files(str(ALANINE), VACUUM[0]).fingerprint() == vacuum.fingerprint()
     assert load_files(config).system.getNumConstraints() == 0

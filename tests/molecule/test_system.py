@@ -12,7 +12,7 @@ from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table, topology_to_table
 
-ALANINE = Path(__file__).parents[1] / "systems" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
+ALANINE = Path(__file__).parents[2] / "systems" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 
 
 @pytest.fixture(scope="module")

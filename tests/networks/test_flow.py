@@ -306,7 +306,7 @@ def test_a_new_flow_is_close_to_its_base(size, generator):
     assert float(away.square().mean().sqrt()) < 0.1 * math.sqrt(flow.n_features)
 
 
-@pytest.mark.parametrize("direction", ["sampling", "density"])
+@pytest.mark.parametrize("direction", ["samples", "density"])
 def test_every_parameter_gets_a_gradient(flow, direction, generator):
     z, _ = flow.sample(64, generator)
     if direction == "density":

@@ -5,79 +5,31 @@ import math
 import pytest
 import torch
 from analytic import assembly_of, random_structure
-
-from openmm_cgflow.coordinates.slow import BoxCoordinates
-from openmm_cgflow.coordinates.thermal_map import InternalChart, LinearChart
-from openmm_cgflow.networks.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow
-from openmm_cgflow.networks.joint import JointFlow
-from openmm_cgflow.networks.layers import n_slow_features
-
-REACH = 4.0
-
-
-def linear(n_slow=1, n_fast=1, mixing=0.0, learned=True, roughness=0.0, seed=0, widths=None):
-    labels = [f"X{i}" for i in range(n_slow + n_fast)]
-    slow, fast = range(1, n_slow + 1), (0, *range(n_slow + 1, n_slow + n_fast))
-    centre = torch.linspace(0.4, -0.1, n_slow + n_fast).double()
-    if widths is None:
-        widths = torch.linspace(0.3, 0.9, n_slow + n_fast).double()
-    box = BoxCoordinates(slow, labels, 10.0)
-    chart = LinearChart(box, fast, centre, lambda gamma: widths / math.sqrt(gamma), REACH, mixing, learned)
-    shaken(chart, roughness, seed)
-    return chart
-
-
-def internal(assembly, centre, widths):
-    return InternalChart(assembly, centre, lambda gamma: widths / math.sqrt(gamma))
-
-
-def shaken(module, roughness, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += roughness * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-
-
-def joint_flow(chart, n_circular=1, n_bounded=0, n_layers=0, roughness=0.1):
-    n, periodic = chart.n_fast_features, isinstance(chart, InternalChart)
-    context = n_slow_features(n_circular, n_bounded, periodic) + N_GAMMA_FEATURES
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        flow = CGFlow(n_circular, n_bounded, 6.0, 3, 2, 6, [8], periodic=periodic)
-        conditional = ConditionalFlow(n, context, 6.0, n_layers, 6, [8], torch.eye(n).double())
-    for part in (flow, conditional.double()):
-        shaken(part, roughness)
-    return JointFlow(flow, conditional, chart)
-
-
-def drawn(joint, n, gamma=1.0, seed=3):
-    with torch.no_grad():
-        return joint(joint.draw_base(n, torch.Generator().manual_seed(seed)), gamma)
-
+from joint_models import REACH, drawn, internal, joint_flow, linear
 
 # ---------------------------------------------------------------- the learned map
 
 
 def test_it_starts_as_the_partition():
-    chart = linear(2, 2)
-    torch.testing.assert_close(chart.slow_directions(), torch.eye(4)[[1, 2]].double())
+    thermal_map = linear(2, 2)
+    torch.testing.assert_close(thermal_map.slow_directions(), torch.eye(4)[[1, 2]].double())
     z, r = torch.tensor([[0.3, -1.0]]).double(), torch.tensor([[1.0, -2.0]]).double()
-    xyz = chart.build(z, r, 0.25)
+    xyz = thermal_map.build(z, r, 0.25)
     widths = 2 * torch.linspace(0.3, 0.9, 4).double()
     steps = torch.tensor([1.0, 0.3 * REACH / math.pi, -REACH / math.pi, -2.0]).double()
-    torch.testing.assert_close(xyz[0, :, 0], chart.centre + steps * widths)
+    torch.testing.assert_close(xyz[0, :, 0], thermal_map.centre + steps * widths)
     assert (xyz[..., 1:] == 0).all()
 
 
 @pytest.mark.parametrize("mixing", [0.0, 0.5, 0.9])
 def test_rows_sum_to_one_whatever_is_learned(mixing):
-    chart = linear(2, 3, mixing, roughness=0.1)
+    thermal_map = linear(2, 3, mixing, roughness=0.1)
     ones = torch.ones(5, dtype=torch.float64)
-    torch.testing.assert_close(chart.matrix.sum(1), ones)
-    torch.testing.assert_close(chart.slow_directions().sum(1), ones[:2])
+    torch.testing.assert_close(thermal_map.matrix.sum(1), ones)
+    torch.testing.assert_close(thermal_map.slow_directions().sum(1), ones[:2])
     # A translation of all particles translates all pseudo-particles.
     x = torch.rand(4, 5).double()
-    moved = (x + 0.2) @ chart.pseudo_particles.T - x @ chart.pseudo_particles.T
+    moved = (x + 0.2) @ thermal_map.pseudo_particles.T - x @ thermal_map.pseudo_particles.T
     torch.testing.assert_close(moved, torch.full((4, 5), 0.2).double())
 
 
@@ -90,25 +42,25 @@ def test_mixing_takes_each_pseudo_particle_to_the_mean():
 
 @pytest.mark.parametrize("gamma", [0.4, torch.tensor([0.1, 1.0, 0.4, 0.4, 1.0, 0.1]).double()], ids=["one", "rows"])
 def test_linear_map_and_back(gamma):
-    chart = linear(2, 3, 0.3, roughness=0.1)
+    thermal_map = linear(2, 3, 0.3, roughness=0.1)
     z, r = 2 * torch.rand(6, 2).double() - 1, torch.randn(6, 3).double()
-    for found, expected in zip(chart.read(chart.build(z, r, gamma), gamma), (z, r), strict=True):
+    for found, expected in zip(thermal_map.read(thermal_map.build(z, r, gamma), gamma), (z, r), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def jacobian_volume(chart, z, r, gamma):
+def jacobian_volume(thermal_map, z, r, gamma):
     def positions(flat):
-        return chart.build(flat[None, : len(z)], flat[None, len(z) :], gamma)[0, :, 0]
+        return thermal_map.build(flat[None, : len(z)], flat[None, len(z) :], gamma)[0, :, 0]
 
     return float(torch.linalg.slogdet(torch.autograd.functional.jacobian(positions, torch.cat((z, r))))[1])
 
 
 def test_volume_of_the_linear_map_is_that_of_autograd():
-    chart = linear(2, 3, 0.3, roughness=0.1)
+    thermal_map = linear(2, 3, 0.3, roughness=0.1)
     z, r = torch.tensor([0.3, -0.5]).double(), torch.randn(3).double()
     for gamma in (1.0, 0.2):
-        found = float(chart.log_volume(z[None], r[None], gamma).detach())
-        assert found == pytest.approx(jacobian_volume(chart, z, r, gamma))
+        found = float(thermal_map.log_volume(z[None], r[None], gamma).detach())
+        assert found == pytest.approx(jacobian_volume(thermal_map, z, r, gamma))
 
 
 def test_a_turn_of_the_map_leaves_gaussians_of_the_thermal_widths_as_they_are():
@@ -116,12 +68,12 @@ def test_a_turn_of_the_map_leaves_gaussians_of_the_thermal_widths_as_they_are():
     widths = torch.tensor([0.3, 2.0, 0.7]).double()
     generator = torch.Generator().manual_seed(0)
     for mixing, roughness in ((0.0, 0.0), (0.4, 0.2)):
-        chart = linear(1, 2, mixing, roughness=roughness, widths=widths)
+        thermal_map = linear(1, 2, mixing, roughness=roughness, widths=widths)
         noise = torch.randn((200_000, 3), generator=generator, dtype=torch.float64)
         x = torch.zeros((len(noise), 3, 3), dtype=torch.float64)
-        x[..., 0] = chart.centre + 2 * widths * noise
+        x[..., 0] = thermal_map.centre + 2 * widths * noise
         with torch.no_grad():
-            z, r = chart.read(x, 0.25)
+            z, r = thermal_map.read(x, 0.25)
         features = torch.cat((z * REACH / math.pi, r), dim=-1)
         inside = features[:, 0].abs() < 0.9 * REACH
         covariance = features[inside].T.cov()
@@ -140,15 +92,15 @@ def correlated(n, gamma, seed=0):
 @pytest.mark.parametrize("measured", [True, False])
 def test_what_is_left_of_the_fast_ones_knows_nothing_of_the_slow_ones(measured):
     """Of Gaussians whose covariance was measured, whatever the map; without it, it does."""
-    chart = linear(1, 2, 0.4, roughness=0.2, widths=torch.tensor([2.0, 3.0, 2.0]).double())
+    thermal_map = linear(1, 2, 0.4, roughness=0.2, widths=torch.tensor([2.0, 3.0, 2.0]).double())
     if measured:
         for gamma in (0.1, 0.25, 1.0):
             x = correlated(100_000, gamma)
-            chart.measure(gamma, x, torch.full((len(x),), 1 / len(x)).double())
+            thermal_map.measure(gamma, x, torch.full((len(x),), 1 / len(x)).double())
     means = []
     for gamma in (0.1, 1.0):
         with torch.no_grad():
-            z, r = chart.read(correlated(100_000, gamma, seed=1), gamma)
+            z, r = thermal_map.read(correlated(100_000, gamma, seed=1), gamma)
         assert float(z.abs().max()) < 3.0  # nothing is beyond the circle
         found = torch.cat((z / z.std(), r), dim=-1).T.cov()
         expected = torch.eye(3).double()
@@ -158,39 +110,41 @@ def test_what_is_left_of_the_fast_ones_knows_nothing_of_the_slow_ones(measured):
 
 
 def test_weights_enter_what_is_measured():
-    chart, x = linear(), torch.zeros((3, 2, 3)).double()
+    thermal_map, x = linear(), torch.zeros((3, 2, 3)).double()
     x[:, :, 0] = torch.tensor([[0.0, 1.0], [2.0, 0.0], [5.0, 5.0]])
-    chart.measure(1.0, x, torch.tensor([0.75, 0.25, 0.0]).double())
-    state = chart.get_extra_state()
-    torch.testing.assert_close(state["means"][0] + chart.centre, torch.tensor([0.5, 0.75]).double())
+    thermal_map.measure(1.0, x, torch.tensor([0.75, 0.25, 0.0]).double())
+    state = thermal_map.get_extra_state()
+    torch.testing.assert_close(state["means"][0] + thermal_map.centre, torch.tensor([0.5, 0.75]).double())
     torch.testing.assert_close(state["covariances"][0], torch.tensor([[0.75, -0.375], [-0.375, 0.1875]]).double())
 
 
 def test_the_circle_holds_what_was_seen_and_no_more():
-    chart, x = linear(1, 2), correlated(5000, 1.0)
+    thermal_map, x = linear(1, 2), correlated(5000, 1.0)
     weights = torch.full((len(x),), 1 / len(x)).double()
     x[0, :, 0], weights[0] = 1e3, 1e-12  # of no weight
-    chart.measure(1.0, x, weights)
-    z, _ = chart.read(x, 1.0)
+    thermal_map.measure(1.0, x, weights)
+    z, _ = thermal_map.read(x, 1.0)
     inside = z[1:].abs() / math.pi
     assert 0.8 < float(inside.max().detach()) <= 1.0  # a margin, and no more
-    flow = joint_flow(chart)
+    flow = joint_flow(thermal_map)
     log_q = flow.log_prob_xyz(x, 1.0)
     assert torch.isfinite(log_q[1:]).all() and log_q[0] == -math.inf
 
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2, 0.5, 1.0])
 def test_map_and_volume_between_what_was_measured(gamma):
-    chart = linear(1, 2, 0.3, roughness=0.1)
+    thermal_map = linear(1, 2, 0.3, roughness=0.1)
     for measured in (0.1, 0.3, 0.8):
         x = correlated(1000, measured)
-        chart.measure(measured, x, torch.full((len(x),), 1e-3).double())
+        thermal_map.measure(measured, x, torch.full((len(x),), 1e-3).double())
     z, r = torch.tensor([[0.3]]).double(), torch.tensor([[0.5, -1.0]]).double()
-    xyz = chart.build(z, r, gamma)
-    torch.testing.assert_close(torch.cat(chart.read(xyz, gamma), dim=-1), torch.cat((z, r), dim=-1))
-    assert float(chart.log_volume(z, r, gamma).detach()) == pytest.approx(jacobian_volume(chart, z[0], r[0], gamma))
+    xyz = thermal_map.build(z, r, gamma)
+    torch.testing.assert_close(torch.cat(thermal_map.read(xyz, gamma), dim=-1), torch.cat((z, r), dim=-1))
+    assert float(thermal_map.log_volume(z, r, gamma).detach()) == pytest.approx(
+        jacobian_volume(thermal_map, z[0], r[0], gamma)
+    )
     again = linear(1, 2)
-    again.load_state_dict(chart.state_dict())
+    again.load_state_dict(thermal_map.state_dict())
     torch.testing.assert_close(again.build(z, r, gamma), xyz)
 
 
@@ -208,17 +162,19 @@ def test_a_fixed_map_has_nothing_to_train():
 
 
 def test_irregularity_drives_the_map_away_from_singular_ones():
-    chart = linear(2, 2)
-    assert float(chart.irregularity().detach()) == pytest.approx(2)
+    thermal_map = linear(2, 2)
+    assert float(thermal_map.irregularity().detach()) == pytest.approx(2)
     with torch.no_grad():
-        chart.weights[2] = 0.99 * chart.weights[1] + 0.01 * chart.weights[2]  # a fast row, nearly a slow one
-    optimizer = torch.optim.Adam([chart.weights], lr=1e-2)
-    before = float(torch.linalg.cond(chart.matrix.detach()))
+        thermal_map.weights[2] = (
+            0.99 * thermal_map.weights[1] + 0.01 * thermal_map.weights[2]
+        )  # a fast row, nearly a slow one
+    optimizer = torch.optim.Adam([thermal_map.weights], lr=1e-2)
+    before = float(torch.linalg.cond(thermal_map.matrix.detach()))
     for _ in range(100):
         optimizer.zero_grad()
-        chart.irregularity().backward()
+        thermal_map.irregularity().backward()
         optimizer.step()
-    assert before > 100 and float(torch.linalg.cond(chart.matrix.detach())) < 10
+    assert before > 100 and float(torch.linalg.cond(thermal_map.matrix.detach())) < 10
 
 
 # ---------------------------------------------------------------- the density
@@ -236,8 +192,8 @@ def test_density_of_two_particles_integrates_to_one(n_layers, gamma):
     with torch.no_grad():
         z, _ = joint.read(xyz, gamma)
         # One image of the circle only: pseudo-particles outside are read as inside.
-        scale = float(joint.chart._frame(gamma).scale)
-        slow = ((xyz[..., 0] - joint.chart.centre) @ joint.chart.pseudo_particles.T)[:, 0]
+        scale = float(joint.thermal_map._frame(gamma).scale)
+        slow = ((xyz[..., 0] - joint.thermal_map.centre) @ joint.thermal_map.pseudo_particles.T)[:, 0]
         inside = (slow / scale - z[:, 0]).abs() < 1e-6
         mass = (joint.log_prob_xyz(xyz, gamma).exp() * inside).sum() * (2 * reach / n) ** 2
     assert float(mass) == pytest.approx(1, abs=2e-3)
@@ -270,12 +226,12 @@ def test_density_of_a_molecule(n_layers):
     """Fast atoms in internal coordinates, one of them with a dihedral at the seam of the circle."""
     bonds = [(0, 1), (1, 2), (2, 3), (2, 4), (4, 5)]
     xyz = random_structure(bonds, 4)
-    assembly = assembly_of(bonds, [0, 1, 2, 3], xyz)
-    centre = assembly.read_fast(xyz[None])[0].clone()
+    all_atom = assembly_of(bonds, [0, 1, 2, 3], xyz)
+    centre = all_atom.read_fast(xyz[None])[0].clone()
     centre[1, 2] = math.pi - 0.01
-    chart = internal(assembly, centre, torch.tensor([0.003, 0.05, 0.2]).double().expand(2, 3))
-    n_circular, n_features = assembly.coordinates.n_circular, assembly.coordinates.n_features
-    joint = joint_flow(chart, n_circular, n_features - n_circular, n_layers, roughness=0.03)
+    thermal_map = internal(all_atom, centre, torch.tensor([0.003, 0.05, 0.2]).double().expand(2, 3))
+    n_circular, n_features = all_atom.coordinates.n_circular, all_atom.coordinates.n_features
+    joint = joint_flow(thermal_map, n_circular, n_features - n_circular, n_layers, roughness=0.03)
     z, r = drawn(joint, 40)
     z[:, 1:] *= 0.1
     built = joint.build(z, r)

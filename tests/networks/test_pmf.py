@@ -8,7 +8,7 @@ import torch
 from analytic import assert_identical, largest_sigma
 
 from openmm_cgflow.forces.estimator import MeanForce
-from openmm_cgflow.networks.pmf import PMF, MeanForceBuffer, PMFFitter, Values, held_out_error
+from openmm_cgflow.networks.pmf import PMF, AnchorValues, MeanForceBuffer, PMFFitter, held_out_error
 
 PRECISION = torch.tensor([[1.0, 0.4], [0.4, 1.2]], dtype=torch.float64)
 
@@ -277,7 +277,7 @@ def test_known_differences_mend_errors_that_mean_forces_have_in_common():
     start, end = basins[[0, 0, 0]], basins[[1, 1, 1]] + torch.tensor([[0.0], [0.3], [-0.3]])
     noise = torch.tensor([0.05, -0.03, 0.02])
     known = (free_energy(end) - free_energy(start)).float() + noise
-    values = Values(start.float(), end.float(), known, torch.full((3,), 0.05), torch.ones((3, 4)))
+    values = AnchorValues(start.float(), end.float(), known, torch.full((3,), 0.05), torch.ones((3, 4)))
     errors, misfits = {}, {}
     for name, given in {"without": None, "with": values}.items():
         pmf = new_pmf(hidden=(24, 24), seed=3)

@@ -10,7 +10,7 @@ import torch
 from scipy.special import eval_legendre, expit, spherical_jn
 
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.paper.bonded_terms import BondedPrior
+from openmm_cgflow.paper.bonded_terms import BondedTerms
 from openmm_cgflow.paper.dimenet import _N_ORDERS, _N_ZEROS, DimeNetPP, DimeNetWithPrior, load_dimenet
 
 _CUTOFF = 0.5
@@ -56,7 +56,7 @@ def _parameters(seed=1):
 
 def test_all_tensors_go_with_the_module_to_its_device(network):
     """The meta device computes nothing, but refuses tensors of another device, as a GPU does."""
-    prior = BondedPrior([[0, 1, 0.15, 1e5]], [[0, 1, 2, 110.0, 0.1]], [[0, 1, 2, 3, 3, 1.0]], [])
+    prior = BondedTerms([[0, 1, 0.15, 1e5]], [[0, 1, 2, 110.0, 0.1]], [[0, 1, 2, 3, 3, 1.0]], [])
     potential = copy.deepcopy(DimeNetWithPrior(network, prior)).to("meta")
     energy = potential(torch.zeros(5, 4, 3, dtype=torch.float64, device="meta"))
     assert energy.shape == (5,) and energy.device.type == "meta"
@@ -220,7 +220,7 @@ def test_prior_by_hand(sign, improper):
     xyz = torch.tensor(
         [[0.3, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.2, 0.0], [0.0, 0.2, -0.2 * sign]], dtype=torch.float64
     )
-    prior = BondedPrior.from_dict(_PRIOR)
+    prior = BondedTerms.from_dict(_PRIOR)
     expected = 0.5 * 3 * 0.2**2 + 0.5 * 0.5 * 30**2 + (1.5 - 1.5 * math.cos(math.pi)) + improper
     assert np.isclose(float(prior(xyz)), expected)
     assert torch.allclose(prior(torch.stack((xyz, xyz))), prior(xyz))

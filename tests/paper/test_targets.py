@@ -12,9 +12,9 @@ from scipy.stats import kstest
 
 from openmm_cgflow import MolecularSystem, evaluate, evaluate_exactly, load
 from openmm_cgflow.cli import main
-from openmm_cgflow.config import Config, TargetConfig, validate
-from openmm_cgflow.coordinates.all_atom import ParticleAssembly
-from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.config import Config, validate
+from openmm_cgflow.coordinates.all_atom import BoxMap
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.coordinates.slow import BoxCoordinates
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.errors import CGFlowError
@@ -22,6 +22,7 @@ from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.paper import exact
 from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target
+from openmm_cgflow.settings import TargetSettings
 
 pytestmark = pytest.mark.usefixtures("few_tests")
 
@@ -48,8 +49,8 @@ def test_openmm_has_the_energy_that_the_exact_answers_are_of(target):
     plus[range(n), range(n), 0] += step
     minus[range(n), range(n), 0] -= step
     aside = xyz + np.array([0.0, 0.3, -0.2])  # the unused coordinates have springs of their own
-    sampler = Config().sampler.model_copy(update={"platform": "Reference", "n_workers": 1, "engine": "contexts"})
-    with create_engine(MolecularSystem.from_target(target), range(target.n_slow), sampler) as engine:
+    chains = Config().chains.model_copy(update={"platform": "Reference", "n_workers": 1, "engine": "contexts"})
+    with create_engine(MolecularSystem.from_target(target), range(target.n_slow), chains) as engine:
         energy, forces = engine.evaluate(np.concatenate((xyz, plus, minus, aside)))
     assert energy[:4] == pytest.approx(expected, rel=1e-9, abs=1e-9)
     numerical = (energy[4 + n : 4 + 2 * n] - energy[4 : 4 + n]) / (2 * step)
@@ -102,14 +103,14 @@ def test_fast_coordinates_are_gaussian_around_b_z():
 
 
 def test_a_mixture_is_the_same_whatever_the_seed_of_the_run():
-    first, second = (new_target(TargetConfig(name="gaussian_mixture", dimensions=3, seed=4)) for _ in range(2))
+    first, second = (new_target(TargetSettings(name="gaussian_mixture", dimensions=3, seed=4)) for _ in range(2))
     assert np.array_equal(first.means, second.means) and np.array_equal(first.matrix, second.matrix)
     assert np.abs(first.means).max() <= 1
-    other = new_target(TargetConfig(name="gaussian_mixture", dimensions=3, seed=5))
+    other = new_target(TargetSettings(name="gaussian_mixture", dimensions=3, seed=5))
     assert not np.array_equal(first.means, other.means)
 
 
-# ---------------------------------------------------------------- coordinates and scaffold
+# ---------------------------------------------------------------- coordinates and geometry
 
 
 def test_box_coordinates_end_at_walls():
@@ -128,16 +129,16 @@ def test_box_coordinates_end_at_walls():
 
 
 def test_particles_are_put_where_they_belong():
-    assembly = ParticleAssembly(BoxCoordinates((1, 3), ("a", "b", "c", "d"), 5.0), (0, 2))
+    all_atom = BoxMap(BoxCoordinates((1, 3), ("a", "b", "c", "d"), 5.0), (0, 2))
     generator = torch.Generator().manual_seed(0)
     z = math.pi * (2 * torch.rand((3, 2), generator=generator, dtype=torch.float64) - 1)
     y = torch.randn((3, 2, 3), generator=generator, dtype=torch.float64)
-    xyz = assembly.build(z, y)
+    xyz = all_atom.build(z, y)
     torch.testing.assert_close(xyz[:, [1, 3], 0], z * 5 / math.pi)
     torch.testing.assert_close(xyz[:, [0, 2]], y)
-    torch.testing.assert_close(assembly.read_fast(xyz), y)
-    torch.testing.assert_close(assembly.read_slow(xyz), z)
-    assert assembly.same_handedness(xyz).all() and (assembly.log_volume_fast(y) == 0).all()
+    torch.testing.assert_close(all_atom.read_fast(xyz), y)
+    torch.testing.assert_close(all_atom.read_slow(xyz), z)
+    assert all_atom.same_handedness(xyz).all() and (all_atom.log_volume_fast(y) == 0).all()
 
 
 @pytest.mark.parametrize("dimensions", [2, 4])
@@ -145,14 +146,14 @@ def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
     config = _config({"name": "gaussian_mixture", "dimensions": dimensions}, list(range(dimensions)))
     system = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(system, config.partition.slow)
-    with create_engine(system, partition.slow, config.sampler) as engine:
-        scaffold = Scaffold.build(config, system, partition, engine.evaluate)
+    with create_engine(system, partition.slow, config.chains) as engine:
+        geometry = Geometry.build(config, system, partition, engine.evaluate)
     expected = torch.full((dimensions, 3), 0.1, dtype=torch.float64)
-    torch.testing.assert_close(scaffold.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
-    torch.testing.assert_close(scaffold.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
-    again = Scaffold.build(config, system, partition, saved=scaffold.saved_arrays())
-    torch.testing.assert_close(again.fast_widths(UNIT), scaffold.fast_widths(UNIT))
-    y = scaffold.draw_fast(torch.zeros(4000, dimensions), 4 * UNIT, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(geometry.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(geometry.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
+    again = Geometry.build(config, system, partition, saved=geometry.saved_arrays())
+    torch.testing.assert_close(again.fast_widths(UNIT), geometry.fast_widths(UNIT))
+    y = geometry.draw_fast(torch.zeros(4000, dimensions), 4 * UNIT, torch.Generator().manual_seed(0))
     torch.testing.assert_close(y.std(0), 2 * expected, rtol=0.1, atol=0)
 
 
@@ -161,11 +162,11 @@ def test_widths_where_the_start_is_the_top_of_a_barrier():
     config = _config("double_well", [1])
     system = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(system, config.partition.slow)
-    with create_engine(system, partition.slow, config.sampler) as engine:
-        scaffold = Scaffold.build(config, system, partition, engine.evaluate)
+    with create_engine(system, partition.slow, config.chains) as engine:
+        geometry = Geometry.build(config, system, partition, engine.evaluate)
     for beta in (1.0, 0.01):
         exact = math.sqrt(6 + math.sqrt(36 + 2 / beta))  # where x^4/4 - 3 x^2 is half of kT
-        assert float(scaffold.fast_widths(UNIT / beta)[0, 0]) == pytest.approx(exact, rel=0.06)
+        assert float(geometry.fast_widths(UNIT / beta)[0, 0]) == pytest.approx(exact, rel=0.06)
 
 
 def _config(target, slow, **sections):
@@ -174,7 +175,7 @@ def _config(target, slow, **sections):
         temperature=UNIT,
         partition={"slow": slow},
         coordinates={"kind": "box", "box": 6},
-        sampler={"platform": "Reference", "n_workers": 1},
+        chains={"platform": "Reference", "n_workers": 1},
         **sections,
     )
 
@@ -198,11 +199,11 @@ def test_settings_that_do_not_go_together(tree, words):
 
 
 TINY = (
-    "sampler.n_replicas=64", "sampler.n_pool_steps=20", "sampler.n_workers=1", "sampler.platform=Reference",
-    "sampler.n_equilibration=5", "pmf.n_updates=20", "pmf.final_updates=20", "pmf.flow_updates=5",
+    "chains.n_replicas=64", "chains.n_pool_steps=20", "chains.n_workers=1", "chains.platform=Reference",
+    "chains.n_equilibration=5", "pmf.n_updates=20", "pmf.final_updates=20", "pmf.flow_updates=5",
     "pmf.polish_updates=20", "pmf.hidden_features=[16]", "flow.n_layers=4", "flow.hidden_features=[16]",
-    "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "sampling.n_samples=50", "sampling.n_verified=2",
-    "sampling.n_switches=2", "pmf.n_switched=0",
+    "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "samples.n_samples=50", "samples.n_verified=2",
+    "samples.n_switches=2", "pmf.n_switched=0",
 )  # fmt: skip
 
 

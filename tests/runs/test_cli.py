@@ -38,11 +38,11 @@ from openmm_cgflow.files.trajectory import read_colvar
 pytestmark = pytest.mark.usefixtures("few_tests")
 
 TINY = (
-    "sampler.n_replicas=16", "sampler.n_pool_steps=20", "sampler.n_workers=1", "sampler.platform=Reference",
+    "chains.n_replicas=16", "chains.n_pool_steps=20", "chains.n_workers=1", "chains.platform=Reference",
     "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=2", "pmf.flow_batch_size=64",
     "pmf.hidden_features=[16]",
     "pmf.polish_updates=10", "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "flow.n_layers=2",
-    "flow.hidden_features=[16]", "sampling.n_samples=24", "sampling.n_equilibration=10", "sampling.n_verified=0",
+    "flow.hidden_features=[16]", "samples.n_samples=24", "samples.n_equilibration=10", "samples.n_verified=0",
     "pmf.n_switched=0",
     "training.checkpoint_interval=1000",
 )  # fmt: skip
@@ -157,7 +157,7 @@ def half_a_minute_each(monkeypatch):
 
 def configuration(folder, name="molecule.yaml", **settings):
     """A file with these settings over tiny ones for the sampler."""
-    tree = {"partition": {"slow": "heavy"}, "sampler": {"platform": "Reference", "n_workers": 1}, **settings}
+    tree = {"partition": {"slow": "heavy"}, "chains": {"platform": "Reference", "n_workers": 1}, **settings}
     path = folder / name
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -375,10 +375,10 @@ def test_seed_and_settings_and_overwrite(butane, finished, run, capsys):
     (run / "mine.txt").write_text("kept")
     output_of(
         capsys, "train", butane, "-o", run, "--overwrite", "--seed", 1,
-        "--set", "sampling.n_samples=3", "temperature=310 K",
+        "--set", "samples.n_samples=3", "temperature=310 K",
     )  # fmt: skip
     config = load_config(run / "config.yaml")
-    assert (config.seed, config.sampling.n_samples, config.temperature) == (1, 3, 310.0)
+    assert (config.seed, config.samples.n_samples, config.temperature) == (1, 3, 310.0)
     assert len(read_colvar(run / "samples.colvar")["time"]) == 3
     assert (run / "metrics.csv").read_text() != (finished / "metrics.csv").read_text()
     assert (run / "mine.txt").read_text() == "kept"
@@ -504,7 +504,7 @@ def slow_ring(folder, systems, alanine):
 
 
 def unknown_key(folder, systems, alanine):
-    return peptide(folder, alanine, sampler={"n_replica": 16})
+    return peptide(folder, alanine, chains={"n_replica": 16})
 
 
 def unknown_section(folder, systems, alanine):
@@ -512,7 +512,7 @@ def unknown_section(folder, systems, alanine):
 
 
 def wrong_unit(folder, systems, alanine):
-    return peptide(folder, alanine, sampler={"timestep": "1 K"})
+    return peptide(folder, alanine, chains={"timestep": "1 K"})
 
 
 def unknown_unit(folder, systems, alanine):
@@ -535,7 +535,7 @@ def overlapping_atoms(folder, systems, alanine):
 
 
 def absent_platform(folder, systems, alanine):
-    return peptide(folder, alanine, sampler={"platform": "Cudo", "n_workers": 1})
+    return peptide(folder, alanine, chains={"platform": "Cudo", "n_workers": 1})
 
 
 BAD_INPUT = [
@@ -559,14 +559,14 @@ BAD_INPUT = [
     (everything_selected, ["'all'", "all 22 atoms", "at least one must stay fast"]),
     (index_out_of_range, ["400", "0 to 21"]),
     (slow_ring, ["ring", "[0, 1, 2, 3]", "leave at least one atom"]),
-    (unknown_key, ["molecule.yaml", "sampler.n_replica: unknown key", "did you mean 'n_replicas'?"]),
+    (unknown_key, ["molecule.yaml", "chains.n_replica: unknown key", "did you mean 'n_replicas'?"]),
     (unknown_section, ["samplers: unknown key", "did you mean 'sampler'?"]),
-    (wrong_unit, ["sampler.timestep", "'1 K'", "quantity in ps"]),
+    (wrong_unit, ["chains.timestep", "'1 K'", "quantity in ps"]),
     (unknown_unit, ["temperature", "'300 Kelvins'", "quantity in K"]),
     (out_of_range, ["temperature", "greater than 0"]),
     (nan_coordinates, ["molecule.pdb", "ALA2:CA", "not finite", "rebuild"]),
     (overlapping_atoms, ["molecule.pdb", "ALA2:HB1", "ALA2:HB2", "overlap", "minimise"]),
-    (absent_platform, ["sampler.platform", "'Cudo'", "available: Reference", "'CUDA'"]),
+    (absent_platform, ["chains.platform", "'Cudo'", "available: Reference", "'CUDA'"]),
 ]
 
 
@@ -595,8 +595,8 @@ def test_init_refuses_bad_molecules(tmp_path, alanine, refused):
 
 @pytest.mark.parametrize("where", ["environment", "setting"])
 def test_cuda_asked_for_and_absent(where, butane, tmp_path, monkeypatch, refused):
-    settings = ["--set", f"sampler.platform={'CUDA' if where == 'setting' else 'null'}"]
-    source = "sampler.platform" if where == "setting" else "OPENMM_DEFAULT_PLATFORM"
+    settings = ["--set", f"chains.platform={'CUDA' if where == 'setting' else 'null'}"]
+    source = "chains.platform" if where == "setting" else "OPENMM_DEFAULT_PLATFORM"
     if where == "environment":
         monkeypatch.setenv("OPENMM_DEFAULT_PLATFORM", "CUDA")
     monkeypatch.setattr(platforms, "available_platforms", lambda: ["Reference", "CPU"])
@@ -617,12 +617,12 @@ def test_cuda_asked_for_and_absent(where, butane, tmp_path, monkeypatch, refused
     [
         ("seed", ["--set seed", "section.key=value"]),
         ("=3", ["--set =3", "section.key=value"]),
-        ("sampler.n_replica=3", ["sampler.n_replica", "did you mean 'n_replicas'"]),
-        ("sampler.n_replicas=many", ["sampler.n_replicas", "integer"]),
+        ("chains.n_replica=3", ["chains.n_replica", "did you mean 'n_replicas'"]),
+        ("chains.n_replicas=many", ["chains.n_replicas", "integer"]),
         ("temperature=1 fs", ["temperature", "'1 fs'", "in K"]),
         ("temperature.start=3", ["temperature is not a section"]),
         ("partition.slow=[0, 1", ["partition.slow", "not valid YAML"]),
-        ("sampling=3", ["sampling", "SamplingConfig"]),
+        ("sampling=3", ["samples", "SampleSettings"]),
     ],
 )
 def test_bad_settings(setting, words, butane, tmp_path, refused):
@@ -689,7 +689,7 @@ def test_resume_with_another_molecule_in_the_same_files(butane, run, systems, tm
     tree["system"] = {"structure": "butane.pdb", "forcefield": ["butane.xml"]}
     file = configuration(tmp_path, "butane.yaml", **tree)
     output = tmp_path / "new"
-    assert main(["train", str(file), "-o", str(output), "--set", "sampling.n_samples=0"]) == 0
+    assert main(["train", str(file), "-o", str(output), "--set", "samples.n_samples=0"]) == 0
     strength = re.search(r'<Bond [^>]*k="([^"]*)"', text).group(1)
     (tmp_path / "butane.xml").write_text(text.replace(f'k="{strength}"', f'k="{0.9 * float(strength)}"'))
     words = ["last.pt", "another molecule or force field", "original input files"]
@@ -703,7 +703,7 @@ def test_resume_with_atoms_elsewhere(butane, systems, tmp_path, refused):
     tree["system"] = {"structure": "butane.pdb", "forcefield": [str(systems / "butane" / "butane.xml")]}
     file = configuration(tmp_path, "butane.yaml", **tree)
     output = tmp_path / "new"
-    assert main(["train", str(file), "-o", str(output), "--set", "sampling.n_samples=0"]) == 0
+    assert main(["train", str(file), "-o", str(output), "--set", "samples.n_samples=0"]) == 0
     first = next(k for k, line in enumerate(lines) if line.startswith(("ATOM", "HETATM")))
     x = float(lines[first][30:38])
     lines[first] = f"{lines[first][:30]}{x + 0.01:8.3f}{lines[first][38:]}"
@@ -909,9 +909,9 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path):
 def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, butane, tmp_path, capsys):
     """SIGINT reaches the worker processes too, as Ctrl-C on a terminal does."""
     output = tmp_path / "run"
-    words = ["train", str(butane), "-o", str(output), "--set", "stopping.max_rounds=10", "sampling.n_samples=5"]
+    words = ["train", str(butane), "-o", str(output), "--set", "stopping.max_rounds=10", "samples.n_samples=5"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "openmm_cgflow", *words, f"sampler.n_workers={n_workers}"],
+        [sys.executable, "-m", "openmm_cgflow", *words, f"chains.n_workers={n_workers}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -932,12 +932,12 @@ def test_a_signal_stops_and_the_printed_command_finishes(number, n_workers, buta
     assert "Traceback" not in error
     assert f"{signal.Signals(number).name}: stopping" in error
     printed = shlex.split(out.splitlines()[-1])
-    assert printed == ["openmm-cgflow", *words, f"sampler.n_workers={n_workers}", "--resume"]
+    assert printed == ["openmm-cgflow", *words, f"chains.n_workers={n_workers}", "--resume"]
     assert json.loads((output / "provenance.json").read_text())["status"] == "stopped"
     n_rows = len(metrics.read_text().splitlines()) - 1
     assert 1 <= n_rows < 10
     assert (output / "checkpoints" / "last.pt").exists()
     # One process from here on: the number of workers does not change the run.
-    assert "finished" in output_of(capsys, *printed[1:-2], "sampler.n_workers=1", "--resume")
+    assert "finished" in output_of(capsys, *printed[1:-2], "chains.n_workers=1", "--resume")
     assert f"continuing from {output / 'checkpoints' / 'last.pt'}" in (output / "run.log").read_text()
     assert len(metrics.read_text().splitlines()) == 1 + 10 + 1 + 2

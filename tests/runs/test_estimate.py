@@ -7,20 +7,20 @@ import torch
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.runs.estimate import count_stages, measure_cost
 from openmm_cgflow.cli import _duration
-from openmm_cgflow.config import TemperingConfig
+from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.engines.choose import create_engine
-from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.training.tempering import next_temperature
 from openmm_cgflow.units import thermal_beta
 
 pytestmark = pytest.mark.usefixtures("few_tests")
 
 TINY = (
-    "sampler.n_replicas=16", "sampler.n_pool_steps=30", "sampler.n_workers=1", "sampler.platform=Reference",
-    "sampler.n_equilibration=20", "sampler.n_frames=16", "sampler.stride=3", "sampler.n_relax=5",
+    "chains.n_replicas=16", "chains.n_pool_steps=30", "chains.n_workers=1", "chains.platform=Reference",
+    "chains.n_equilibration=20", "chains.n_frames=16", "chains.stride=3", "chains.n_relax=5",
     "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=4", "pmf.polish_updates=20", "pmf.hidden_features=[16]",
     "stopping.max_polish_cycles=2", "stopping.max_rounds=100", "flow.hidden_features=[16]",
-    "sampling.n_samples=24", "sampling.n_equilibration=10",
+    "samples.n_samples=24", "samples.n_equilibration=10",
 )  # fmt: skip
 
 
@@ -38,13 +38,13 @@ def _ladder(settings, target, n_features):
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        (TemperingConfig(schedule="linear", n_stages=7), 0),
-        (TemperingConfig(schedule="list", temperatures=[900, 600, 300]), 0),
-        (TemperingConfig(schedule="list", temperatures=[900, 600]), 0),
-        (TemperingConfig(start=300), 0),
-        (TemperingConfig(), 2),
-        (TemperingConfig(criterion="kl"), 2),
-        (TemperingConfig(min_ess=0.9), 3),
+        (TemperingSettings(schedule="linear", n_stages=7), 0),
+        (TemperingSettings(schedule="list", temperatures=[900, 600, 300]), 0),
+        (TemperingSettings(schedule="list", temperatures=[900, 600]), 0),
+        (TemperingSettings(start=300), 0),
+        (TemperingSettings(), 2),
+        (TemperingSettings(criterion="kl"), 2),
+        (TemperingSettings(min_ess=0.9), 3),
     ],
 )
 def test_the_number_of_stages_is_foreseen(settings, tolerance):
@@ -54,12 +54,12 @@ def test_the_number_of_stages_is_foreseen(settings, tolerance):
 
 @pytest.fixture(scope="module")
 def butane(systems):
-    """A scaffold and an engine."""
+    """A geometry and an engine."""
     config = load_config(systems / "butane" / "butane.yaml", TINY)
     molecule = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecule, config.partition.slow)
-    with create_engine(molecule, partition.slow, config.sampler) as engine:
-        yield config, Scaffold.build(config, molecule, partition, engine.evaluate), engine
+    with create_engine(molecule, partition.slow, config.chains) as engine:
+        yield config, Geometry.build(config, molecule, partition, engine.evaluate), engine
 
 
 def with_settings(config, **sections):
@@ -69,28 +69,28 @@ def with_settings(config, **sections):
 
 def test_cost_of_a_learned_pmf_is_bounded_by_its_limits(butane):
     """The rounds by the smaller of the two limits; a first pool, the final samples and the check on top."""
-    config, scaffold, engine = butane
+    config, geometry, engine = butane
     one = 16 * (5 + 20 + 16 * 3 + 16)  # n_replicas x (n_relax + n_equilibration + n_frames x (stride + its own))
     extra = 16 * 30 + 24 * (5 + 10 + 2) + 2 * 8 * 16 * 600  # pool, samples, switches
-    few = measure_cost(with_settings(config, stopping={"max_rounds": 7}), scaffold, engine)
+    few = measure_cost(with_settings(config, stopping={"max_rounds": 7}), geometry, engine)
     assert few.n_evaluations == pytest.approx(7 * one + extra, rel=0.02)
     # Two cycles of 20 updates of the flow, at a third of the time of the four in a round, and the last fit.
     assert (few.n_stages, few.n_steps) == (1, 7 + 4)
     assert few.seconds_per_step > 0 and few.evaluations_per_second > 0
-    limited = measure_cost(with_settings(config, stopping={"max_evaluations": 3 * one}), scaffold, engine)
+    limited = measure_cost(with_settings(config, stopping={"max_evaluations": 3 * one}), geometry, engine)
     assert limited.n_evaluations == pytest.approx(3 * one + extra, rel=0.02)
     assert limited.n_steps == 3 + 4
 
 
 def test_fewer_replicas_of_a_slow_potential_are_timed(butane, monkeypatch):
     """And what they cost is scaled to all."""
-    config, scaffold, engine = butane
-    config = with_settings(config, sampler={"n_replicas": 64}, stopping={"max_rounds": 7})
+    config, geometry, engine = butane
+    config = with_settings(config, chains={"n_replicas": 64}, stopping={"max_rounds": 7})
     counts = [engine.n_energy_evaluations]
-    whole = measure_cost(config, scaffold, engine)
+    whole = measure_cost(config, geometry, engine)
     counts.append(engine.n_energy_evaluations)
     monkeypatch.setattr("openmm_cgflow.runs.estimate._LONG_STEP", 0.0)
-    quick = measure_cost(config, scaffold, engine)
+    quick = measure_cost(config, geometry, engine)
     counts.append(engine.n_energy_evaluations)
     in_whole, in_quick = np.diff(counts)
     assert in_quick < 0.35 * in_whole  # 16 of 64 replicas
@@ -98,11 +98,11 @@ def test_fewer_replicas_of_a_slow_potential_are_timed(butane, monkeypatch):
 
 
 def test_cost_of_a_ladder_is_its_stages(butane):
-    config, scaffold, engine = butane
+    config, geometry, engine = butane
     ladder = with_settings(
         config, training={"method": "reverse_kl", "n_steps_first": 3, "n_steps": 2, "n_steps_last": 4}
     )
-    cost = measure_cost(with_settings(ladder, tempering={"schedule": "linear", "n_stages": 3}), scaffold, engine)
+    cost = measure_cost(with_settings(ladder, tempering={"schedule": "linear", "n_stages": 3}), geometry, engine)
     assert (cost.n_stages, cost.n_steps) == (3, 9)
 
 

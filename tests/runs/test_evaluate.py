@@ -312,11 +312,11 @@ def test_a_grid_knows_its_own_basins_only(against_grid):
 def butane_run(systems, tmp_path_factory):
     """A real run, tiny."""
     settings = (
-        "sampler.n_replicas=16", "sampler.n_pool_steps=50", "sampler.n_workers=1", "sampler.platform=Reference",
+        "chains.n_replicas=16", "chains.n_pool_steps=50", "chains.n_workers=1", "chains.platform=Reference",
         "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=2", "pmf.polish_updates=50",
         "pmf.hidden_features=[16]",
         "stopping.max_rounds=2", "stopping.max_polish_cycles=1", "flow.n_layers=2", "flow.hidden_features=[16]",
-        "sampling.n_samples=200", "sampling.n_equilibration=10", "sampling.n_verified=0", "pmf.n_switched=0",
+        "samples.n_samples=200", "samples.n_equilibration=10", "samples.n_verified=0", "pmf.n_switched=0",
     )  # fmt: skip
     output = tmp_path_factory.mktemp("runs") / "butane"
     train(load_config(systems / "butane" / "butane.yaml", settings), output, progress=False)

@@ -8,6 +8,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from settings import TINY, TINY_LADDER
 
 from openmm_cgflow import (
     CGFlowError,
@@ -17,56 +18,18 @@ from openmm_cgflow import (
     evaluate_exactly,
     load,
     load_config,
-    runner,
     train,
 )
 from openmm_cgflow.files.trajectory import read_colvar
-from openmm_cgflow.training.pmf.method import PMFTrainer
+from openmm_cgflow.training.pmf.method import PMFTraining
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.molecule.sanitize import energy_and_forces
-from openmm_cgflow.coordinates.geometry import Scaffold
+from openmm_cgflow.coordinates.geometry import Geometry
+from openmm_cgflow.runs import train as runner
 from openmm_cgflow.runs.verify import Verification
 
 OMEGAS = ("ACE:CH3 ACE:C ALA:N ALA:CA", "ALA:CA ALA:C NME:N NME:C")
 pytestmark = pytest.mark.usefixtures("few_tests")
-
-COMMON = (
-    "sampler.n_replicas=16",
-    "sampler.n_pool_steps=50",
-    "sampler.n_workers=1",
-    "sampler.platform=Reference",
-    "flow.n_layers=2",
-    "flow.hidden_features=[16]",
-    "sampling.n_samples=24",
-    "sampling.n_equilibration=10",
-    "training.checkpoint_interval=1000",
-)
-# Three rounds, a step of switching, a block of updates of the PMF, two of the flow alone.
-TINY = (
-    *COMMON,
-    "pmf.n_updates=5",
-    "pmf.final_updates=5",
-    "pmf.flow_updates=2",
-    "pmf.flow_batch_size=64",
-    "pmf.polish_updates=10",
-    "pmf.hidden_features=[16]",
-    "stopping.max_rounds=3",
-    "stopping.max_polish_cycles=1",
-    "pmf.n_switched=1",
-    "stopping.free_energy_error=5",
-    "sampling.n_verified=2",
-    "sampling.n_switches=2",
-)
-TINY_LADDER = (
-    *COMMON,
-    "training.method=reverse_kl",
-    "tempering.schedule=adaptive",
-    "tempering.start=600",
-    "training.n_steps_first=4",
-    "training.n_steps=3",
-    "training.n_steps_last=4",
-)
-
 
 @pytest.fixture(scope="module")
 def tiny(systems):
@@ -221,9 +184,9 @@ def test_the_time_is_up_while_sampling_too(tiny, finished, tmp_path):
 
 
 def test_a_failed_run_says_so(tiny, tmp_path):
-    sampler = tiny.sampler.model_copy(update={"timestep": 0.05})
+    chains = tiny.chains.model_copy(update={"timestep": 0.05})
     with pytest.raises(ReplicaError):
-        train(tiny.model_copy(update={"sampler": sampler}), tmp_path / "run", progress=False)
+        train(tiny.model_copy(update={"chains": chains}), tmp_path / "run", progress=False)
     run = RunDirectory(tmp_path / "run")
     assert run.read_provenance()["status"] == "failed"
     assert "ERROR   ReplicaError: " in run.log.read_text().splitlines()[-1]
@@ -233,7 +196,7 @@ def test_a_lost_gpu_ends_in_one_message(tiny, tmp_path, monkeypatch):
     def lost(*_, **__):
         raise openmm.OpenMMException("Error downloading array posq: CUDA_ERROR_ILLEGAL_ADDRESS (700)")
 
-    monkeypatch.setattr(PMFTrainer, "step", lost)
+    monkeypatch.setattr(PMFTraining, "step", lost)
     with pytest.raises(CGFlowError, match=r"OpenMM stopped with: .*\(700\)\. The last checkpoint is kept; continue"):
         train(tiny, tmp_path / "run", progress=False)
     assert RunDirectory(tmp_path / "run").read_provenance()["status"] == "failed"
@@ -331,7 +294,7 @@ def test_more_samples_are_others_than_those_of_the_run(finished):
 
 def test_the_table_of_samples_says_what_they_are(finished):
     model, table = load(finished), read_colvar(finished / "samples.colvar")
-    again = model.sample(len(table["time"]), seed=model.scaffold.config.seed)
+    again = model.sample(len(table["time"]), seed=model.geometry.config.seed)
     z = np.column_stack([table[name] for name in table if name.startswith("z.")])
     np.testing.assert_allclose(again.z, z, atol=1e-8)  # ten digits
     np.testing.assert_allclose(again.log_weight, table["log_weight"], atol=1e-8)
@@ -354,7 +317,7 @@ def test_without_a_pmf_the_flow_is_the_free_energy_and_there_are_no_weights(fini
 
 def test_amide_bonds_can_be_sampled_or_kept(systems, tmp_path):
     """Through a whole run: the names of what is sampled, and the peptide bonds of what comes out."""
-    settings = (*TINY, "stopping.max_rounds=1", "sampling.n_verified=0", "sampling.plots=false")
+    settings = (*TINY, "stopping.max_rounds=1", "samples.n_verified=0", "samples.plots=false")
     path = systems / "alanine_dipeptide" / "alanine_dipeptide.yaml"
     atoms = mdtraj.load_topology(str(path.with_suffix(".pdb"))).atoms
     at = {f"{atom.residue.name}:{atom.name}": atom.index for atom in atoms}
@@ -424,7 +387,7 @@ def test_fast_rotamers_are_named(tiny):
 
     for slow, expected in (("name C1 C2 C3", ["BUT1:C1-BUT1:C2-BUT1:C3-BUT1:C4"]), ("element C", [])):
         partition = Partition.resolve(molecule, slow)
-        assert Scaffold.build(tiny, molecule, partition, evaluate).fast_rotamers() == expected
+        assert Geometry.build(tiny, molecule, partition, evaluate).fast_rotamers() == expected
 
 
 def test_torch_threads_are_left_as_they_were(tiny, tmp_path):

@@ -12,7 +12,7 @@ from moving import TEMPERATURE, MovingBath, chains_of, exact, molecule
 
 from openmm_cgflow import CGFlowError
 
-from openmm_cgflow.training.reverse_kl.pmf import paths
+from openmm_cgflow.training.pmf import paths
 
 from openmm_cgflow.forces import switching
 from openmm_cgflow.networks.flow import CGFlow
@@ -27,16 +27,16 @@ def few_points(monkeypatch):
 
 def model_of(engine, scale=1.0):
     """A model whose PMF is the quadratic bath's own, times a number; its flow is untrained."""
-    assembly = molecule()
+    all_atom = molecule()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flow = CGFlow(1, 5, 5.0, 2, 2, 8, [8])
     return SimpleNamespace(
-        pmf=lambda z: scale * exact(engine, assembly, z),
-        coordinates=assembly.coordinates,
+        pmf=lambda z: scale * exact(engine, all_atom, z),
+        coordinates=all_atom.coordinates,
         flow=flow,
         temperature=TEMPERATURE,
-        chains=lambda given: chains_of(given, assembly),
+        fast_atoms=lambda given: chains_of(given, all_atom),
     )
 
 

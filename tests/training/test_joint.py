@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from analytic import Uninterrupted, advance, assert_identical, loaded
-from test_joint import joint_flow, linear
+from joint_models import joint_flow, linear
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.errors import ReplicaError
-from openmm_cgflow.training.joint import JointTrainer
+from openmm_cgflow.training.joint import JointTraining
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES
 from openmm_cgflow.units import thermal_beta
 
@@ -58,13 +58,13 @@ def config(training=None, tempering=None, seed=0, n_replicas=128):
         seed=seed,
         training={**short, **(training or {})},
         tempering={"start": 5 * UNIT, "min_ess": 0.7, **(tempering or {})},
-        sampler={"n_replicas": n_replicas},
+        chains={"n_replicas": n_replicas},
     )
 
 
-def trainer_of(settings, energy=two_wells, broken=(), roughness=0.0, **chart):
-    joint = joint_flow(linear(widths=torch.tensor([0.3, 1.5]).double(), **chart), roughness=roughness)
-    return JointTrainer(settings, joint, ClosedForm(energy, broken))
+def trainer_of(settings, energy=two_wells, broken=(), roughness=0.0, **thermal_map):
+    joint = joint_flow(linear(widths=torch.tensor([0.3, 1.5]).double(), **thermal_map), roughness=roughness)
+    return JointTraining(settings, joint, ClosedForm(energy, broken))
 
 
 def test_nothing_is_learned_where_the_density_is_right(monkeypatch):
@@ -112,9 +112,9 @@ def test_populations_are_found(trained):
     assert abs(float(above.mean()) - exact) < 0.05
     assert abs(float(weights @ above) - exact) < 0.005
     assert float(1 / (len(weights) * weights.square().sum())) > 0.95
-    of_fast, _ = joint.chart.slow_directions()[0].tolist()
+    of_fast, _ = joint.thermal_map.slow_directions()[0].tolist()
     assert abs(of_fast) < 0.25  # on its way: the density is so good that little is left to gain
-    assert torch.linalg.cond(joint.chart.matrix.detach()) < 20
+    assert torch.linalg.cond(joint.thermal_map.matrix.detach()) < 20
     assert rows[-1]["ess"] > 0.85
 
 
@@ -160,7 +160,7 @@ def test_broken_energies_are_left_out():
     with pytest.raises(ReplicaError, match="60 of 128 samples have no finite energy"):
         trainer.step()
     lenient = config()
-    lenient = lenient.model_copy(update={"sampler": lenient.sampler.model_copy(update={"max_invalid": 1.0})})
+    lenient = lenient.model_copy(update={"chains": lenient.chains.model_copy(update={"max_invalid": 1.0})})
     with pytest.raises(ReplicaError, match="of 128 samples have no finite energy"):
         trainer_of(lenient, broken=range(128)).step()
 
@@ -168,14 +168,17 @@ def test_broken_energies_are_left_out():
 def test_too_few_samples_measure_no_covariance():
     """Of two particles, three samples, or one that has all the weight: widths stay what they were."""
     trainer = trainer_of(config())
-    chart, xyz = trainer.joint.chart, torch.randn((200, 2, 3), generator=torch.Generator().manual_seed(0)).double()
+    thermal_map, xyz = (
+        trainer.joint.thermal_map,
+        torch.randn((200, 2, 3), generator=torch.Generator().manual_seed(0)).double(),
+    )
     energy = torch.zeros(200).double()
     trainer._measure(xyz[:3], energy[:3], energy[:3])
     one = torch.cat((torch.full((1,), -50.0).double(), energy[1:]))
     trainer._measure(xyz, energy, one)
-    assert len(chart.get_extra_state()["means"]) == 0
+    assert len(thermal_map.get_extra_state()["means"]) == 0
     trainer._measure(xyz, energy, energy)
-    assert len(chart.get_extra_state()["means"]) == 1
+    assert len(thermal_map.get_extra_state()["means"]) == 1
 
 
 def restart_trainer(seed=0):

@@ -12,7 +12,7 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.training.reverse_kl import GradientGuard, Trainer, reverse_kl_gradient
+from openmm_cgflow.training.reverse_kl import GradientGuard, ReverseKL, reverse_kl_gradient
 from openmm_cgflow.units import thermal_beta
 
 BOUND = 4.0
@@ -53,7 +53,7 @@ def config(training=None, tempering=None, **values):
             "temperature": 300.0,
             "training": {"method": "reverse_kl", **(training or {})},
             "tempering": tempering or {},
-            "sampler": {"n_replicas": 64},
+            "chains": {"n_replicas": 64},
             **values,
         }
     )
@@ -247,10 +247,10 @@ def test_training_reaches_a_known_density():
     settings = config(
         training={"learning_rate": 1e-2, "n_steps_first": 60, "n_steps": 20, "n_steps_last": 150},
         tempering={"start": 900, "min_ess": 0.8},
-        sampler={"n_replicas": 128},
+        chains={"n_replicas": 128},
     )
     flow = new_flow()
-    trainer = Trainer(settings, Plane(), flow, AnalyticMeanForce(free_energy, noise=0.1))
+    trainer = ReverseKL(settings, Plane(), flow, AnalyticMeanForce(free_energy, noise=0.1))
     before = kl_to_target(flow, 300.0)
     rows, at_stage_end = [], {}
     while not trainer.done:
@@ -285,7 +285,7 @@ def test_training_reaches_a_known_density():
 ])  # fmt: skip
 def test_every_ladder_ends_at_the_target(tempering):
     settings = config(training={"n_steps_first": 2, "n_steps": 1, "n_steps_last": 3}, tempering=tempering)
-    trainer = Trainer(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[0]))
+    trainer = ReverseKL(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[0]))
     temperatures = []
     while not trainer.done:
         if trainer.stage_done:
@@ -301,7 +301,7 @@ def test_learning_rate_falls_over_the_last_stage_only():
         training={"learning_rate": 2e-3, "n_steps_first": 5, "n_steps": 4, "n_steps_last": 20},
         tempering={"schedule": "list", "temperatures": [500, 400]},
     )
-    trainer = Trainer(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy))
+    trainer = ReverseKL(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy))
     rates = []
     while not trainer.done:
         if trainer.stage_done:
@@ -318,7 +318,7 @@ def test_learning_rate_falls_over_the_last_stage_only():
 def test_skipped_updates_leave_the_flow_alone():
     flow = new_flow()
     force = AnalyticMeanForce(free_energy)
-    trainer = Trainer(config(), Plane(), flow, force)
+    trainer = ReverseKL(config(), Plane(), flow, force)
     assert trainer.step()["skipped"] == 0
     trainer.guard.norms = [1e-9]
     before = [parameter.detach().clone() for parameter in flow.parameters()]
@@ -328,7 +328,7 @@ def test_skipped_updates_leave_the_flow_alone():
 
 
 def test_invalid_replicas_are_reported():
-    trainer = Trainer(config(), Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[3, 9]))
+    trainer = ReverseKL(config(), Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[3, 9]))
     row = trainer.step()
     assert row["invalid"] == 2
     assert all(math.isfinite(value) for value in row.values())
@@ -354,7 +354,7 @@ def restart_settings(**values):
 
 def restart_trainer(seed=0, **values):
     estimator = AnalyticMeanForce(free_energy, noise=0.5, invalid=[2], seed=11 + seed)
-    return Trainer(restart_settings(**values), Plane(), new_flow(seed), estimator)
+    return ReverseKL(restart_settings(**values), Plane(), new_flow(seed), estimator)
 
 
 @pytest.fixture(scope="module")

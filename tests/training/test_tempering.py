@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from openmm_cgflow.config import TemperingConfig
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.training.tempering import kl_increase, log_weights, next_temperature, relative_ess, start_temperature
 from openmm_cgflow.units import thermal_beta
 
@@ -16,7 +16,7 @@ NONE = torch.zeros(1)
 
 
 def settings(**values):
-    return TemperingConfig(**values)
+    return TemperingSettings(**values)
 
 
 def skewed(n=4000, scale=12.0, seed=0):

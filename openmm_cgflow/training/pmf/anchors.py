@@ -14,11 +14,11 @@ from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForceEstimator
 from openmm_cgflow.forces.switching import Differences, Switches, slower
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.networks.pmf import PMF, Values
+from openmm_cgflow.networks.pmf import PMF, AnchorValues
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.training.pmf.paths import low_paths
 
-__all__ = ["ValueSwitching"]
+__all__ = ["Anchors"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _N_STEPS = 24  # at most
 _SMALLEST_ERROR = 0.02  # kT, that a difference counts with
 
 
-class ValueSwitching:
+class Anchors:
     """Switches until every difference is known to ``stopping.free_energy_error``, or at most 24 times as the
     evaluations allow; more slowly where much work is dissipated.
 
@@ -118,7 +118,7 @@ class ValueSwitching:
                 self._next.append(path)
         self._next.sort()
 
-    def values(self) -> Values | None:
+    def values(self) -> AnchorValues | None:
         """What is known; None where nothing is."""
         if self._switches is None or self._found is None or not np.isfinite(self._found.error).any():
             return None
@@ -128,7 +128,7 @@ class ValueSwitching:
         error = error.clamp(min=_SMALLEST_ERROR)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 13))
         weights = torch.empty((len(error), self.config.pmf.n_members)).exponential_(generator=generator)
-        return Values(*(part[known].float() for part in (start, end, value, error, weights)))
+        return AnchorValues(*(part[known].float() for part in (start, end, value, error, weights)))
 
     @torch.no_grad()
     def compare(self, pmf: PMF) -> dict[str, float]:

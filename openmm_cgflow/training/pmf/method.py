@@ -25,12 +25,12 @@ from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.estimator import ChainParts, MeanForceEstimator
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.networks.pmf import PMF, MeanForceBuffer, PMFFitter, Values, held_out_error, squared_aim
+from openmm_cgflow.networks.pmf import PMF, AnchorValues, MeanForceBuffer, PMFFitter, held_out_error, squared_aim
 from openmm_cgflow.networks.response import FastResponse, ResponseFitter
-from openmm_cgflow.training.pmf.anchors import ValueSwitching
+from openmm_cgflow.training.pmf.anchors import Anchors
 from openmm_cgflow.training.pmf.flow_fit import FlowFitter, WeightedSamples, weighted_samples
 
-__all__ = ["PMFTrainer", "state_populations"]
+__all__ = ["PMFTraining", "state_populations"]
 
 _N_TEST = 16384  # flow samples behind every effective sample size and population
 _N_PROBE = 512  # flow samples at each gamma of the search for the exploring one
@@ -64,13 +64,13 @@ def state_populations(samples: WeightedSamples, n_circular: int) -> Tensor:
     return weights @ torch.cat(parts, dim=1).double()
 
 
-class PMFTrainer:
+class PMFTraining:
     """Rounds of exploration and fitting, then the flow alone; its whole state can be saved and continued bit for bit.
 
     Use: ``step()`` while not ``stage_done``. There is one stage, at the target temperature.
 
     Arguments:
-        config: Sections ``pmf``, ``stopping``, ``sampler.n_replicas``, ``temperature`` and ``seed`` are used.
+        config: Sections ``pmf``, ``stopping``, ``chains.n_replicas``, ``temperature`` and ``seed`` are used.
         coordinates: Slow coordinates.
         flow: Trained in place, in float32.
         pmf: Fitted in place.
@@ -106,7 +106,7 @@ class PMFTrainer:
         self.flow_fitter = self._new_flow_fitter()
         self.temperatures = [config.temperature]
         self.n_steps = self.n_refit = self.n_polish = 0
-        self.values = ValueSwitching(config)
+        self.values = Anchors(config)
         self.gamma = 1.0
         self._held_out = math.inf
         self._replica_cost = 0.0  # energy evaluations, in the last round
@@ -181,7 +181,7 @@ class PMFTrainer:
         force = self.estimator(z, self.temperature)
         self._replica_cost = (self.estimator.n_energy_evaluations - before) / len(z)
         if not self.buffer.rounds:  # the first one pays for a pool of fast atoms as well
-            self._replica_cost = min(self._replica_cost, self.config.sampler.chain_evaluations)
+            self._replica_cost = min(self._replica_cost, self.config.chains.chain_evaluations)
         self.buffer.add(z, force, self.generator)
         noise_left = self._fit_response(self.config.pmf.response_updates)
         if force.parts is not None:
@@ -220,7 +220,7 @@ class PMFTrainer:
         self.n_refit += 1
         return self._ordered(self._test() | {"misfit": misfit, "noise_left": noise_left})
 
-    def _fit_pmf(self, n_updates: int, scale: float = 1.0, values: Values | None = None) -> float:
+    def _fit_pmf(self, n_updates: int, scale: float = 1.0, values: AnchorValues | None = None) -> float:
         misfit = self.pmf_fitter.fit(self._data(), n_updates, self.generator, scale, values)
         if not math.isfinite(misfit):
             raise CGFlowError(
@@ -236,8 +236,8 @@ class PMFTrainer:
     @property
     def _round_size(self) -> int:
         """Replicas of the next round: a quarter of all while mean forces are far from predicted, to the whole."""
-        n = self.config.sampler.n_replicas
-        if not self.config.sampler.adaptive:
+        n = self.config.chains.n_replicas
+        if not self.config.chains.adaptive:
             return n
         return math.ceil(n * min(1.0, max(0.25, self.config.stopping.held_out / self._held_out)))
 

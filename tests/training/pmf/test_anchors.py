@@ -10,8 +10,8 @@ from analytic import AnalyticMeanForce, assert_identical
 from openmm_cgflow.config import Config
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.training.pmf.anchors import ValueSwitching
-from openmm_cgflow.training.reverse_kl.pmf import paths
+from openmm_cgflow.training.pmf import paths
+from openmm_cgflow.training.pmf.anchors import Anchors
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0
@@ -36,7 +36,7 @@ def started(config, n_circular=2, earlier=0):
         flow = CGFlow(n_circular, 2 - n_circular, 5.0, 2, 2, 8, [8])
     estimator = AnalyticMeanForce(lambda z: phi(z) / BETA)
     estimator.n_energy_evaluations = earlier
-    values = ValueSwitching(config)
+    values = Anchors(config)
     values.start(flow, phi, COORDINATES, estimator, torch.Generator().manual_seed(1))
     return values, estimator
 
@@ -145,7 +145,7 @@ def test_conformations_that_cannot_be_reached_are_left_alone(caplog):
     ends = values._switches.paths[:, -1].float()
     assert torch.equal(found.end, ends[[0, 2, 3]]) and torch.isfinite(found.difference).all()
     assert float(found.error.max()) <= 0.1 and values.compare(phi)["value_error"] <= 0.1
-    again = ValueSwitching(settings(error=0.1))
+    again = Anchors(settings(error=0.1))
     again.load_state_dict(values.state_dict())
     assert again.lost == [1] and not again.wanted
 
@@ -165,7 +165,7 @@ def test_nothing_can_be_switched(caplog):
 def test_it_continues_from_its_state():
     values, estimator = started(settings(error=0.1))
     values.step(estimator, TEMPERATURE)
-    again, other = ValueSwitching(settings(error=0.1)), AnalyticMeanForce(lambda z: phi(z) / BETA)
+    again, other = Anchors(settings(error=0.1)), AnalyticMeanForce(lambda z: phi(z) / BETA)
     again.load_state_dict(values.state_dict())
     other.load_state_dict(estimator.state_dict())
     first, second = finish(values, estimator), finish(again, other)

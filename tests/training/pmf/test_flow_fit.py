@@ -12,7 +12,7 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.slow import BoxCoordinates, Coordinates
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.training.pmf.flow_fit import FlowFitter, WeightedSamples, weighted_samples
-from openmm_cgflow.training.reverse_kl import Trainer
+from openmm_cgflow.training.reverse_kl import ReverseKL
 from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
@@ -204,10 +204,10 @@ def test_plain_reverse_kl_gets_the_weights_of_the_modes_wrong():
         seed=1,
         training={"method": "reverse_kl", "n_steps_last": 120, "learning_rate": 5e-3},
         tempering={"schedule": "list"},
-        sampler={"n_replicas": 256},
+        chains={"n_replicas": 256},
     )
     flow = new_flow(1)
-    trainer = Trainer(settings, SPACE, flow, AnalyticMeanForce(lambda z: TARGET(z) / beta))
+    trainer = ReverseKL(settings, SPACE, flow, AnalyticMeanForce(lambda z: TARGET(z) / beta))
     while not trainer.done:
         row = trainer.step()
     assert row["residual"] < 2  # it converges, to something else

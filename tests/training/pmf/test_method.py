@@ -24,10 +24,10 @@ from openmm_cgflow.forces.estimator import ChainParts, mean_and_variance
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.training.pmf import flow_fit as distillation
+from openmm_cgflow.training.pmf import method as pmf_training
 from openmm_cgflow.training.pmf.flow_fit import FlowFitter, WeightedSamples, weighted_samples
-from openmm_cgflow.training.pmf.method import PMFTrainer, state_populations
-from openmm_cgflow.training.reverse_kl.pmf import flow_fit as distillation
-from openmm_cgflow.training.reverse_kl.pmf import method as pmf_training
+from openmm_cgflow.training.pmf.method import PMFTraining, state_populations
 from openmm_cgflow.units import thermal_beta
 
 BETA = thermal_beta(300.0)
@@ -92,7 +92,7 @@ def settings(pmf=None, stopping=None, n_replicas=32, seed=0, adaptive=False):
         seed=seed,
         pmf={**quick, **(pmf or {})},
         stopping={"free_energy_error": 1e-3, **(stopping or {})},  # never
-        sampler={"n_replicas": n_replicas, "adaptive": adaptive},
+        chains={"n_replicas": n_replicas, "adaptive": adaptive},
     )
 
 
@@ -114,7 +114,7 @@ def no_response(n_circular, n_bounded):
     return FastResponse(n_circular, n_bounded, torch.zeros((0, 3)), (8,))
 
 
-def new_trainer(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_seed=11, followed=False):
+def new_method(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_seed=11, followed=False):
     """The flow and the PMF know the widths of bonds and angles, but none of their couplings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -123,7 +123,7 @@ def new_trainer(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_se
         pmf = PMF(1, diagonal, config.pmf.hidden_features, config.pmf.n_members)
         response = FastResponse(1, N_BOUNDED, torch.ones((1, 3)), (16,)) if followed else no_response(1, N_BOUNDED)
     estimator = (Followed if followed else Recorder)(free_energy, noise=noise, invalid=invalid, seed=estimator_seed)
-    return PMFTrainer(config, COORDINATES, flow, pmf, response, estimator)
+    return PMFTraining(config, COORDINATES, flow, pmf, response, estimator)
 
 
 FEW = {"_N_TEST": 256, "_N_PROBE": 64, "_POLISH": 3}
@@ -151,7 +151,7 @@ def converged():
         stopping={"max_rounds": 25, "max_polish_cycles": 1, "ess": 0.9, "free_energy_error": 0.2, "held_out": 1.2},
         n_replicas=256,
     )  # fmt: skip
-    trainer = new_trainer(config, hidden=(16, 16))
+    trainer = new_method(config, hidden=(16, 16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pmf_training, "_N_TEST", 8192)
         return trainer, advance(trainer)
@@ -236,7 +236,7 @@ def test_gamma_is_chosen_so_that_samples_climb(converged, height):
     """The largest gamma whose samples lie so high above the model's: the next larger one's do not."""
     trainer, _ = converged
     flow, pmf = trainer.flow, trainer.pmf
-    chosen = new_trainer(settings(pmf={"explore_height": height, "hidden_features": [24, 24]}), hidden=(16, 16))
+    chosen = new_method(settings(pmf={"explore_height": height, "hidden_features": [24, 24]}), hidden=(16, 16))
     chosen.flow.load_state_dict(flow.state_dict())
     chosen.pmf.load_state_dict(pmf.state_dict())
     chosen.flow_fitter.reach = 1.0
@@ -260,7 +260,7 @@ def test_a_higher_goal_means_a_smaller_gamma(converged):
     trainer, _ = converged
     gammas = []
     for height in (1.0, 2.0, 4.0, 100.0):
-        other = new_trainer(settings(pmf={"explore_height": height, "hidden_features": [24, 24]}), hidden=(16, 16))
+        other = new_method(settings(pmf={"explore_height": height, "hidden_features": [24, 24]}), hidden=(16, 16))
         other.flow.load_state_dict(trainer.flow.state_dict())
         other.pmf.load_state_dict(trainer.pmf.state_dict())
         other.flow_fitter.reach = 1.0
@@ -274,7 +274,7 @@ def test_a_higher_goal_means_a_smaller_gamma(converged):
 
 def test_the_largest_number_of_rounds_is_kept(few_tests):
     limits = {"max_rounds": 3, "max_polish_cycles": 1, "held_out": 1.3, "ess": 0.8}
-    trainer = new_trainer(settings(stopping=limits))
+    trainer = new_method(settings(stopping=limits))
     rows = advance(trainer)
     assert trainer.ended_by.startswith("not converged: stopping.max_rounds is reached")
     for word in ("held-out error", "free-energy error", "effective sample size", "wanted 1.3", "wanted 0.72"):
@@ -303,7 +303,7 @@ def test_what_the_steps_after_the_rounds_did_not_reach_is_named(converged, monke
 @pytest.mark.parametrize(("n_switched", "largest"), [(0, 0.02), (4, 0.04)])
 def test_rounds_leave_half_of_the_error_to_switching(n_switched, largest):
     given = settings(stopping={"free_energy_error": 0.02, "held_out": 1.3, "ess": 0.9}, pmf={"n_switched": n_switched})
-    trainer = new_trainer(given)
+    trainer = new_method(given)
 
     def ends(error, moved):
         row = {"held_out": 1.0, "ess": 0.9, "free_energy_error": error, "moved": moved}
@@ -315,7 +315,7 @@ def test_rounds_leave_half_of_the_error_to_switching(n_switched, largest):
 
 @pytest.mark.parametrize(("limit", "n_rounds"), [(32, 1), (127, 3), (128, 4), (129, 4)])
 def test_energy_evaluations_never_exceed_their_limit(limit, n_rounds, few_tests):
-    trainer = new_trainer(settings(stopping={"max_evaluations": limit, "max_polish_cycles": 1}))
+    trainer = new_method(settings(stopping={"max_evaluations": limit, "max_polish_cycles": 1}))
     rows = advance(trainer)
     assert trainer.ended_by.startswith("not converged: the next round would exceed stopping.max_evaluations")
     assert len(trainer.buffer.rounds) == n_rounds
@@ -325,8 +325,8 @@ def test_energy_evaluations_never_exceed_their_limit(limit, n_rounds, few_tests)
 def test_the_pool_of_fast_atoms_that_the_first_round_fills_is_paid_for_once(few_tests, monkeypatch):
     """3200 evaluations that no other round takes; as if every one did, a training of 3600 would end with one round."""
     given = settings(stopping={"max_evaluations": 3600, "max_polish_cycles": 1})
-    chains = given.sampler.model_copy(update={"n_relax": 0, "n_equilibration": 0, "n_frames": 2, "stride": 1})
-    trainer = new_trainer(given.model_copy(update={"sampler": chains}))
+    fast_atoms = given.chains.model_copy(update={"n_relax": 0, "n_equilibration": 0, "n_frames": 2, "stride": 1})
+    trainer = new_method(given.model_copy(update={"chains": fast_atoms}))
     measure = type(trainer.estimator).__call__
 
     def with_pool(self, z, temperature):
@@ -346,7 +346,7 @@ def test_the_flow_is_trained_on_until_it_gains_no_more(few_tests, monkeypatch, r
     All of them where what is trained is not the model yet: there, no gain says nothing.
     """
     monkeypatch.setattr(FlowFitter, "_move_reach", lambda fitter, ess: None)
-    trainer = new_trainer(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
+    trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
     trainer.flow_fitter.reach = reach
     rows = advance(trainer)
     cycle = 2  # six updates in blocks of three
@@ -360,7 +360,7 @@ def test_the_flow_is_trained_on_until_it_gains_no_more(few_tests, monkeypatch, r
 
 def test_a_flow_that_gains_nothing_starts_anew_once(few_tests, monkeypatch):
     """Its first cycle has no updates; the second one starts with the flow of the very start, and is spoiled."""
-    trainer = new_trainer(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
+    trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
     start = copy.deepcopy(trainer.flow.state_dict())
     trainer.flow_fitter.reach = 1.0
     rows = advance(trainer, 3)
@@ -389,7 +389,7 @@ def test_a_flow_that_gains_nothing_starts_anew_once(few_tests, monkeypatch):
 def test_a_flow_that_is_lost_is_taken_back(few_tests, monkeypatch, reach, kept):
     """Unless it is not trained as the model yet, where its effective sample size says nothing."""
     monkeypatch.setattr(FlowFitter, "_move_reach", lambda fitter, ess: None)
-    trainer = new_trainer(settings(stopping={"max_rounds": 2, "max_polish_cycles": 2, "ess": 0.999}))
+    trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 2, "ess": 0.999}))
     trainer.flow_fitter.reach = reach
     rows = advance(trainer, 3)
     before = copy.deepcopy(trainer.flow.state_dict())
@@ -408,12 +408,12 @@ def test_a_flow_that_is_lost_is_taken_back(few_tests, monkeypatch, reach, kept):
 
 
 def test_a_reached_effective_sample_size_ends_the_training(few_tests):
-    trainer = new_trainer(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.01}))
+    trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.01}))
     assert len(advance(trainer)) == 2 + 1 + 2
 
 
 def test_expected_steps_are_an_upper_bound_until_the_rounds_end(few_tests):
-    trainer = new_trainer(settings(stopping={"max_evaluations": 100, "max_rounds": 50, "max_polish_cycles": 1}))
+    trainer = new_method(settings(stopping={"max_evaluations": 100, "max_rounds": 50, "max_polish_cycles": 1}))
     expected = []
     while not trainer.done:
         trainer.step()
@@ -425,7 +425,7 @@ def test_rounds_grow_while_mean_forces_become_predictable(few_tests):
     config = settings(
         pmf={"n_updates": 60, "learning_rate": 1e-2}, stopping={"max_rounds": 8}, n_replicas=64, adaptive=True
     )
-    trainer = new_trainer(config, noise=0.5)
+    trainer = new_method(config, noise=0.5)
     rows = advance(trainer, 8)
     sizes = [len(asked) for asked in trainer.estimator.asked]
     assert sizes[0] == 16  # nothing is known yet
@@ -438,14 +438,14 @@ def test_rounds_grow_while_mean_forces_become_predictable(few_tests):
 def test_the_estimator_is_told_of_noise_over_what_the_fit_aims_at(few_tests):
     told = []
     for noise in (0.2, 2.0):
-        trainer = new_trainer(settings(), noise=noise)
+        trainer = new_method(settings(), noise=noise)
         trainer.estimator.tune = told.append
         trainer.step()
     assert len(told) == 2 and told[1] == pytest.approx(100 * told[0], rel=0.2)
 
 
 def test_invalid_replicas_are_counted_and_left_out(few_tests):
-    trainer = new_trainer(settings(), invalid=[3, 9])
+    trainer = new_method(settings(), invalid=[3, 9])
     row = trainer.step()
     assert row["invalid"] == 2
     assert len(trainer.buffer.data()["z"]) == 30
@@ -453,7 +453,7 @@ def test_invalid_replicas_are_counted_and_left_out(few_tests):
 
 
 def test_a_fit_that_diverges_ends_the_training(few_tests):
-    trainer = new_trainer(settings())
+    trainer = new_method(settings())
     trainer.pmf_fitter.fit = lambda *_: math.nan
     with pytest.raises(CGFlowError, match=r"diverged after round 1.*learning_rate"):
         trainer.step()
@@ -471,7 +471,7 @@ def test_a_last_fit_that_diverges_ends_the_training(few_tests, monkeypatch):
 def test_noise_of_the_fast_atoms_is_taken_out(few_tests):
     """From rounds that were measured before it was known, too; the rows tell how much is left."""
     config = settings(pmf={"response_updates": 150}, stopping={"max_rounds": 4}, n_replicas=128)
-    trainer = new_trainer(config, noise=0.1, followed=True)
+    trainer = new_method(config, noise=0.1, followed=True)
     rows = advance(trainer, 4)
     left = [row["noise_left"] for row in rows]
     assert left[0] > 3 * left[3] and left[3] < 0.1
@@ -490,7 +490,7 @@ def test_molecules_without_torsions_are_trained_too(few_tests):
     config = settings(stopping={"max_rounds": 5, "max_polish_cycles": 1})
     estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
     flow = CGFlow(0, 3, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
-    trainer = PMFTrainer(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
+    trainer = PMFTraining(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
     rows = advance(trainer)
     assert {row["free_energy_error"] for row in rows} == {0.0}
     assert rows[-1]["ess"] > 0.5
@@ -502,7 +502,7 @@ def test_without_torsions_a_flow_that_gains_nothing_starts_anew(few_tests, monke
     config = settings(stopping={"max_rounds": 3, "max_polish_cycles": 3, "ess": 0.9999})
     estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
     flow = CGFlow(0, 3, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
-    trainer = PMFTrainer(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
+    trainer = PMFTraining(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
     monkeypatch.setattr(pmf_training, "_ESS_GAINED", 2.0)  # nothing is a gain
     advance(trainer)
     assert trainer._anew_after == 1
@@ -558,7 +558,7 @@ def test_edges_of_the_circle_belong_to_one_state():
 def restart_trainer(seed=0):
     stopping = {"max_rounds": 5, "max_polish_cycles": 2, "ess": 0.999, "free_energy_error": 0.15}
     config = settings(pmf={"n_switched": 2}, stopping=stopping, seed=3)
-    return new_trainer(config, invalid=[2], seed=seed, estimator_seed=11 + seed, followed=True)
+    return new_method(config, invalid=[2], seed=seed, estimator_seed=11 + seed, followed=True)
 
 
 def same_rows(first, second):

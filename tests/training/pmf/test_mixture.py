@@ -13,9 +13,9 @@ from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
 from openmm_cgflow.paper.targets import GaussianMixture
+from openmm_cgflow.training.pmf import method as pmf_training
 from openmm_cgflow.training.pmf.flow_fit import weighted_samples
-from openmm_cgflow.training.pmf.method import PMFTrainer
-from openmm_cgflow.training.reverse_kl.pmf import method as pmf_training
+from openmm_cgflow.training.pmf.method import PMFTraining
 from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
@@ -23,7 +23,7 @@ HALF_EDGE = 2.0
 ONE_KJ = thermal_beta(1.0)  # K, at which beta is 1 mol/kJ: beta is inverse to the temperature
 
 
-def new_trainer(dimensions, layers, hidden, pmf, stopping, n_replicas):
+def new_method(dimensions, layers, hidden, pmf, stopping, n_replicas):
     """Of the mixture whose modes have the seed of ``systems/gmm_*``, and its energy of z, kT."""
     mixture = GaussianMixture(dimensions, 1)
     means = torch.as_tensor(mixture.means)
@@ -37,7 +37,7 @@ def new_trainer(dimensions, layers, hidden, pmf, stopping, n_replicas):
         seed=1,
         pmf={"n_members": 2, "hidden_features": hidden, "flow_learning_rate": 3e-3, **pmf},
         stopping={"free_energy_error": 0.02, "max_evaluations": 1e8, **stopping},
-        sampler={"n_replicas": n_replicas},
+        chains={"n_replicas": n_replicas},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -45,7 +45,7 @@ def new_trainer(dimensions, layers, hidden, pmf, stopping, n_replicas):
         networks = PMF(dimensions, torch.zeros((0, 0)), hidden, 2, periodic=False)
         response = FastResponse(dimensions, 0, torch.zeros((0, 3)), (8,), periodic=False)
     coordinates = BoxCoordinates(range(dimensions), [str(i) for i in range(dimensions)], HALF_EDGE)
-    return PMFTrainer(config, coordinates, flow, networks, response, AnalyticMeanForce(energy)), mixture, energy
+    return PMFTraining(config, coordinates, flow, networks, response, AnalyticMeanForce(energy)), mixture, energy
 
 
 def check(trainer, mixture, energy, weight_error, width_error, smallest_ess):
@@ -67,7 +67,7 @@ def check(trainer, mixture, energy, weight_error, width_error, smallest_ess):
 @pytest.mark.slow
 def test_three_modes_in_two_dimensions(monkeypatch):
     monkeypatch.setattr(pmf_training, "_N_TEST", 2048)
-    trainer, mixture, energy = new_trainer(
+    trainer, mixture, energy = new_method(
         2,
         layers=4,
         hidden=[32, 32],

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.training.pmf import paths
 from openmm_cgflow.training.pmf.paths import low_paths
-from openmm_cgflow.training.reverse_kl.pmf import paths
 
 
 def test_conformations_are_far_from_each_other_and_low():
