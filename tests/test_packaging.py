@@ -1,7 +1,6 @@
 """What the package says about itself, held together: setup.cfg, environment.yml, the code and the CI script."""
 
 import ast
-import configparser
 import importlib.metadata
 import os
 import re
@@ -13,11 +12,11 @@ import zipfile
 
 import pytest
 import yaml
+from dependencies import on_conda_forge, read_setup, requirements
 
 import openmm_cgflow
 
-# Where conda-forge, or the module to import, has another name than PyPI.
-_CONDA = {"torch": "pytorch", "openmmtorch": "openmm-torch", "openmmml": "openmm-ml", "matplotlib": "matplotlib-base"}
+# Where the module to import has another name than the package.
 _MODULES = {"pyyaml": "yaml"}
 _OPTIONAL = {"openmmtorch", "openmmml"}  # imported where they are asked for, or by themselves
 _CONDA_ONLY = {"python", "pip", "setuptools", "openmm-torch"}
@@ -25,9 +24,7 @@ _CONDA_ONLY = {"python", "pip", "setuptools", "openmm-torch"}
 
 @pytest.fixture(scope="module")
 def setup(root):
-    parser = configparser.ConfigParser()
-    parser.read(root / "setup.cfg", encoding="utf-8")
-    return parser
+    return read_setup(root)
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +32,12 @@ def environment(root):
     return yaml.safe_load((root / "environment.yml").read_text())
 
 
-def _requirements(text):
-    """Name and version constraint of each line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return dict(re.fullmatch(r"([A-Za-z0-9_.-]+?)((?:[<>=]=?.*)?)", line).groups() for line in lines)
-
-
 def test_environment_follows_setup(setup, environment):
-    conda = _requirements("\n".join(environment["dependencies"]))
-    wanted = _requirements(setup["options"]["install_requires"])
+    conda = requirements("\n".join(environment["dependencies"]))
+    wanted = requirements(setup["options"]["install_requires"])
     for extra in ("test", "notebooks"):
-        wanted |= _requirements(setup["options.extras_require"][extra])
-    translated = {_CONDA.get(name, name): version for name, version in wanted.items()}
-    assert {name: version for name, version in conda.items() if name not in _CONDA_ONLY} == translated
+        wanted |= requirements(setup["options.extras_require"][extra])
+    assert {name: version for name, version in conda.items() if name not in _CONDA_ONLY} == on_conda_forge(wanted)
     assert conda["python"] == setup["options"]["python_requires"]
     assert "openmm-torch" in conda
 
@@ -67,13 +57,13 @@ def test_imports_are_declared(setup, root):
             elif isinstance(node, ast.ImportFrom):
                 used.add(node.module.split(".")[0])
     used -= set(sys.stdlib_module_names) | {"openmm_cgflow"}
-    declared = _requirements(setup["options"]["install_requires"])
+    declared = requirements(setup["options"]["install_requires"])
     used -= _OPTIONAL
     assert used == {_MODULES.get(name, name) for name in declared}
 
 
 def test_minimum_versions(setup):
-    declared = _requirements(setup["options"]["install_requires"])
+    declared = requirements(setup["options"]["install_requires"])
     # 8.5.2 is the first with a PythonForce that works with torch on CUDA.
     assert {name: declared[name] for name in ("openmm", "torch", "zuko")} == {
         "openmm": ">=8.5.2",
@@ -82,8 +72,8 @@ def test_minimum_versions(setup):
     }
     extras = setup["options.extras_require"]
     # Before it, a PythonForce was called by another thread on CUDA, and torch then gave nan (openmm/openmm#5412).
-    assert [_requirements(extras[f"cuda{k}"]) for k in (12, 13)] == [{f"OpenMM-CUDA-{k}": ">=8.6.1"} for k in (12, 13)]
-    assert _requirements(extras["torchforce"])["torch"] == "==2.9.*"
+    assert [requirements(extras[f"cuda{k}"]) for k in (12, 13)] == [{f"OpenMM-CUDA-{k}": ">=8.6.1"} for k in (12, 13)]
+    assert requirements(extras["torchforce"])["torch"] == "==2.9.*"
     assert {"test", "notebooks", "torchforce", "cuda12", "cuda13"} <= set(extras)
 
 
