@@ -67,3 +67,11 @@ def test_what_the_recipe_tests_exists(recipe):
         importlib.import_module(name)
     (names,) = re.findall(r"from openmm_cgflow import ([\w, ]+)", "\n".join(script["script"]))
     assert set(names.split(", ")) <= set(openmm_cgflow.__all__)
+
+
+def test_no_folder_of_the_package_is_ignored(root):
+    """Git would leave its new files out of a commit, and rattler-build all of it out of the source."""
+    anywhere = re.findall(r"^([^/\n]+)/$", (root / ".gitignore").read_text(), re.MULTILINE)
+    folders = {path.parent.name for folder in ("openmm_cgflow", "tests") for path in (root / folder).rglob("*.py")}
+    assert {"openmm_cgflow", "tests"} <= folders
+    assert not folders & set(anywhere)
