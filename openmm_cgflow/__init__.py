@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from openmm_cgflow.runs.evaluate import Evaluation, evaluate
     from openmm_cgflow.runs.train import load, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported on first use: worker processes and `--help` need neither torch nor a Context.
 _HOME = {

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.settings import ChainSettings, TemperingSettings
-from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.networks.flow import one_torch_thread
-from openmm_cgflow.engines.lattice import LatticeEngine
-from openmm_cgflow.molecule.partition import Partition
-from openmm_cgflow.engines.choose import Engine, create_engine
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
-from openmm_cgflow.runs.loop import new_method
+from openmm_cgflow.engines.choose import Engine, create_engine
+from openmm_cgflow.engines.lattice import LatticeEngine
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
+from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.runs.loop import new_method
+from openmm_cgflow.settings import ChainSettings, TemperingSettings
 from openmm_cgflow.training.tempering import start_temperature
 
 __all__ = ["Cost", "count_stages", "dry_run", "measure_cost"]

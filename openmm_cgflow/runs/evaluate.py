@@ -12,14 +12,20 @@ import numpy as np
 
 from openmm_cgflow.analysis.basins import compare_basins
 from openmm_cgflow.analysis.comparison import Ensemble, Grid, compare_densities, compare_sizes, compare_states
-from openmm_cgflow.config import load_config
 from openmm_cgflow.analysis.distances import N_BINS, PSEUDOCOUNT, effective_size
-from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.files.trajectory import colvar_constants, read_colvar
 from openmm_cgflow.analysis.observables import measure, residues_with_maps
-from openmm_cgflow.analysis.reference import GridReference, TrajectoryReference, load_frames, load_reference, load_structure
+from openmm_cgflow.analysis.reference import (
+    GridReference,
+    TrajectoryReference,
+    load_frames,
+    load_reference,
+    load_structure,
+)
 from openmm_cgflow.analysis.report import Evaluation, write_evaluation
+from openmm_cgflow.config import load_config
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.files.trajectory import colvar_constants, read_colvar
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 

@@ -16,16 +16,16 @@ import torch
 from tqdm.auto import tqdm
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.files.atomic import atomic_path
-from openmm_cgflow.training.joint import EngineEnergies, JointTraining
-from openmm_cgflow.forces.estimator import MolecularMeanForce
-from openmm_cgflow.model.cg_model import CGModel, new_flow, new_joint, new_pmf, new_response
-from openmm_cgflow.training.pmf.method import PMFTraining
-from openmm_cgflow.engines.choose import Engine
-from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.coordinates.geometry import Geometry
+from openmm_cgflow.engines.choose import Engine
+from openmm_cgflow.files.atomic import atomic_path
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.forces.estimator import MolecularMeanForce
+from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.model.cg_model import CGModel, new_flow, new_joint, new_pmf, new_response
 from openmm_cgflow.runs.load import save_state
+from openmm_cgflow.training.joint import EngineEnergies, JointTraining
+from openmm_cgflow.training.pmf.method import PMFTraining
 from openmm_cgflow.training.reverse_kl import ReverseKL
 
 __all__ = ["TrainingLoop", "new_method", "stop_requests"]
@@ -121,7 +121,14 @@ class TrainingLoop:
         flow = joint.flow if joint is not None else copy.deepcopy(trainer.flow)
         (joint or flow).double()  # training may run in single precision
         return CGModel(
-            self.geometry, flow, trainer.pmf, trainer.response, trainer.temperatures, self.fast_atoms.pool, platform, joint
+            self.geometry,
+            flow,
+            trainer.pmf,
+            trainer.response,
+            trainer.temperatures,
+            self.fast_atoms.pool,
+            platform,
+            joint,
         )
 
     def save_checkpoint(self) -> None:

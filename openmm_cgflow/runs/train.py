@@ -16,23 +16,23 @@ from openmm import app, unit
 
 from openmm_cgflow.analysis import plots
 from openmm_cgflow.config import Config, dump_config, load_config
-from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.files.trajectory import colvar_columns, peptide_torsions, write_colvar, write_trajectory
-from openmm_cgflow.files.atomic import atomic_path, atomic_write
-from openmm_cgflow.networks.flow import one_torch_thread
-from openmm_cgflow.molecule.readers import read_system_xml
-from openmm_cgflow.model.cg_model import CGModel
-from openmm_cgflow.molecule.partition import Partition
-from openmm_cgflow.engines.platforms import keep_platform
-from openmm_cgflow.engines.choose import Engine, create_engine
-from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.files.log import held_back
-from openmm_cgflow.model.sampling import Samples, draw_samples
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
-from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests
-from openmm_cgflow.runs.load import load_model_state, load_state
+from openmm_cgflow.engines.choose import Engine, create_engine
+from openmm_cgflow.engines.platforms import keep_platform
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.files.atomic import atomic_path, atomic_write
+from openmm_cgflow.files.log import held_back
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.files.trajectory import colvar_columns, peptide_torsions, write_colvar, write_trajectory
+from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.model.sampling import Samples, draw_samples
+from openmm_cgflow.molecule.partition import Partition
+from openmm_cgflow.molecule.readers import read_system_xml
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table
+from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.runs.load import load_model_state, load_state
+from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests
 from openmm_cgflow.runs.verify import verify
 
 __all__ = ["load", "save_samples", "train"]
@@ -204,9 +204,7 @@ def _write_inputs(run: RunDirectory, geometry: Geometry) -> None:
     atomic_write(run.slow_atoms, json.dumps(geometry.partition.to_json(system), indent=2) + "\n")
 
 
-def _finish(
-    run: RunDirectory, model: CGModel, engine: Engine, config: Config, must_stop: Callable[[], bool]
-) -> bool:
+def _finish(run: RunDirectory, model: CGModel, engine: Engine, config: Config, must_stop: Callable[[], bool]) -> bool:
     """Samples and plots of a finished training; False if stopped before their end."""
     if config.samples.plots:
         plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.errors import CGFlowError, ReplicaError
-from openmm_cgflow.model.cg_model import CGModel
-from openmm_cgflow.training.pmf.paths import low_paths
 from openmm_cgflow.engines.choose import Engine
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.forces.switching import Switches, slower, switch
+from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.training.pmf.paths import low_paths
 
 __all__ = ["Verification", "verify"]
 

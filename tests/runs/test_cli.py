@@ -25,15 +25,12 @@ import yaml
 from openmm import app, unit
 
 from openmm_cgflow import __version__
-
-from openmm_cgflow.engines import platforms
-
-from openmm_cgflow.runs import train as runner
-
-from openmm_cgflow.runs import loop as session
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import load_config
+from openmm_cgflow.engines import platforms
 from openmm_cgflow.files.trajectory import read_colvar
+from openmm_cgflow.runs import loop as session
+from openmm_cgflow.runs import train as runner
 
 pytestmark = pytest.mark.usefixtures("few_tests")
 

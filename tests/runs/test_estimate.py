@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
-from openmm_cgflow.runs.estimate import count_stages, measure_cost
 from openmm_cgflow.cli import _duration
-from openmm_cgflow.settings import TemperingSettings
-from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.coordinates.geometry import Geometry
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.runs.estimate import count_stages, measure_cost
+from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.training.tempering import next_temperature
 from openmm_cgflow.units import thermal_beta
 

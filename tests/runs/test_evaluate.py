@@ -11,12 +11,12 @@ import torch
 from conformers import CENTRES, alanine_frames, atoms_of, basin_frames, repeated, turned, write_run, write_samples
 
 from openmm_cgflow import load_config, train
-from openmm_cgflow.cli import main
-from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.runs.evaluate import evaluate
-from openmm_cgflow.files.trajectory import read_colvar
 from openmm_cgflow.analysis.observables import measure, radius_of_gyration
 from openmm_cgflow.analysis.states import peptide_bonds
+from openmm_cgflow.cli import main
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.files.trajectory import read_colvar
+from openmm_cgflow.runs.evaluate import evaluate
 from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 

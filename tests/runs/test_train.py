@@ -20,16 +20,17 @@ from openmm_cgflow import (
     load_config,
     train,
 )
-from openmm_cgflow.files.trajectory import read_colvar
-from openmm_cgflow.training.pmf.method import PMFTraining
-from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.coordinates.geometry import Geometry
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.files.trajectory import read_colvar
+from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.runs import train as runner
 from openmm_cgflow.runs.verify import Verification
+from openmm_cgflow.training.pmf.method import PMFTraining
 
 OMEGAS = ("ACE:CH3 ACE:C ALA:N ALA:CA", "ALA:CA ALA:C NME:N NME:C")
 pytestmark = pytest.mark.usefixtures("few_tests")
+
 
 @pytest.fixture(scope="module")
 def tiny(systems):

@@ -11,12 +11,10 @@ import torch
 from moving import TEMPERATURE, MovingBath, chains_of, exact, molecule
 
 from openmm_cgflow import CGFlowError
-
-from openmm_cgflow.training.pmf import paths
-
 from openmm_cgflow.forces import switching
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.runs.verify import Verification, verify
+from openmm_cgflow.training.pmf import paths
 
 
 @pytest.fixture

@@ -1,0 +1,3 @@
+"""The verbs: train, load, evaluate, check."""
+
+__all__: list[str] = []
