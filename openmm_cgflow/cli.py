@@ -53,8 +53,9 @@ def _init(options: argparse.Namespace) -> int:
     import yaml
 
     from openmm_cgflow.config import load_config, validate
-    from openmm_cgflow.coordinates.zmatrix import bond_graph, slow_zmatrix
+    from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
     from openmm_cgflow.files.atomic import atomic_write, writing
+    from openmm_cgflow.molecule.bonds import bond_graph
     from openmm_cgflow.molecule.partition import Partition
     from openmm_cgflow.molecule.system import MolecularSystem
     from openmm_cgflow.template import render

@@ -15,9 +15,10 @@ from torch import Tensor
 from openmm_cgflow.coordinates.all_atom import MoleculeMap
 from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.coordinates.slow import CartesianCoordinates, InternalCoordinates
-from openmm_cgflow.coordinates.zmatrix import bond_graph, fast_zmatrix, slow_zmatrix, stereocentres
+from openmm_cgflow.coordinates.zmatrix import fast_zmatrix, slow_zmatrix
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms, Frames
+from openmm_cgflow.molecule.bonds import bond_graph, stereocentres
 from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.units import thermal_beta
 

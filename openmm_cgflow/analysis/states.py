@@ -12,9 +12,10 @@ import networkx as nx
 import numpy as np
 from mdtraj.geometry.dihedral import indices_phi, indices_psi
 
-from openmm_cgflow.coordinates.zmatrix import amide_bonds, bond_graph, slow_zmatrix, stereocentres
+from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.trajectory import peptide_torsions
+from openmm_cgflow.molecule.bonds import amide_bonds, bond_graph, stereocentres
 
 __all__ = [
     "PEPTIDE_BOND",

@@ -15,19 +15,11 @@ from openmm_cgflow.coordinates.all_atom import AllAtomMap, BoxMap, MoleculeMap
 from openmm_cgflow.coordinates.harmonic import Evaluate, HarmonicReference
 from openmm_cgflow.coordinates.slow import BoxCoordinates, CartesianCoordinates, Coordinates, InternalCoordinates
 from openmm_cgflow.coordinates.thermal_map import InternalThermalMap, LinearMap, ThermalMap
-from openmm_cgflow.coordinates.zmatrix import (
-    ZMatrix,
-    amide_bonds,
-    bond_graph,
-    fast_zmatrix,
-    reference_triple,
-    rotamers,
-    slow_zmatrix,
-    stereocentres,
-)
+from openmm_cgflow.coordinates.zmatrix import ZMatrix, fast_zmatrix, reference_triple, rotamers, slow_zmatrix
 from openmm_cgflow.engines.choose import Engine
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.molecule.bonds import amide_bonds, bond_graph, stereocentres
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.training.tempering import start_temperature

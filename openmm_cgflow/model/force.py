@@ -16,12 +16,12 @@ from openmm import app
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from openmm_cgflow.coordinates.zmatrix import bond_graph
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write, writing
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.model.free_energy import FreeEnergy
 from openmm_cgflow.model.torsion_table import torsion_table
+from openmm_cgflow.molecule.bonds import bond_graph
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import copy_topology

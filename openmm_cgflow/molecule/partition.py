@@ -11,10 +11,9 @@ from typing import Any, Self
 import networkx as nx
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates.zmatrix import amide_bonds, bond_graph
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.molecule.bonds import amide_bonds, bond_graph, connected_components
 from openmm_cgflow.molecule.system import MolecularSystem
-from openmm_cgflow.molecule.topology import connected_components
 
 __all__ = ["Partition"]
 

@@ -19,8 +19,9 @@ from openmm import app, unit
 from openmm_cgflow.config import validate
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule import readers as loaders
+from openmm_cgflow.molecule.bonds import connected_components
 from openmm_cgflow.molecule.sanitize import angle_term_ends, bond_term_pairs, energy_and_forces, sanitize
-from openmm_cgflow.molecule.topology import atom_labels, connected_components, copy_topology, refuse_explicit_solvent
+from openmm_cgflow.molecule.topology import atom_labels, copy_topology, refuse_explicit_solvent
 from openmm_cgflow.paper.targets import Target, new_target
 from openmm_cgflow.settings import SystemSettings
 

@@ -1,19 +1,15 @@
-"""Small tools on ``openmm.app.Topology``: copies, labels, connected parts."""
+"""Small tools on ``openmm.app.Topology``: copies, tables, labels, and waters and ions found."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
-import networkx as nx
 from openmm import app
 
-from openmm_cgflow.coordinates.zmatrix import bond_graph
 from openmm_cgflow.errors import CGFlowError
 
 __all__ = [
     "atom_labels",
-    "connected_components",
     "copy_topology",
     "refuse_explicit_solvent",
     "topology_from_table",
@@ -80,11 +76,6 @@ def atom_labels(topology: app.Topology) -> list[str]:
 
 def _residue(atom: app.topology.Atom) -> str:
     return f"{atom.residue.name}{atom.residue.id}{atom.residue.insertionCode.strip()}"
-
-
-def connected_components(n_atoms: int, bonds: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Sorted atom indices of each connected part, in order of their first atoms."""
-    return sorted(sorted(part) for part in nx.connected_components(bond_graph(n_atoms, bonds)))
 
 
 def refuse_explicit_solvent(topology: app.Topology, source: str) -> None:

@@ -8,8 +8,8 @@ from conformers import alanine_frames, atoms_of, basin_frames, repeated, turned
 
 from openmm_cgflow.analysis import states
 from openmm_cgflow.coordinates.placement import signed_volumes
-from openmm_cgflow.coordinates.zmatrix import bond_graph, stereocentres
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.molecule.bonds import bond_graph, stereocentres
 
 
 @pytest.fixture(scope="module")

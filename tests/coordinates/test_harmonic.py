@@ -10,8 +10,9 @@ from analytic import random_rotation, random_structure
 
 from openmm_cgflow.coordinates.harmonic import HarmonicReference
 from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
-from openmm_cgflow.coordinates.zmatrix import bond_graph, fast_zmatrix, slow_zmatrix
+from openmm_cgflow.coordinates.zmatrix import fast_zmatrix, slow_zmatrix
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.molecule.bonds import bond_graph
 from openmm_cgflow.units import thermal_beta
 
 # A slow chain 0-1-2-3 with a torsion, a fast atom 4 on 1, and a rotor 5, 6 on 3.

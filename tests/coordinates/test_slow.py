@@ -19,8 +19,9 @@ from analytic import (
 
 from openmm_cgflow.coordinates.placement import bond_angle_dihedral, place, place_first_three, signed_volumes
 from openmm_cgflow.coordinates.slow import InternalCoordinates
-from openmm_cgflow.coordinates.zmatrix import bond_graph, slow_zmatrix
+from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.molecule.bonds import bond_graph
 
 
 def make(name, kind):

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from openmm_cgflow.coordinates.slow import InternalCoordinates
-from openmm_cgflow.coordinates.zmatrix import bond_graph, slow_zmatrix
+from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
 from openmm_cgflow.model.free_energy import FlowPotential, FreeEnergy, PMFPotential, TorsionPotential
+from openmm_cgflow.molecule.bonds import bond_graph
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 
