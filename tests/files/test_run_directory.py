@@ -8,7 +8,7 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write
 from openmm_cgflow.files.run_directory import RunDirectory, config_differences
 
-_CONFIG = "temperature: 300.0\nflow:\n  n_layers: 6\nsampling:\n  n_samples: 10\n"
+_CONFIG = "temperature: 300.0\nflow:\n  n_layers: 6\nsamples:\n  n_samples: 10\n"
 
 
 def _save(text):
@@ -92,7 +92,7 @@ def test_resume_with_other_sampling_is_fine(run):
 def test_config_differences():
     assert config_differences("a: {b: 1, c: [1, 2]}", "a: {b: 1, c: [1, 3]}") == ["a.c: [1, 2] -> [1, 3]"]
     assert config_differences("a: 1", "b: 2") == ["a: 1 -> unset", "b: unset -> 2"]
-    assert config_differences("sampling: {a: 1}", "sampling: {a: 2}") == []
+    assert config_differences("samples: {a: 1}", "samples: {a: 2}") == []
     assert config_differences("sampler: {n_workers: 1}", "sampler: {n_workers: 2}") == []
     assert config_differences("training: {checkpoint_interval: 1}", "training: {n_steps: 1}") == [
         "training.n_steps: unset -> 1"

@@ -174,7 +174,7 @@ def _config(target, slow, **sections):
         system={"target": target},
         temperature=UNIT,
         partition={"slow": slow},
-        coordinates={"kind": "box", "box": 6},
+        coordinates={"kind": "box", "half_edge": 6},
         chains={"platform": "Reference", "n_workers": 1},
         **sections,
     )

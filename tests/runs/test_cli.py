@@ -505,7 +505,7 @@ def unknown_key(folder, systems, alanine):
 
 
 def unknown_section(folder, systems, alanine):
-    return peptide(folder, alanine, samplers={"n_replicas": 16})
+    return peptide(folder, alanine, chain={"n_replicas": 16})
 
 
 def wrong_unit(folder, systems, alanine):
@@ -557,7 +557,7 @@ BAD_INPUT = [
     (index_out_of_range, ["400", "0 to 21"]),
     (slow_ring, ["ring", "[0, 1, 2, 3]", "leave at least one atom"]),
     (unknown_key, ["molecule.yaml", "chains.n_replica: unknown key", "did you mean 'n_replicas'?"]),
-    (unknown_section, ["samplers: unknown key", "did you mean 'sampler'?"]),
+    (unknown_section, ["chain: unknown key", "did you mean 'chains'?"]),
     (wrong_unit, ["chains.timestep", "'1 K'", "quantity in ps"]),
     (unknown_unit, ["temperature", "'300 Kelvins'", "quantity in K"]),
     (out_of_range, ["temperature", "greater than 0"]),
@@ -619,7 +619,7 @@ def test_cuda_asked_for_and_absent(where, butane, tmp_path, monkeypatch, refused
         ("temperature=1 fs", ["temperature", "'1 fs'", "in K"]),
         ("temperature.start=3", ["temperature is not a section"]),
         ("partition.slow=[0, 1", ["partition.slow", "not valid YAML"]),
-        ("sampling=3", ["samples", "SampleSettings"]),
+        ("samples=3", ["samples", "SampleSettings"]),
     ],
 )
 def test_bad_settings(setting, words, butane, tmp_path, refused):

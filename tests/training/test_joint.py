@@ -82,7 +82,7 @@ def test_nothing_is_learned_where_the_density_is_right(monkeypatch):
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 def test_a_wrong_temperature_is_noticed(factor, monkeypatch):
-    from openmm_cgflow.training.reverse_kl import joint as joint_training
+    from openmm_cgflow.training import joint as joint_training
 
     monkeypatch.setattr(joint_training, "thermal_beta", lambda temperature: factor * thermal_beta(temperature))
     trainer = trainer_of(config(), lambda x: 0.5 * ((x[:, 0] - 0.4) / 0.3) ** 2, learned=False)
