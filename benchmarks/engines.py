@@ -20,7 +20,7 @@ from md import exit_code
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.config import Config
 from openmm_cgflow.engines.choose import Engine, create_engine
-from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.runs.build import choose_partition, load_molecule
 from openmm_cgflow.settings import ChainSettings
 
 
@@ -42,13 +42,11 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.molecule.suffix in (".yaml", ".yml"):
         config = load_config(arguments.molecule, arguments.set)
-        if config.system is None:
-            raise CGFlowError(f"{arguments.molecule}: the configuration has no system section")
-        molecule = MolecularSystem.from_files(config.system)
+        molecule = load_molecule(config)
     else:
         molecule, config = MolecularSystem.from_files(arguments.molecule, arguments.forcefield), Config()
     chains = config.chains
-    slow = (Partition.resolve(molecule, arguments.slow) if arguments.slow else Partition.of(molecule, config)).slow
+    slow = (Partition.resolve(molecule, arguments.slow) if arguments.slow else choose_partition(config, molecule)).slow
     n_replicas = arguments.n_replicas or chains.n_replicas
     chains = chains.model_copy(update={"platform": arguments.platform, "n_replicas": n_replicas})
     variants = {f"contexts, {n} worker(s)": {"engine": "contexts", "n_workers": n} for n in arguments.workers}

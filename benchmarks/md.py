@@ -17,12 +17,13 @@ import openmm
 from mdtraj.geometry.dihedral import indices_chi1, indices_phi, indices_psi
 from openmm import unit
 
-from openmm_cgflow import MolecularSystem, load_config
+from openmm_cgflow import load_config
 from openmm_cgflow.analysis import states
 from openmm_cgflow.analysis.reference import GridReference, load_reference
 from openmm_cgflow.engines.platforms import available_platforms
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.python_forces import batched_energy
+from openmm_cgflow.runs.build import load_molecule
 
 __all__ = [
     "FRICTION",
@@ -109,9 +110,7 @@ def load(
     if platform not in available_platforms():
         raise CGFlowError(f"--platform {platform}: not here; available: {', '.join(available_platforms())}")
     config = load_config(path, overrides)
-    if config.system is None:
-        raise CGFlowError(f"{path}: no section 'system'")
-    molecule = MolecularSystem.from_files(config.system)
+    molecule = load_molecule(config)
     topology = molecule.mdtraj_topology
     names = list(dict.fromkeys(torsions))
     if len(names) < len(torsions):

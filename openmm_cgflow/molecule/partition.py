@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import networkx as nx
 
-from openmm_cgflow.config import Config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.bonds import amide_bonds, bond_graph, connected_components
 from openmm_cgflow.molecule.system import MolecularSystem
@@ -32,11 +31,6 @@ class Partition:
 
     slow: tuple[int, ...]
     fast: tuple[int, ...]
-
-    @classmethod
-    def of(cls, molecular_system: MolecularSystem, config: Config) -> Self:
-        """The slow atoms that a configuration asks for; see :meth:`resolve`."""
-        return cls.resolve(molecular_system, config.partition.slow, config.coordinates.peptide_bonds == "sample")
 
     @classmethod
     def resolve(

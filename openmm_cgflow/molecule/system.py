@@ -22,7 +22,6 @@ from openmm_cgflow.molecule import readers as loaders
 from openmm_cgflow.molecule.bonds import connected_components
 from openmm_cgflow.molecule.sanitize import angle_term_ends, bond_term_pairs, energy_and_forces, sanitize
 from openmm_cgflow.molecule.topology import atom_labels, copy_topology, refuse_explicit_solvent
-from openmm_cgflow.paper.targets import Target, new_target
 from openmm_cgflow.settings import SystemSettings
 
 if TYPE_CHECKING:
@@ -103,16 +102,12 @@ class MolecularSystem:
             assert config.system is not None
             structure = config.system
         if structure.target is not None:
-            return cls.from_target(new_target(structure.target))
+            raise CGFlowError(
+                "system.target names a synthetic system and no files: train takes it as it is, and "
+                "openmm_cgflow.paper.targets.target_system builds it"
+            )
         loaded = loaders.load_files(structure)
         return cls._checked(loaded.topology, loaded.system, loaded.positions, loaded.notes, str(structure.structure))
-
-    @classmethod
-    def from_target(cls, target: Target) -> Self:
-        """A synthetic system; its particles start at zero, and it is no molecule, so no molecule's checks apply."""
-        positions = np.zeros((target.n_slow + target.n_fast, 3))
-        positions.setflags(write=False)
-        return cls(target.topology(), target.system(), positions)
 
     @classmethod
     def from_openmm(cls, topology: app.Topology, system: openmm.System, positions: Any) -> Self:

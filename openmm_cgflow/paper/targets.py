@@ -15,9 +15,10 @@ import openmm
 from openmm import app
 from scipy.special import logsumexp
 
+from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.settings import TargetSettings
 
-__all__ = ["DoubleWell", "GaussianMixture", "Target", "new_target"]
+__all__ = ["DoubleWell", "GaussianMixture", "Target", "new_target", "target_system"]
 
 _MASS = 1.0  # Da
 _N_GRID = 20001  # points of a quadrature
@@ -259,3 +260,10 @@ def new_target(settings: TargetSettings) -> Target:
     if settings.name == "double_well":
         return DoubleWell()
     return GaussianMixture(settings.dimensions, settings.seed)
+
+
+def target_system(target: Target) -> MolecularSystem:
+    """A target as what is simulated; its particles start at zero, and the checks of molecules do not apply to it."""
+    positions = np.zeros((target.n_slow + target.n_fast, 3))
+    positions.setflags(write=False)
+    return MolecularSystem(target.topology(), target.system(), positions)

@@ -13,10 +13,8 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
 from openmm_cgflow.engines.choose import Engine, create_engine
 from openmm_cgflow.engines.lattice import LatticeEngine
-from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.molecule.partition import Partition
-from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.runs.build import choose_partition, load_molecule
 from openmm_cgflow.runs.loop import new_method
 from openmm_cgflow.settings import ChainSettings, TemperingSettings
 from openmm_cgflow.training.tempering import start_temperature
@@ -58,12 +56,10 @@ def dry_run(config: Config) -> Iterator[str]:
     Raises:
         CGFlowError: If a training would be refused.
     """
-    if config.system is None:
-        raise CGFlowError("the configuration has no system section")
-    molecular_system = MolecularSystem.from_files(config.system)
+    molecular_system = load_molecule(config)
     yield f"molecule: {molecular_system.n_atoms} atoms, {len(molecular_system.bonds)} bonds"
     yield from (f"note: {note}" for note in molecular_system.notes)
-    partition = Partition.of(molecular_system, config)
+    partition = choose_partition(config, molecular_system)
     yield "partition: " + partition.describe(molecular_system)
     with create_engine(molecular_system, partition.slow, config.chains) as engine:
         geometry = Geometry.build(config, molecular_system, partition, engine.evaluate)

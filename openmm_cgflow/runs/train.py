@@ -31,6 +31,7 @@ from openmm_cgflow.molecule.readers import read_system_xml
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table
 from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.runs.build import choose_partition, load_molecule
 from openmm_cgflow.runs.load import load_model_state, load_state
 from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests
 from openmm_cgflow.runs.verify import verify
@@ -77,10 +78,8 @@ def train(
     started = time.monotonic()
     RunDirectory(output).check_free(resume=resume, overwrite=overwrite, source=source)
     if molecular_system is None:
-        if config.system is None:
-            raise CGFlowError("the configuration has no system section, and no molecular_system was given")
-        molecular_system = MolecularSystem.from_files(config.system)
-    partition = Partition.of(molecular_system, config)
+        molecular_system = load_molecule(config)
+    partition = choose_partition(config, molecular_system)
     with ExitStack() as stack:
         stack.enter_context(one_torch_thread())
         saved: dict[str, Any] | None = None

@@ -12,6 +12,7 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.system import MolecularSystem
+from openmm_cgflow.runs.build import load_molecule
 from openmm_cgflow.units import thermal_beta
 
 
@@ -42,7 +43,7 @@ def test_configuration_of_a_target_loads_and_names_its_own_run(systems, name):
     config = load_config(path)
     assert config.system.target is not None
     assert thermal_beta(config.temperature) == pytest.approx(1.0, abs=1e-6)
-    molecule = MolecularSystem.from_files(config.system)
+    molecule = load_molecule(config)
     assert Partition.resolve(molecule, config.partition.slow).fast
     for command in ("train", "evaluate"):
         assert f"openmm-cgflow {command}" in path.read_text()

@@ -21,7 +21,8 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.paper import exact
-from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target
+from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target, target_system
+from openmm_cgflow.runs.build import load_molecule
 from openmm_cgflow.settings import TargetSettings
 
 pytestmark = pytest.mark.usefixtures("few_tests")
@@ -50,7 +51,7 @@ def test_openmm_has_the_energy_that_the_exact_answers_are_of(target):
     minus[range(n), range(n), 0] -= step
     aside = xyz + np.array([0.0, 0.3, -0.2])  # the unused coordinates have springs of their own
     chains = Config().chains.model_copy(update={"platform": "Reference", "n_workers": 1, "engine": "contexts"})
-    with create_engine(MolecularSystem.from_target(target), range(target.n_slow), chains) as engine:
+    with create_engine(target_system(target), range(target.n_slow), chains) as engine:
         energy, forces = engine.evaluate(np.concatenate((xyz, plus, minus, aside)))
     assert energy[:4] == pytest.approx(expected, rel=1e-9, abs=1e-9)
     numerical = (energy[4 + n : 4 + 2 * n] - energy[4 : 4 + n]) / (2 * step)
@@ -144,7 +145,7 @@ def test_particles_are_put_where_they_belong():
 @pytest.mark.parametrize("dimensions", [2, 4])
 def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
     config = _config({"name": "gaussian_mixture", "dimensions": dimensions}, list(range(dimensions)))
-    system = MolecularSystem.from_files(config.system)
+    system = load_molecule(config)
     partition = Partition.resolve(system, config.partition.slow)
     with create_engine(system, partition.slow, config.chains) as engine:
         geometry = Geometry.build(config, system, partition, engine.evaluate)
@@ -160,7 +161,7 @@ def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
 def test_widths_where_the_start_is_the_top_of_a_barrier():
     """x1 of the double well: a quartic that holds far more than its curvature says."""
     config = _config("double_well", [1])
-    system = MolecularSystem.from_files(config.system)
+    system = load_molecule(config)
     partition = Partition.resolve(system, config.partition.slow)
     with create_engine(system, partition.slow, config.chains) as engine:
         geometry = Geometry.build(config, system, partition, engine.evaluate)
@@ -262,3 +263,9 @@ def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys, 
     header, drawn, weighted = printed.splitlines()[-3:]
     assert header.split()[:3] == ["seed", "modes", "found"] and weighted.endswith("weighted")
     assert all(row.split()[0] == "3" and " of 3" in row for row in (drawn, weighted))
+
+
+def test_a_target_is_no_file():
+    config = _config("double_well", [1])
+    with pytest.raises(CGFlowError, match="target_system builds it"):
+        MolecularSystem.from_files(config.system)
