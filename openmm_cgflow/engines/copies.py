@@ -12,6 +12,7 @@ import openmm
 from openmm import unit
 
 from openmm_cgflow.molecule.python_forces import batched_energy
+from openmm_cgflow.molecule.sanitize import energy_and_forces
 
 __all__ = ["NotReplicableError", "check_copies", "replicate_system"]
 
@@ -139,19 +140,11 @@ def check_copies(system: openmm.System, positions: np.ndarray, offset: np.ndarra
     Raises:
         NotReplicableError: If they differ.
     """
-    single = _forces(system, positions)
-    double = _forces(replicate_system(system, 2, cutoff), np.concatenate([positions, positions + offset]))
+    _, single = energy_and_forces(system, positions)
+    _, double = energy_and_forces(replicate_system(system, 2, cutoff), np.concatenate([positions, positions + offset]))
     error = np.abs(double.reshape(2, *single.shape) - single).max()
     if not error <= 1e-6 * (1.0 + np.abs(single).max()):
         raise NotReplicableError(f"forces in a System of two copies are off by {error:.2g} kJ/mol/nm")
-
-
-def _forces(system: openmm.System, positions: np.ndarray) -> np.ndarray:
-    reference = openmm.Platform.getPlatformByName("Reference")
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), reference)
-    context.setPositions(positions)
-    forces = context.getState(forces=True).getForces(asNumpy=True)
-    return forces.value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
 
 
 def _set_cutoff(force: openmm.Force, cutoff: float) -> None:

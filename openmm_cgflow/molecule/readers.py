@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,14 +15,14 @@ import openmm
 from openmm import app, unit
 
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.molecule.python_forces import python_functions
+from openmm_cgflow.molecule.force_fields import PLAIN, read_system_xml, system_from_force_field
 from openmm_cgflow.molecule.topology import refuse_explicit_solvent
 from openmm_cgflow.settings import PotentialSettings, SystemSettings
 
 if TYPE_CHECKING:
     import parmed
 
-__all__ = ["Loaded", "load_files", "load_parmed", "near_force_fields", "read_system_xml"]
+__all__ = ["Loaded", "load_files", "load_parmed"]
 
 _SOLVENTS = {"hct": app.HCT, "obc1": app.OBC1, "obc2": app.OBC2, "gbn": app.GBn, "gbn2": app.GBn2}
 _READERS: dict[str, Callable[[str], Any]] = {
@@ -41,7 +39,6 @@ _CHARMM_READERS: dict[str, Callable[[str], Any]] = {
     ".cor": app.CharmmCrdFile,
     ".rst": app.CharmmRstFile,
 }
-_NOT_FORCE_FIELDS = {"residues.xml", "hydrogens.xml", "pdbNames.xml", "glycam-hydrogens.xml"}
 
 
 class Loaded(NamedTuple):
@@ -116,36 +113,12 @@ def load_parmed(structure: parmed.Structure, implicit_solvent: str | None, sourc
             f"{source}: the ParmEd structure has no coordinates; give them with "
             "parmed.load_file(topology, xyz=coordinates)"
         )
-    refuse_explicit_solvent(structure.topology, source)
     solvent = {}
     if implicit_solvent is not None:
         solvent = {"implicitSolvent": _SOLVENTS[implicit_solvent], "useSASA": True}
     with _reading(source, "ParmEd cannot build an OpenMM System from it; is every term parametrised?"):
-        system = structure.createSystem(
-            nonbondedMethod=app.NoCutoff, constraints=None, rigidWater=False, removeCMMotion=False, **solvent
-        )
+        system = structure.createSystem(**PLAIN, **solvent)
     return Loaded(structure.topology, system, structure.positions, _solvent_note(implicit_solvent))
-
-
-def near_force_fields(name: str, n: int = 3) -> list[str]:
-    """Force-field XML names shipped with OpenMM that resemble ``name``, the nearest first."""
-    data = Path(app.__file__).parent / "data"
-    known = [path.relative_to(data).as_posix() for path in sorted(data.rglob("*.xml"))]
-    wanted = _plain(name)
-
-    def likeness(candidate: str) -> float:
-        return max(
-            difflib.SequenceMatcher(None, wanted, _plain(candidate)).ratio(),
-            difflib.SequenceMatcher(None, _plain(Path(name).name), _plain(Path(candidate).name)).ratio(),
-        )
-
-    scores = {candidate: likeness(candidate) for candidate in known if candidate not in _NOT_FORCE_FIELDS}
-    ranked = sorted(scores, key=scores.__getitem__, reverse=True)
-    return [candidate for candidate in ranked if scores[candidate] > 0.6][:n]
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9/]", "", name.lower().removesuffix(".xml"))
 
 
 def _follow(config: SystemSettings) -> Loaded:
@@ -176,24 +149,14 @@ def _from_structure(config: SystemSettings) -> Loaded:
             "or System XML needs; Amber, GROMACS and CHARMM coordinates go with system.topology"
         )
     structure = _read_positions(path, {})
-    refuse_explicit_solvent(structure.topology, str(path))
+    refuse_explicit_solvent(structure.topology, str(path))  # before a force field misses its templates
     n_models = structure.getNumFrames()
     notes = () if n_models == 1 else (f"{path.name} holds {n_models} models; the first is used",)
     if config.system_xml is not None:
         return Loaded(structure.topology, read_system_xml(config.system_xml), structure.positions, notes)
     if not config.forcefield:  # a potential alone
         return Loaded(structure.topology, _bare_system(structure.topology, path), structure.positions, notes)
-    force_field = _force_field(config.forcefield)
-    try:
-        system = force_field.createSystem(
-            structure.topology,
-            nonbondedMethod=app.NoCutoff,
-            constraints=None,
-            rigidWater=False,
-            removeCMMotion=False,
-        )
-    except Exception as error:  # ForceField raises ValueError, KeyError and plain Exception
-        raise CGFlowError(_explain_template(error, config, force_field, structure.topology)) from error
+    system = system_from_force_field(config.forcefield, structure.topology, path)
     return Loaded(structure.topology, system, structure.positions, notes)
 
 
@@ -215,94 +178,14 @@ def _with_potential(config: PotentialSettings, loaded: Loaded) -> Loaded:
     return loaded._replace(system=system, notes=(*loaded.notes, *notes))
 
 
-def _force_field(names: Sequence[str]) -> app.ForceField:
-    try:
-        return app.ForceField(*names)
-    except Exception as error:  # ForceField.loadFile raises plain Exception
-        missing = re.search(r'Could not locate file "(.*)"', str(error))
-        if missing is None:
-            raise CGFlowError(f"force field {' '.join(names)}: cannot be loaded: {error}") from error
-        near = near_force_fields(missing.group(1))
-        hint = f"did you mean {', '.join(near)}?" if near else "nothing that OpenMM ships resembles it"
-        raise CGFlowError(
-            f"unknown force field {missing.group(1)!r}; {hint} (a name from OpenMM's data directory or "
-            "the path of an XML file)"
-        ) from None
-
-
-def _explain_template(
-    error: Exception, config: SystemSettings, force_field: app.ForceField, topology: app.Topology
-) -> str:
-    path, names, text = config.structure, " ".join(config.forcefield), str(error)
-    reason = re.split(r"  (?:You may be able|For more information)", text)[0]
-    if "contains no residue templates" in text:
-        return (
-            f"force field {names}: it has no residue templates, so it is not a force field by itself; add a protein "
-            f"force field before {config.forcefield[0]}, for example: forcefield: [amber14-all.xml, "
-            "implicit/obc2.xml] or [amber99sbildn.xml, amber99_obc.xml]"
-        )
-    if not text.startswith("No template found"):
-        return (
-            f"{path}: force field {names} cannot describe it: {reason.rstrip('.')}. Do the files belong together, the "
-            "implicit solvent to this protein force field, and do they cover every residue once? Otherwise give the "
-            "parameters as an Amber, GROMACS or CHARMM topology (system.topology)"
-        )
-    residues = [f"{residue.name}{residue.id}" for residue in force_field.getUnmatchedResidues(topology)]
-    listed = ", ".join(residues[:8]) + (", ..." if len(residues) > 8 else "")
-    if re.search(r"missing \d+ H atoms?", text) and "extra site" not in text:
-        loading = ", ".join(repr(name) for name in config.forcefield)
-        return (
-            f"{path}: hydrogens are missing in {listed}: {reason}\n"
-            f"Add them with\n  pdbfixer {path} --add-atoms=hydrogen --output=with_hydrogens.pdb\nor in Python\n"
-            "  from openmm import app\n"
-            f"  pdb = app.PDBFile({str(path)!r})\n"
-            "  modeller = app.Modeller(pdb.topology, pdb.positions)\n"
-            f"  modeller.addHydrogens(app.ForceField({loading}))\n"
-            "  with open('with_hydrogens.pdb', 'w') as file:\n"
-            "      app.PDBFile.writeFile(modeller.topology, modeller.positions, file)"
-        )
-    return (
-        f"{path}: force field {names} has no template for {listed}: {reason}\nCheck atom names, missing atoms and "
-        "CONECT records, or choose a force field with this residue; for ligands give the parameters as an Amber, "
-        "GROMACS or CHARMM topology (system.topology) or a System XML (system.system_xml)"
-    )
-
-
-def read_system_xml(path: Path) -> openmm.System:
-    try:
-        text = path.read_text()
-    except (OSError, ValueError) as error:
-        raise CGFlowError(f"{path}: cannot be read: {error}") from error
-    try:
-        python_functions(text)
-    except Exception as error:  # whatever unpickling a user's class raises
-        raise CGFlowError(
-            f"{path}: its potential cannot be read: {type(error).__name__}: {error}; the module it was made with must "
-            "be installed, or its folder be in PYTHONPATH"
-        ) from error
-    try:
-        system = openmm.XmlSerializer.deserialize(text)
-    except (openmm.OpenMMException, ValueError, TypeError) as error:
-        raise CGFlowError(
-            f"{path}: not a serialized openmm.System: {error}; write one with openmm.XmlSerializer.serialize(system)"
-        ) from error
-    if not isinstance(system, openmm.System):
-        raise CGFlowError(f"{path}: holds a {type(system).__name__}, expected a serialized openmm.System")
-    return system
-
-
 def _from_amber(config: SystemSettings, path: Path) -> Loaded:
     with _reading(path, "cannot be read as an Amber prmtop; is the file complete?"):
         prmtop = app.AmberPrmtopFile(str(path))
-    refuse_explicit_solvent(prmtop.topology, str(path))
     positions = _positions_for(prmtop.topology, config, _AMBER_READERS)
     hint = "" if config.implicit_solvent is None else "; does it hold GB radii (leap: set default PBradii mbondi2)?"
     with _reading(path, f"OpenMM cannot build a System from it{hint}"):
         system = prmtop.createSystem(
-            nonbondedMethod=app.NoCutoff,
-            constraints=None,
-            rigidWater=False,
-            removeCMMotion=False,
+            **PLAIN,
             implicitSolvent=_solvent_model(config),
         )
     _refuse_zero_radii(system, path)
@@ -315,12 +198,9 @@ def _from_gromacs(config: SystemSettings, path: Path) -> Loaded:
     include = {} if config.include_dir is None else {"includeDir": str(config.include_dir)}
     with _reading(path, "cannot be read as a GROMACS top (for include files set system.include_dir)"):
         top = app.GromacsTopFile(str(path), **include)
-    refuse_explicit_solvent(top.topology, str(path))
     positions = _positions_for(top.topology, config, {})
     with _reading(path, "OpenMM cannot build a System from it"):
-        system = top.createSystem(
-            nonbondedMethod=app.NoCutoff, constraints=None, rigidWater=False, removeCMMotion=False
-        )
+        system = top.createSystem(**PLAIN)
     return Loaded(top.topology, system, positions, ())
 
 
@@ -356,7 +236,6 @@ def _from_charmm(config: SystemSettings, path: Path) -> Loaded:
     files = [str(name) for name in config.parameters]
     with _reading(" ".join(files), "cannot be read as CHARMM parameters"):
         parameters = app.CharmmParameterSet(*files)
-    refuse_explicit_solvent(psf.topology, str(path))
     positions = _positions_for(psf.topology, config, _CHARMM_READERS)
     # OpenMM renamed the keyword after 8.5.
     known = inspect.signature(psf.createSystem).parameters
@@ -364,10 +243,7 @@ def _from_charmm(config: SystemSettings, path: Path) -> Loaded:
     with _reading(path, "OpenMM cannot build a System from it and the parameter files"):
         system = psf.createSystem(
             parameters,
-            nonbondedMethod=app.NoCutoff,
-            constraints=None,
-            rigidWater=False,
-            removeCMMotion=False,
+            **PLAIN,
             implicitSolvent=_solvent_model(config),
             **surface,
         )
@@ -416,7 +292,8 @@ def _read_positions(path: Path, readers: dict[str, Callable[[str], Any]]) -> Any
 
 
 def _positions_for(topology: app.Topology, config: SystemSettings, readers: dict[str, Callable[[str], Any]]) -> Any:
-    """Positions of the structure file once its atoms match the topology's in number and elements."""
+    """Positions of the structure file once its atoms match the topology's, which is one molecule without solvent."""
+    refuse_explicit_solvent(topology, str(config.topology))
     content = _read_positions(_structure(config), readers)
     if len(content.positions) != topology.getNumAtoms():
         raise CGFlowError(

@@ -26,8 +26,8 @@ from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.files.trajectory import colvar_columns, peptide_torsions, write_colvar, write_trajectory
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.sampling import Samples, draw_samples
+from openmm_cgflow.molecule.force_fields import read_system_xml
 from openmm_cgflow.molecule.partition import Partition
-from openmm_cgflow.molecule.readers import read_system_xml
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table
 from openmm_cgflow.networks.flow import one_torch_thread

@@ -18,9 +18,9 @@ from toys import HarmonicBath
 from openmm_cgflow import CGFlowError, MolecularSystem, load, load_config, train
 from openmm_cgflow.config import dump_config
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.molecule.force_fields import read_system_xml
 from openmm_cgflow.molecule.potentials import ReplicaEnergy
 from openmm_cgflow.molecule.python_forces import batched_energy
-from openmm_cgflow.molecule.readers import read_system_xml
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.torch_force import TorchEnergy, python_force
 from openmm_cgflow.settings import ChainSettings
@@ -272,7 +272,7 @@ def test_atoms_need_elements(butane, tmp_path):
 def test_module_missing_where_a_system_is_read(butane, tmp_path):
     path = tmp_path / "system.xml"
     path.write_text(molecule(butane).to_xml())
-    code = "from pathlib import Path; from openmm_cgflow.molecule.readers import read_system_xml; "
+    code = "from pathlib import Path; from openmm_cgflow.molecule.force_fields import read_system_xml; "
     code += f"read_system_xml(Path({str(path)!r}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "its potential cannot be read" in ran.stderr and "No module named 'learned'" in ran.stderr

@@ -9,7 +9,8 @@ import pytest
 from openmm import app, unit
 
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.molecule.readers import load_files, near_force_fields
+from openmm_cgflow.molecule.force_fields import near_force_fields
+from openmm_cgflow.molecule.readers import load_files
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.settings import SystemSettings
