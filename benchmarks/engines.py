@@ -19,9 +19,9 @@ from md import exit_code
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.config import Config
-from openmm_cgflow.engines.choose import Engine, create_engine
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Engine, Schedule
 from openmm_cgflow.runs.build import choose_partition, load_molecule
-from openmm_cgflow.settings import ChainSettings
 
 
 def main() -> None:
@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     slow = (Partition.resolve(molecule, arguments.slow) if arguments.slow else choose_partition(config, molecule)).slow
     n_replicas = arguments.n_replicas or chains.n_replicas
     chains = chains.model_copy(update={"platform": arguments.platform, "n_replicas": n_replicas})
+    schedule = Schedule(300.0, chains.n_relax, chains.n_equilibration, chains.n_frames, chains.stride)
     variants = {f"contexts, {n} worker(s)": {"engine": "contexts", "n_workers": n} for n in arguments.workers}
     variants["lattice"] = {"engine": "lattice", "n_workers": arguments.workers[-1]}
     with ExitStack() as stack:
@@ -58,11 +59,11 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{name}: {engines[name].description}", flush=True)
         xyz = np.repeat(molecule.positions[None], chains.n_replicas, axis=0)
         for engine in engines.values():
-            call(engine, xyz, chains, seed=0)  # starts workers, compiles kernels
+            call(engine, xyz, schedule, seed=0)  # starts workers, compiles kernels
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         for seed in range(1, 1 + arguments.n_calls):
             for name, engine in engines.items():
-                seconds[name].append(call(engine, xyz, chains, seed))
+                seconds[name].append(call(engine, xyz, schedule, seed))
     n_steps = chains.n_replicas * (chains.n_relax + chains.n_equilibration + chains.n_frames * chains.stride)
     slowest = max(min(times) for times in seconds.values())
     print(
@@ -72,18 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name:24}{n_steps / min(times):18.0f}{slowest / min(times):8.2f}")
 
 
-def call(engine: Engine, xyz: np.ndarray, chains: ChainSettings, seed: int) -> float:
+def call(engine: Engine, xyz: np.ndarray, schedule: Schedule, seed: int) -> float:
     """Seconds of one training step's chains."""
     start = time.perf_counter()
-    engine.run(
-        xyz,
-        300.0,
-        n_relax=chains.n_relax,
-        n_equilibration=chains.n_equilibration,
-        n_frames=chains.n_frames,
-        stride=chains.stride,
-        seed=seed,
-    )
+    engine.run(xyz, schedule, seed)
     return time.perf_counter() - start
 
 

@@ -18,6 +18,7 @@ from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.estimator import comoving_gradients, frame_gradients
 from openmm_cgflow.units import thermal_beta
 
@@ -33,8 +34,9 @@ def main() -> None:
     config, all_atom, system = model.geometry.config, model.geometry.all_atom, model.molecular_system
     with create_engine(system, model.partition.slow, config.chains) as engine:
         z = all_atom.read_slow(torch.tensor(system.positions)).expand(arguments.n_estimates, -1)
-        fast_atoms = model.fast_atoms(engine)
-        frames = fast_atoms.run(z, config.temperature, 1000, config.chains.n_frames, config.chains.stride)
+        fast_atoms, chains = model.fast_atoms(engine), config.chains
+        schedule = Schedule(config.temperature, chains.n_relax, 1000, chains.n_frames, chains.stride)
+        frames = fast_atoms.run(z, schedule)
     beta, valid = thermal_beta(config.temperature), frames.valid
     comoving, balance = comoving_gradients(all_atom, z, frames, beta)
     estimates = {

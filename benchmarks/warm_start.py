@@ -19,6 +19,7 @@ from md import exit_code
 import openmm_cgflow as cgf
 from openmm_cgflow.config import Config
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.model.cg_model import new_joint
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.units import thermal_beta
@@ -69,13 +70,13 @@ def main() -> None:
     with create_engine(model.molecular_system, model.partition.slow, config.chains) as engine:
         fast_atoms = model.fast_atoms(engine)
         taught = model.flow.sample(arguments.n_taught, generator, arguments.gamma)[0]
-        ends = fast_atoms.run(taught, temperature, 400, 1, 1, seed=arguments.seed, keep=False)
+        n_relax = config.chains.n_relax
+        ends = fast_atoms.run(taught, Schedule(temperature, n_relax, 400), seed=arguments.seed, keep=False)
         taught, xyz = taught[ends.valid], ends.xyz[ends.valid, 0]
 
         z = model.flow.sample(arguments.n, generator, arguments.gamma)[0]
-        long = fast_atoms.run(
-            z, temperature, _N_LONG, _N_LONG_FRAMES, _LONG_STRIDE, seed=arguments.seed + 1, keep=False
-        )
+        schedule = Schedule(temperature, n_relax, _N_LONG, _N_LONG_FRAMES, _LONG_STRIDE)
+        long = fast_atoms.run(z, schedule, seed=arguments.seed + 1, keep=False)
         follow, fast_atoms.follow = fast_atoms.follow, None
         starts = {"harmonic draw": all_atom.build(z, model.geometry.draw_fast(z, temperature, generator))}
         starts["nearest chain"] = all_atom.build(z, fast_atoms._nearest(z))
@@ -91,15 +92,8 @@ def main() -> None:
         print(f"{'':26s}" + "".join(f"{step:>10d}" for step in _SHOWN) + f"{'+-':>8s}{'failed':>8s}")
         for name, structures in starts.items():
             energy = torch.as_tensor(engine.evaluate(structures.numpy())[0])[:, None]
-            raw = engine.run(
-                structures.numpy(),
-                temperature,
-                n_relax=config.chains.n_relax,
-                n_equilibration=0,
-                n_frames=_N_FRAMES,
-                stride=_STRIDE,
-                seed=arguments.seed + 2,
-            )
+            schedule = Schedule(temperature, n_relax, n_frames=_N_FRAMES, stride=_STRIDE)
+            raw = engine.run(structures.numpy(), schedule, seed=arguments.seed + 2)
             valid = torch.as_tensor(raw.valid) & long.valid
             energy = torch.cat((energy, torch.as_tensor(raw.energy)), dim=1)
             above = beta * (energy - long.energy.mean(1, keepdim=True))[valid].numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import networkx as nx
@@ -16,8 +17,9 @@ from openmm_cgflow.coordinates.all_atom import MoleculeMap
 from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.coordinates.slow import CartesianCoordinates, InternalCoordinates
 from openmm_cgflow.coordinates.zmatrix import fast_zmatrix, slow_zmatrix
+from openmm_cgflow.engines.engine import Frames, Schedule
 from openmm_cgflow.forces.estimator import MeanForce
-from openmm_cgflow.forces.fast_atoms import FastAtoms, Frames
+from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.molecule.bonds import bond_graph, stereocentres
 from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.units import thermal_beta
@@ -274,23 +276,15 @@ class QuadraticBath:
         """<U> over the fast atoms, kJ/mol."""
         return self.free_energy(xyz) + 1.5 * len(self.fast) / thermal_beta(temperature)
 
-    def run(
-        self,
-        xyz: np.ndarray,
-        temperature: float,
-        *,
-        n_relax: int,
-        n_equilibration: int,
-        n_frames: int,
-        stride: int,
-        seed: int,
-    ) -> Frames:
-        self.n_energy_evaluations += len(xyz) * (n_relax + n_equilibration + n_frames * stride)
+    def run(self, xyz: np.ndarray, schedule: Schedule, seed: int) -> Frames[Tensor]:
+        n_frames = schedule.n_frames
+        n_steps = schedule.n_relax + schedule.n_equilibration + n_frames * schedule.stride
+        self.n_energy_evaluations += len(xyz) * n_steps
         generator = torch.Generator().manual_seed(seed)
         start = torch.as_tensor(xyz)
         ff = self._block(self.fast, self.fast)
         mean = -torch.linalg.solve(ff, self._block(self.fast, self.slow) @ start[:, self.slow])
-        root = torch.linalg.inv(torch.linalg.cholesky(ff)).T / math.sqrt(thermal_beta(temperature))
+        root = torch.linalg.inv(torch.linalg.cholesky(ff)).T / math.sqrt(thermal_beta(schedule.temperature))
         noise = torch.randn((n_frames, *mean.shape), generator=generator, dtype=torch.float64)
         fresh = math.sqrt(1 - self.correlation**2)
         for k in range(1, n_frames):
@@ -308,7 +302,7 @@ class EchoEngine:
     Attributes:
         broken: Replicas that come back as nan.
         mirrored: Replicas that come back as their mirror images.
-        calls: Arguments of every call.
+        calls: Arguments of every call, those of the schedule by name.
     """
 
     def __init__(self) -> None:
@@ -317,28 +311,9 @@ class EchoEngine:
         self.calls: list[dict[str, Any]] = []
         self.n_energy_evaluations = 0
 
-    def run(
-        self,
-        xyz: np.ndarray,
-        temperature: float,
-        *,
-        n_relax: int,
-        n_equilibration: int,
-        n_frames: int,
-        stride: int,
-        seed: int,
-    ) -> tuple[np.ndarray, ...]:
-        self.calls.append(
-            {
-                "xyz": xyz.copy(),
-                "temperature": temperature,
-                "n_relax": n_relax,
-                "n_equilibration": n_equilibration,
-                "n_frames": n_frames,
-                "stride": stride,
-                "seed": seed,
-            }
-        )
+    def run(self, xyz: np.ndarray, schedule: Schedule, seed: int) -> tuple[np.ndarray, ...]:
+        self.calls.append({"xyz": xyz.copy(), "seed": seed} | asdict(schedule))
+        n_frames = schedule.n_frames
         self.n_energy_evaluations += len(xyz) * n_frames
         rng = np.random.default_rng(seed)
         frames = np.repeat(xyz[:, None], n_frames, axis=1) + rng.normal(0, 1e-4, (len(xyz), n_frames, *xyz.shape[1:]))

@@ -46,15 +46,15 @@ class MovingBath(QuadraticBath):
         self.n_evaluated += 1
         return energy.numpy(), -(self.laplacian @ at).numpy()
 
-    def run(self, xyz, temperature, *, n_equilibration, **others):
+    def run(self, xyz, schedule, seed):
         assert np.isfinite(xyz).all()  # also where a replica broke before
-        frames = super().run(xyz, temperature, n_equilibration=n_equilibration, **others)
-        if not n_equilibration:
+        frames = super().run(xyz, schedule, seed)
+        if not schedule.n_equilibration:
             start = torch.as_tensor(xyz)
             ff, fs = self._block(self.fast, self.fast), self._block(self.fast, self.slow)
             mean = -torch.linalg.solve(ff, fs @ start[:, self.slow])
             fresh = frames.xyz[:, 0, self.fast] - mean
-            memory = self.memory ** (others["stride"] / 10)
+            memory = self.memory ** (schedule.stride / 10)
             mixed = memory * (start[:, self.fast] - mean) + math.sqrt(1 - memory**2) * fresh
             frames.xyz[:, 0, self.fast] = mean + mixed
             frames = frames._replace(forces=-self.laplacian @ frames.xyz, energy=self.energy(frames.xyz))
@@ -70,12 +70,12 @@ def molecule():
     return assembly_of(BONDS, SLOW, random_structure(BONDS, 4))
 
 
-def chains_of(engine, all_atom=None):
+def chains_of(engine, all_atom=None, follow=None):
     def draw(z, temperature, generator):
         return torch.tensor([0.1, 1.5, 0.5], dtype=torch.float64).expand(len(z), 2, 3)
 
     settings = ChainSettings(keep_chirality=False, max_invalid=0.5)
-    return FastAtoms(engine, all_atom or molecule(), draw, settings, 0)
+    return FastAtoms(engine, all_atom or molecule(), draw, settings, 0, follow)
 
 
 def exact(engine, all_atom, z):

@@ -16,7 +16,7 @@ from openmm_cgflow.coordinates.harmonic import Evaluate, HarmonicReference
 from openmm_cgflow.coordinates.slow import BoxCoordinates, CartesianCoordinates, Coordinates, InternalCoordinates
 from openmm_cgflow.coordinates.thermal_map import InternalThermalMap, LinearMap, ThermalMap
 from openmm_cgflow.coordinates.zmatrix import ZMatrix, fast_zmatrix, reference_triple, rotamers, slow_zmatrix
-from openmm_cgflow.engines.choose import Engine
+from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.molecule.bonds import amide_bonds, bond_graph, stereocentres

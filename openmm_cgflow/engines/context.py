@@ -1,63 +1,28 @@
-"""Chains of frozen-slow Langevin dynamics in one OpenMM Context."""
+"""Frozen-slow Langevin dynamics of one structure after another in one OpenMM Context."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+import time
 
 import numpy as np
 import openmm
 from openmm import unit
 
+from openmm_cgflow.engines.engine import Dynamics, Frames, Schedule
 from openmm_cgflow.engines.platforms import PlatformChoice
 
-__all__ = ["Dynamics", "Frames", "ReplicaContext", "Schedule", "clear", "is_divergence", "state_arrays"]
+__all__ = ["ReplicaContext", "clear", "is_divergence", "state_arrays"]
 
 _DESCENT, _LANGEVIN = 0, 1
+_PROBE_SECONDS = 0.02
 _FORCE_UNIT = unit.kilojoule_per_mole / unit.nanometer
-
-
-class Frames(NamedTuple):
-    """What the replicas of one call produced.
-
-    Attributes:
-        xyz: Positions, ``(n_replicas, n_frames, n_atoms, 3)`` in nm.
-        forces: Forces on all atoms, the frozen ones included, ``(n_replicas, n_frames, n_atoms, 3)`` in kJ/mol/nm.
-        energy: Potential energies, ``(n_replicas, n_frames)`` in kJ/mol.
-        valid: Whether everything about the replica is finite, ``(n_replicas,)``. Where it is not, the
-            replica's positions, forces and energies are all zero.
-    """
-
-    xyz: np.ndarray
-    forces: np.ndarray
-    energy: np.ndarray
-    valid: np.ndarray
-
-
-class Schedule(NamedTuple):
-    """The steps of a chain: ``n_relax`` of descent, ``n_equilibration`` of Langevin, ``stride`` before each frame."""
-
-    temperature: float
-    n_relax: int
-    n_equilibration: int
-    n_frames: int
-    stride: int
-
-
-@dataclass(frozen=True)
-class Dynamics:
-    """Settings of the integrators: ``timestep`` in ps, ``friction`` in 1/ps, ``force_cap`` in kJ/mol/nm."""
-
-    timestep: float
-    friction: float
-    force_cap: float
 
 
 class ReplicaContext:
     """One Context that runs one structure after another: capped descent, then ``LangevinMiddleIntegrator``.
 
-    Atoms of mass zero stay where they are.
+    Atoms of mass zero stay where they are. The two integrators are parts of one ``openmm.CompoundIntegrator``.
 
     Arguments:
         system: The System; its masses must be final.
@@ -126,7 +91,7 @@ class ReplicaContext:
         return frames
 
     def step(self, n_steps: int) -> None:
-        """Takes ``n_steps`` of the current integrator."""
+        """Takes ``n_steps`` steps of the current integrator."""
         self.n_evaluations += n_steps
         self._integrator.step(n_steps)
 
@@ -138,6 +103,33 @@ class ReplicaContext:
     def positions(self) -> np.ndarray:
         """Where the atoms are now, ``(n_atoms, 3)`` in nm."""
         return state_arrays(self._context.getState(positions=True))[0]
+
+    def seconds_per_step(self, xyz: np.ndarray) -> float:
+        """Time of a Langevin step: the fastest of three runs of at least ``_PROBE_SECONDS``, or one if that is long."""
+        self.reseed(1, 300.0)
+        self.run(xyz, Schedule(300.0, 1, 1, 1, 1), 1, evaluate=False)
+        n_steps, elapsed = 1, 0.0
+        while elapsed < _PROBE_SECONDS:
+            n_steps *= 2
+            elapsed = self._seconds(n_steps)
+        if elapsed < 10 * _PROBE_SECONDS:
+            elapsed = min(elapsed, self._seconds(n_steps), self._seconds(n_steps))
+        return elapsed / n_steps
+
+    def seconds_per_evaluation(self, xyz: np.ndarray) -> float:
+        """Time of an energy with its forces, of as many as take ``_PROBE_SECONDS``, at least two."""
+        self.evaluate(xyz)
+        n, begin = 0, time.perf_counter()
+        while n < 2 or time.perf_counter() - begin < _PROBE_SECONDS:
+            self.evaluate(xyz)
+            n += 1
+        return (time.perf_counter() - begin) / n
+
+    def _seconds(self, n_steps: int) -> float:
+        begin = time.perf_counter()
+        self.step(n_steps)
+        self.positions()  # GPU platforms run behind; this waits for them
+        return time.perf_counter() - begin
 
     def _state(self, evaluate: bool) -> openmm.State:
         self.n_evaluations += evaluate
@@ -158,7 +150,7 @@ def state_arrays(state: openmm.State) -> tuple[np.ndarray, np.ndarray | None, fl
     return xyz, forces, energy
 
 
-def clear(frames: Frames, replicas: int | np.ndarray) -> None:
+def clear(frames: Frames[np.ndarray], replicas: int | np.ndarray) -> None:
     """Quarantines replicas in place, by index or mask: zeros, and not valid."""
     for part in frames:
         part[replicas] = 0

@@ -1,12 +1,13 @@
-"""Many copies of a molecule in one System: the copying of its forces."""
+"""Many copies of a molecule in one System: the copying of its forces, and where the copies sit."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import openmm
 from openmm import unit
@@ -14,7 +15,10 @@ from openmm import unit
 from openmm_cgflow.molecule.python_forces import batched_energy
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 
-__all__ = ["NotReplicableError", "check_copies", "replicate_system"]
+__all__ = ["Lattice", "NotReplicableError", "check_copies", "plan_lattice", "replicate_system"]
+
+_HALF_WIDTH = 20.0  # nm; beyond it float32 positions are coarser than 2e-6 nm
+_STRETCH = 1.25  # no bond is expected to be longer than this times its length in the input structure
 
 
 class NotReplicableError(Exception):
@@ -179,3 +183,74 @@ def _add(adder: Callable[..., Any], values: list[list[Any]], terms: _Terms, offs
         first, last = terms.indices
         moved = [item + offset if isinstance(item, int) else [i + offset for i in item] for item in value[first:last]]
         adder(*value[:first], *moved, *value[last:])
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Where the copies sit.
+
+    Attributes:
+        molecule: The System of one copy.
+        sites: Centres of the copies, ``(n_copies, 3)`` in nm, those nearest to the origin first.
+        cutoff: Cutoff of the nonbonded forces in nm, larger than the molecule can be.
+        radius: No atom may be farther than this from its copy's centre along any axis, in nm.
+    """
+
+    molecule: openmm.System
+    sites: np.ndarray
+    cutoff: float
+    radius: float
+
+    def system(self, n_copies: int) -> openmm.System:
+        """The giant System of the first so many sites."""
+        return replicate_system(self.molecule, n_copies, self.cutoff)
+
+
+def plan_lattice(
+    system: openmm.System, positions: np.ndarray, bonds: Sequence[tuple[int, int]], slow: Sequence[int], n_copies: int
+) -> Lattice:
+    """Lays out copies of a molecule so that no two of them interact.
+
+    Distances along bonds bound distances in space: with every bond at most 1.25 times as long as in ``positions``, the
+    longest shortest path through the bonds is an upper bound D of the molecule's diameter, whatever its torsions do.
+    The cutoff is larger than D. A copy is centred on the middle of its slow atoms' bounding box, which is at most
+    the slow atoms' own bound wide, and no fast atom is farther from its nearest slow atom than the path to it.
+    That bounds each copy's half width, and sites are one cutoff and two half widths apart.
+
+    Arguments:
+        system: The System of one molecule, its slow atoms frozen.
+        positions: Its input structure, ``(n_atoms, 3)`` in nm.
+        bonds: Pairs of bonded atoms.
+        slow: The slow atoms.
+        n_copies: Copies wanted; fewer are laid out if they do not fit within 20 nm of the origin.
+
+    Raises:
+        NotReplicableError: If the System cannot be copied, the bonds do not connect all atoms, or there is no room.
+    """
+    paths = _path_lengths(positions, bonds)
+    if not np.isfinite(paths).all():
+        raise NotReplicableError("its bonds do not connect all atoms, so that its size has no bound")
+    cutoff = 1.05 * paths.max() + 0.05
+    between_slow = paths[np.ix_(slow, slow)]
+    radius = between_slow.max() / 2 + paths[:, slow].min(axis=1).max() + 0.02
+    spacing = cutoff + 2 * radius + 0.02
+    per_axis = int((2 * (_HALF_WIDTH - radius)) // spacing) + 1
+    if radius > _HALF_WIDTH or per_axis < 2:
+        raise NotReplicableError(f"it can be {paths.max():.1f} nm long, too large for a lattice")
+    per_axis = min(per_axis, int(np.ceil(n_copies ** (1 / 3) - 1e-9)))
+    axis = (np.arange(per_axis) - (per_axis - 1) / 2) * spacing
+    sites = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+    sites = sites[np.argsort((sites**2).sum(axis=1), kind="stable")][:n_copies]
+    check_copies(system, positions, np.array([spacing, 0.0, 0.0]), cutoff)
+    return Lattice(system, sites, cutoff, radius)
+
+
+def _path_lengths(positions: np.ndarray, bonds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Upper bounds of all distances in nm, ``(n_atoms, n_atoms)``, infinite where no path connects."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(positions)))
+    graph.add_weighted_edges_from((i, j, _STRETCH * np.linalg.norm(positions[i] - positions[j])) for i, j in bonds)
+    lengths = np.full((len(positions), len(positions)), np.inf)
+    for source, reached in nx.all_pairs_dijkstra_path_length(graph):
+        lengths[source, list(reached)] = list(reached.values())
+    return lengths

@@ -4,107 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
-import networkx as nx
 import numpy as np
 import openmm
 
-from openmm_cgflow.engines.context import (
-    Dynamics,
-    Frames,
-    ReplicaContext,
-    Schedule,
-    clear,
-    is_divergence,
-    state_arrays,
-)
-from openmm_cgflow.engines.copies import NotReplicableError, check_copies, replicate_system
-from openmm_cgflow.engines.platforms import PlatformChoice
-from openmm_cgflow.engines.workers import ContextsEngine, check_structures
-from openmm_cgflow.molecule.python_forces import Evaluator
+from openmm_cgflow.engines.batch import BatchEvaluator
+from openmm_cgflow.engines.context import ReplicaContext, clear, is_divergence, state_arrays
+from openmm_cgflow.engines.copies import Lattice, plan_lattice
+from openmm_cgflow.engines.engine import Dynamics, Evaluator, Frames, Schedule
+from openmm_cgflow.engines.frozen import FrozenMolecule
+from openmm_cgflow.engines.platforms import PlatformChoice, fastest_platform, platform_choice
+from openmm_cgflow.engines.workers import ContextsEngine, check_structures, number_of_workers
 from openmm_cgflow.seeds import derive_seed
 
-__all__ = ["Lattice", "LatticeEngine", "plan_lattice"]
+__all__ = ["LatticeBuilder", "LatticeEngine"]
 
 logger = logging.getLogger(__name__)
 
-_HALF_WIDTH = 20.0  # nm; beyond it float32 positions are coarser than 2e-6 nm
-_STRETCH = 1.25  # no bond is expected to be longer than this times its length in the input structure
 # Where one replica in a thousand diverges, two rounds of three of a thousand copies have one that does.
 _MAX_ATTEMPTS = 8
-
-
-@dataclass(frozen=True)
-class Lattice:
-    """Where the copies sit.
-
-    Attributes:
-        molecule: The System of one copy.
-        sites: Centres of the copies, ``(n_copies, 3)`` in nm, those nearest to the origin first.
-        cutoff: Cutoff of the nonbonded forces in nm, larger than the molecule can be.
-        radius: No atom may be farther than this from its copy's centre along any axis, in nm.
-    """
-
-    molecule: openmm.System
-    sites: np.ndarray
-    cutoff: float
-    radius: float
-
-    def system(self, n_copies: int) -> openmm.System:
-        """The giant System of the first so many sites."""
-        return replicate_system(self.molecule, n_copies, self.cutoff)
-
-
-def plan_lattice(
-    system: openmm.System, positions: np.ndarray, bonds: Sequence[tuple[int, int]], slow: Sequence[int], n_copies: int
-) -> Lattice:
-    """Lays out copies of a molecule so that no two of them interact.
-
-    Distances along bonds bound distances in space: with every bond at most 1.25 times as long as in ``positions``, the
-    longest shortest path through the bonds is an upper bound D of the molecule's diameter, whatever its torsions do.
-    The cutoff is larger than D. A copy is centred on the middle of its slow atoms' bounding box, which is at most
-    the slow atoms' own bound wide, and no fast atom is farther from its nearest slow atom than the path to it.
-    That bounds each copy's half width, and sites are one cutoff and two half widths apart.
-
-    Arguments:
-        system: The System of one molecule, its slow atoms frozen.
-        positions: Its input structure, ``(n_atoms, 3)`` in nm.
-        bonds: Pairs of bonded atoms.
-        slow: The slow atoms.
-        n_copies: Copies wanted; fewer are laid out if they do not fit within 20 nm of the origin.
-
-    Raises:
-        NotReplicableError: If the System cannot be copied, the bonds do not connect all atoms, or there is no room.
-    """
-    paths = _path_lengths(positions, bonds)
-    if not np.isfinite(paths).all():
-        raise NotReplicableError("its bonds do not connect all atoms, so that its size has no bound")
-    cutoff = 1.05 * paths.max() + 0.05
-    between_slow = paths[np.ix_(slow, slow)]
-    radius = between_slow.max() / 2 + paths[:, slow].min(axis=1).max() + 0.02
-    spacing = cutoff + 2 * radius + 0.02
-    per_axis = int((2 * (_HALF_WIDTH - radius)) // spacing) + 1
-    if radius > _HALF_WIDTH or per_axis < 2:
-        raise NotReplicableError(f"it can be {paths.max():.1f} nm long, too large for a lattice")
-    per_axis = min(per_axis, int(np.ceil(n_copies ** (1 / 3) - 1e-9)))
-    axis = (np.arange(per_axis) - (per_axis - 1) / 2) * spacing
-    sites = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
-    sites = sites[np.argsort((sites**2).sum(axis=1), kind="stable")][:n_copies]
-    check_copies(system, positions, np.array([spacing, 0.0, 0.0]), cutoff)
-    return Lattice(system, sites, cutoff, radius)
-
-
-def _path_lengths(positions: np.ndarray, bonds: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Upper bounds of all distances in nm, ``(n_atoms, n_atoms)``, infinite where no path connects."""
-    graph = nx.Graph()
-    graph.add_nodes_from(range(len(positions)))
-    graph.add_weighted_edges_from((i, j, _STRETCH * np.linalg.norm(positions[i] - positions[j])) for i, j in bonds)
-    lengths = np.full((len(positions), len(positions)), np.inf)
-    for source, reached in nx.all_pairs_dijkstra_path_length(graph):
-        lengths[source, list(reached)] = list(reached.values())
-    return lengths
 
 
 class LatticeEngine:
@@ -147,6 +66,7 @@ class LatticeEngine:
         self._chains: dict[int, ReplicaContext] | None = {}
         self._n_copy_steps = 0
         self.platform = platform
+        self.n_at_once = len(lattice.sites)
         self.description = (
             f"lattice engine, {len(lattice.sites)} replicas at once, platform {platform}; "
             f"frames evaluated by: {self._evaluator.description}"
@@ -154,26 +74,16 @@ class LatticeEngine:
 
     @property
     def n_energy_evaluations(self) -> int:
+        """Evaluations of one molecule since the engine was created: steps of all copies, and the frames' own."""
         by_evaluator = 0 if self._evaluator is self._contexts else self._evaluator.n_energy_evaluations
         return self._n_copy_steps + self._contexts.n_energy_evaluations + by_evaluator
 
-    def run(
-        self,
-        xyz: np.ndarray,
-        temperature: float,
-        *,
-        n_relax: int,
-        n_equilibration: int,
-        n_frames: int,
-        stride: int,
-        seed: int,
-    ) -> Frames:
+    def run(self, xyz: np.ndarray, schedule: Schedule, seed: int) -> Frames[np.ndarray]:
         """Runs one chain from each structure; see ``Engine.run``."""
-        schedule = Schedule(temperature, n_relax, n_equilibration, n_frames, stride)
         finite = check_structures(xyz, self._template)
         centres = self._centres(np.where(finite[:, None, None], xyz, self._template))
         fits = finite & self._fits((xyz - centres)[:, None])
-        positions = np.zeros((len(xyz), n_frames, *self._template.shape))
+        positions = np.zeros((len(xyz), schedule.n_frames, *self._template.shape))
         settled = np.zeros(len(xyz), dtype=bool)
         capacity = len(self._lattice.sites)
         pending = np.flatnonzero(fits)
@@ -195,15 +105,7 @@ class LatticeEngine:
         rest = np.flatnonzero(~settled)
         if len(rest):
             logger.debug("%d of %d replicas left the lattice and run one at a time", len(rest), len(xyz))
-            single = self._contexts.run(
-                xyz[rest],
-                temperature,
-                n_relax=n_relax,
-                n_equilibration=n_equilibration,
-                n_frames=n_frames,
-                stride=stride,
-                seed=derive_seed(seed, _MAX_ATTEMPTS),
-            )
+            single = self._contexts.run(xyz[rest], schedule, derive_seed(seed, _MAX_ATTEMPTS))
             for whole, part in zip(result, single, strict=True):
                 whole[rest] = part
         return result
@@ -281,7 +183,7 @@ class LatticeEngine:
         np.logical_and.at(result, np.arange(len(good)) % n_replicas, good)
         return result
 
-    def _evaluated(self, positions: np.ndarray, settled: np.ndarray) -> Frames:
+    def _evaluated(self, positions: np.ndarray, settled: np.ndarray) -> Frames[np.ndarray]:
         n_replicas, n_frames, n_atoms, _ = positions.shape
         energy = np.zeros((n_replicas, n_frames))
         forces = np.zeros(positions.shape)
@@ -301,3 +203,56 @@ def _last_positions(chain: ReplicaContext, giant: np.ndarray) -> np.ndarray:
         return chain.positions()
     except openmm.OpenMMException:
         return np.full(giant.shape, np.nan)
+
+
+class LatticeBuilder:
+    """Builds a :class:`LatticeEngine`; see :class:`openmm_cgflow.engines.choose.Builder`.
+
+    Arguments:
+        molecule: What it will run.
+
+    Raises:
+        NotReplicableError: If its System cannot be copied, or there is no room for copies.
+    """
+
+    def __init__(self, molecule: FrozenMolecule) -> None:
+        n_copies = molecule.settings.n_replicas
+        self._molecule = molecule
+        self._lattice = plan_lattice(molecule.system, molecule.positions, molecule.bonds, molecule.slow, n_copies)
+
+    def seconds_per_step(self, platform: PlatformChoice) -> float:
+        """Time of a step of the full lattice, over its replicas."""
+        sites, positions = self._lattice.sites, self._molecule.positions
+        start = np.concatenate([positions - positions.mean(axis=0) + site for site in sites])
+        context = ReplicaContext(self._lattice.system(len(sites)), platform, self._molecule.dynamics.tiny)
+        return context.seconds_per_step(start) / len(sites)
+
+    def build(self, platform: PlatformChoice) -> LatticeEngine:
+        """The engine, on a platform."""
+        molecule = self._molecule
+        single = self._platform_of_evaluations(platform) if platform.is_gpu else platform
+        n_workers = number_of_workers(molecule, single)
+        evaluator: BatchEvaluator | None = None
+        if molecule.batched:
+            others = self._contexts(molecule.rest, single, n_workers) if molecule.rest.getNumForces() else None
+            evaluator = BatchEvaluator(molecule.batched, others)
+            n_workers = 1  # for the few that leave the lattice
+        contexts = self._contexts(molecule.system, single, n_workers)
+        return LatticeEngine(
+            self._lattice, molecule.slow, molecule.positions, platform, molecule.dynamics, contexts, evaluator
+        )
+
+    def _contexts(self, system: openmm.System, platform: PlatformChoice, n_workers: int) -> ContextsEngine:
+        return ContextsEngine(system, self._molecule.positions, platform, self._molecule.dynamics, n_workers)
+
+    def _platform_of_evaluations(self, platform: PlatformChoice) -> PlatformChoice:
+        """Where frames are evaluated: one small molecule is cheaper on a core than the launches of a GPU's kernels."""
+        molecule = self._molecule
+        apart = molecule.system if not molecule.batched or not molecule.rest.getNumForces() else molecule.rest
+
+        def seconds(choice: PlatformChoice) -> float:
+            context = ReplicaContext(apart, choice, molecule.dynamics)
+            return context.seconds_per_evaluation(molecule.positions) / number_of_workers(molecule, choice)
+
+        choices = [platform_choice("Reference"), platform_choice("CPU"), platform]
+        return fastest_platform(choices, seconds, "evaluation")

@@ -10,6 +10,7 @@ main module again, so scripts need no ``if __name__ == "__main__"`` guard.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -21,20 +22,16 @@ import loky
 import numpy as np
 import openmm
 
-from openmm_cgflow.engines.context import (
-    Dynamics,
-    Frames,
-    ReplicaContext,
-    Schedule,
-    clear,
-    is_divergence,
-    state_arrays,
-)
+from openmm_cgflow.engines.context import ReplicaContext, clear, is_divergence, state_arrays
+from openmm_cgflow.engines.engine import Dynamics, Frames, Schedule
+from openmm_cgflow.engines.frozen import FrozenMolecule
 from openmm_cgflow.engines.platforms import PlatformChoice
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.seeds import derive_seed
 
-__all__ = ["ContextsEngine", "check_structures", "default_workers"]
+__all__ = ["ContextsBuilder", "ContextsEngine", "check_structures", "default_workers", "number_of_workers"]
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 16  # replicas with one seed; a change of it changes every result
 _EVALUATION_CHUNK = 64
@@ -43,7 +40,7 @@ _PARENT_CHECK = 2.0  # s
 
 def _run_chunk(
     chain: ReplicaContext, xyz: np.ndarray, schedule: Schedule, entropy: tuple[int, int]
-) -> tuple[Frames, int]:
+) -> tuple[Frames[np.ndarray], int]:
     n_replicas, n_atoms, _ = xyz.shape
     shape = (n_replicas, schedule.n_frames, n_atoms, 3)
     frames = Frames(np.zeros(shape), np.zeros(shape), np.zeros(shape[:2]), np.zeros(n_replicas, dtype=bool))
@@ -108,12 +105,14 @@ class ContextsEngine:
     stepping another Reference Context in another thread at the same time would spoil that.
 
     Arguments:
-        system: The System with its slow atoms frozen; see ``replicas.frozen_system``.
+        system: The System with its slow atoms frozen; see :class:`openmm_cgflow.engines.frozen.FrozenMolecule`.
         template: Finite positions, ``(n_atoms, 3)`` in nm, that stand in for input that is not finite.
         platform: Where to run.
         dynamics: Settings of the integrators.
         n_workers: Worker processes, at least 1.
     """
+
+    n_at_once = 1
 
     def __init__(
         self,
@@ -140,21 +139,10 @@ class ContextsEngine:
             env=dict.fromkeys(threads, "1"),
         )
 
-    def run(
-        self,
-        xyz: np.ndarray,
-        temperature: float,
-        *,
-        n_relax: int,
-        n_equilibration: int,
-        n_frames: int,
-        stride: int,
-        seed: int,
-    ) -> Frames:
+    def run(self, xyz: np.ndarray, schedule: Schedule, seed: int) -> Frames[np.ndarray]:
         """Runs one chain from each structure; see ``Engine.run``."""
         finite = check_structures(xyz, self._template)
         start = np.where(finite[:, None, None], xyz, self._template)
-        schedule = Schedule(temperature, n_relax, n_equilibration, n_frames, stride)
         tasks = [
             (start[i : i + _CHUNK], schedule, (seed, number)) for number, i in enumerate(range(0, len(start), _CHUNK))
         ]
@@ -219,3 +207,37 @@ def check_structures(xyz: np.ndarray, template: np.ndarray) -> np.ndarray:
 def default_workers() -> int:
     """One worker per core that this process may use."""
     return loky.cpu_count() or os.cpu_count() or 1
+
+
+def number_of_workers(molecule: FrozenMolecule, platform: PlatformChoice) -> int:
+    """Worker processes for a molecule: what the settings say, otherwise one a core where processes help."""
+    alone = platform.is_gpu or molecule.in_one_process
+    return molecule.settings.n_workers or (1 if alone else default_workers())
+
+
+class ContextsBuilder:
+    """Builds a :class:`ContextsEngine`; see :class:`openmm_cgflow.engines.choose.Builder`.
+
+    Arguments:
+        molecule: What it will run.
+        why: Why it takes the place of the engine that was wanted, for the log; empty where it does not.
+    """
+
+    def __init__(self, molecule: FrozenMolecule, why: str = "") -> None:
+        self._molecule, self._why = molecule, why
+
+    def seconds_per_step(self, platform: PlatformChoice) -> float:
+        """Time of a step of one replica, all workers at it."""
+        molecule = self._molecule
+        context = ReplicaContext(molecule.system, platform, molecule.dynamics.tiny)
+        return context.seconds_per_step(molecule.positions) / number_of_workers(molecule, platform)
+
+    def build(self, platform: PlatformChoice) -> ContextsEngine:
+        """The engine, on a platform."""
+        molecule = self._molecule
+        n_workers = number_of_workers(molecule, platform)
+        engine = ContextsEngine(molecule.system, molecule.positions, platform, molecule.dynamics, n_workers)
+        if self._why:
+            engine.description += f"; {self._why}"
+            logger.warning("Each replica gets its own Context: %s", self._why)
+        return engine

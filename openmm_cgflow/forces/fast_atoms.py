@@ -7,55 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from openmm_cgflow.coordinates.all_atom import AllAtomMap
+from openmm_cgflow.engines.engine import Engine, Frames, Schedule
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.settings import ChainSettings
 
-__all__ = ["Engine", "FastAtoms", "Frames", "Quarantine"]
+__all__ = ["FastAtoms", "Quarantine"]
 
 _N_POOLS = 16  # calls whose end states stay in the pool
-
-
-class Engine(Protocol):
-    """What runs the frozen-slow chains: see :class:`openmm_cgflow.engines.choose.Engine`."""
-
-    @property
-    def n_energy_evaluations(self) -> int: ...
-
-    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-    def run(
-        self,
-        xyz: np.ndarray,
-        temperature: float,
-        *,
-        n_relax: int,
-        n_equilibration: int,
-        n_frames: int,
-        stride: int,
-        seed: int,
-    ) -> Any: ...
-
-
-class Frames(NamedTuple):
-    """Frames of the chains, shapes (B, n_frames, n_atoms, 3), the same, (B, n_frames) and (B,); nm and kJ/mol."""
-
-    xyz: Tensor
-    forces: Tensor
-    energy: Tensor
-    valid: Tensor
+_N_RELAX_DRAWN = 100  # descent steps of the thermal draws that the first pool starts from
 
 
 @dataclass
 class Quarantine:
-    """How many replicas were set aside, and why."""
+    """How many replicas were set aside, and why.
+
+    Attributes:
+        total: Replicas of all calls.
+        not_finite: Those with positions, forces or energies that are not finite.
+        flipped: Finite ones whose handedness differs from the input structure's, also where that is allowed.
+    """
 
     total: int = 0
     not_finite: int = 0
@@ -67,14 +44,21 @@ class FastAtoms:
 
     The pool holds the fast internal coordinates where earlier chains ended, with their z; a new z starts from its
     nearest neighbour's. Chains are short, lineages are long, so the fast atoms stay equilibrated. The first pool is a
-    thermal draw, relaxed and run for ``n_pool_steps``.
+    thermal draw, relaxed and run for ``chains.n_pool_steps``.
 
     Arguments:
         engine: Runs the chains.
-        assembly: Builds structures.
-        draw_fast: Thermal draw of y: (z, temperature, generator) -> y.
+        all_atom: Builds structures.
+        draw_fast: Thermal draw of y: (z, temperature, generator) -> y, shape (B, n_fast, 3).
         settings: The ``chains`` section of the configuration.
         seed: The configuration's seed.
+        follow: Moves y along with z, (y, z before, z after) -> y, such as the learned response; without it, the fast
+            atoms start as their nearest neighbour's are.
+
+    Attributes:
+        pool: z, shape (n, n_features), and y, shape (n, n_fast, 3), where the chains of each of the last calls ended.
+        quarantine: Replicas that were set aside so far.
+        n_calls: Calls of the engine so far; seeds are derived from it.
     """
 
     def __init__(
@@ -84,59 +68,67 @@ class FastAtoms:
         draw_fast: Callable[[Tensor, float, torch.Generator], Tensor],
         settings: ChainSettings,
         seed: int,
+        follow: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.engine, self.all_atom, self.settings, self.seed = engine, all_atom, settings, seed
-        self._draw_fast = draw_fast
-        self.follow: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-        """Moves y along with z, (y, z before, z after) -> y; without it, fast atoms start as their neighbour's are."""
+        self._draw_fast, self.follow = draw_fast, follow
         self.quarantine = Quarantine()
         self.n_calls = 0
         self.pool: list[tuple[Tensor, Tensor]] = []
 
-    def run(
-        self,
-        z: Tensor,
-        temperature: float,
-        n_equilibration: int,
-        n_frames: int,
-        stride: int,
-        seed: int | None = None,
-        keep: bool = True,
-    ) -> Frames:
-        """Runs one chain at each z.
+    def run(self, z: Tensor, schedule: Schedule, seed: int | None = None, keep: bool = True) -> Frames[Tensor]:
+        """Runs one chain at each z, from the pool.
 
         Arguments:
             z: Slow coordinates, shape (B, n_features).
-            temperature: K.
-            n_equilibration: Steps before the first stride.
-            n_frames: Frames of each chain.
-            stride: Steps between frames.
+            schedule: Temperature and numbers of steps.
             seed: Overrides the seed derived from the number of calls.
             keep: Puts where they end into the pool.
 
+        Returns:
+            Frames; ``valid`` is also False where the handedness changed.
+
         Raises:
             ReplicaError: If more than ``max_invalid`` of the replicas are quarantined.
+            CGFlowError: If a worker process dies.
         """
         z = z.detach()
         if not self.pool:
-            self._fill_pool(z, temperature)
-        xyz = self.all_atom.build(z, self._nearest(z))
-        frames = self._run(z, xyz, temperature, self.settings.n_relax, n_equilibration, n_frames, stride, seed)
+            self._fill_pool(z, schedule.temperature)
+        frames = self.propagate(self.all_atom.build(z, self._nearest(z)), schedule, seed)
         if keep:
             self._keep(z, frames)
         return frames
 
-    def propagate(self, z: Tensor, xyz: Tensor, temperature: float, n_steps: int, seed: int) -> Frames:
-        """Runs given structures at z on for some steps: one frame each."""
-        return self._run(z, xyz, temperature, 0, 0, 1, n_steps, seed)
+    def propagate(self, xyz: Tensor, schedule: Schedule, seed: int | None = None) -> Frames[Tensor]:
+        """Runs chains from given structures, nm, shape (B, n_atoms, 3); otherwise as :meth:`run`."""
+        self.n_calls += 1
+        raw = self.engine.run(xyz.numpy(), schedule, derive_seed(self.seed, 3, self.n_calls) if seed is None else seed)
+        frames = Frames(*(torch.as_tensor(array) for array in raw))
+        same = self.all_atom.same_handedness(frames.xyz).all(-1)
+        valid = frames.valid & same if self.settings.keep_chirality else frames.valid
+        n, n_flipped = len(xyz), int((frames.valid & ~same).sum())
+        self.quarantine.total += n
+        self.quarantine.not_finite += int((~frames.valid).sum())
+        self.quarantine.flipped += n_flipped
+        n_invalid = int((~valid).sum())
+        if n_invalid > self.settings.max_invalid * n or n_invalid == n:
+            raise ReplicaError(
+                f"{n_invalid} of {n} replicas failed at {schedule.temperature:.0f} K ({n_flipped} changed their "
+                f"handedness, {n_invalid - n_flipped} diverged), more than chains.max_invalid = "
+                f"{self.settings.max_invalid}. Try a shorter chains.timestep or, in a reverse_kl training, a lower "
+                "tempering.start"
+            )
+        return frames._replace(valid=valid)
 
     def _fill_pool(self, z: Tensor, temperature: float) -> None:
         z = z[:: max(1, len(z) // self.settings.n_pool)]  # evenly: a batch may be sorted
         generator = torch.Generator().manual_seed(derive_seed(self.seed, 1))
         xyz = self.all_atom.build(z, self._draw_fast(z, temperature, generator))
-        self._keep(z, self._run(z, xyz, temperature, 100, self.settings.n_pool_steps, 1, 1, derive_seed(self.seed, 2)))
+        schedule = Schedule(temperature, _N_RELAX_DRAWN, self.settings.n_pool_steps)
+        self._keep(z, self.propagate(xyz, schedule, derive_seed(self.seed, 2)))
 
-    def _keep(self, z: Tensor, frames: Frames) -> None:
+    def _keep(self, z: Tensor, frames: Frames[Tensor]) -> None:
         self.pool.append((z[frames.valid], self.all_atom.read_fast(frames.xyz[frames.valid, -1])))
         del self.pool[:-_N_POOLS]
 
@@ -157,44 +149,6 @@ class FastAtoms:
         # of 256 with a weight of 0.2, by 0.4 with 0.05, and by nothing that could be measured in a pool of 16,000.
         scale = 0.05 if n else 1.0
         return torch.cat((torch.cos(z[:, :n]), torch.sin(z[:, :n]), scale * z[:, n:]), dim=-1)
-
-    def _run(
-        self,
-        z: Tensor,
-        xyz: Tensor,
-        temperature: float,
-        n_relax: int,
-        n_equilibration: int,
-        n_frames: int,
-        stride: int,
-        seed: int | None,
-    ) -> Frames:
-        self.n_calls += 1
-        raw = self.engine.run(
-            xyz.numpy(),
-            temperature,
-            n_relax=n_relax,
-            n_equilibration=n_equilibration,
-            n_frames=n_frames,
-            stride=stride,
-            seed=derive_seed(self.seed, 3, self.n_calls) if seed is None else seed,
-        )
-        frames = Frames(*(torch.as_tensor(array) for array in raw))
-        same = self.all_atom.same_handedness(frames.xyz).all(-1)
-        valid = frames.valid & same if self.settings.keep_chirality else frames.valid
-        self.quarantine.total += len(z)
-        self.quarantine.not_finite += int((~frames.valid).sum())
-        self.quarantine.flipped += int((frames.valid & ~same).sum())
-        n_invalid = int((~valid).sum())
-        if n_invalid > self.settings.max_invalid * len(z) or n_invalid == len(z):
-            n_flipped = int((frames.valid & ~same).sum())
-            raise ReplicaError(
-                f"{n_invalid} of {len(z)} replicas failed at {temperature:.0f} K ({n_flipped} changed their "
-                f"handedness, {n_invalid - n_flipped} diverged), more than chains.max_invalid = "
-                f"{self.settings.max_invalid}. Try a shorter chains.timestep or, in a reverse_kl training, a lower "
-                "tempering.start"
-            )
-        return frames._replace(valid=valid)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later run continues from, as tensors and numbers."""

@@ -20,20 +20,21 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from torch import Tensor
 
+from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["Differences", "Switches", "acceptance_ratio", "slower", "switch"]
+__all__ = ["DISSIPATED", "N_BOOTSTRAP", "Differences", "Switches", "acceptance_ratio", "slower", "switch"]
 
 logger = logging.getLogger(__name__)
 
 _N_LANGEVIN = 10  # steps of the fast atoms after each move of the slow ones, at a slowness of 1
-_DISSIPATED, _SLOWEST = 2.0, 16  # kT above which switching becomes slower, and the largest slowness
+DISSIPATED, _SLOWEST = 2.0, 16  # kT above which switching becomes slower, and the largest slowness
 _N_EQUILIBRATION = 150  # steps of the fast atoms at either end
 _N_START = 20  # more evaluations to set out: relaxation, energies
-_N_BOOTSTRAP = 200
+N_BOOTSTRAP = 200
 _LARGEST_WORK = 1e4  # kT, of a whole path: of no weight, and finite
 _SMALLEST_ERROR = 1e-3  # kT; where nothing dissipates, as in some synthetic targets, all works are equal
 
@@ -56,7 +57,7 @@ def switch(
     """Moves one replica along each path.
 
     Arguments:
-        chains: Of the fast atoms.
+        fast_atoms: Run the chains; their ``follow`` is the escort.
         paths: Slow coordinates, shape (n, n_points, n_features).
         temperature: K.
         seed: Same seed, same works.
@@ -69,7 +70,9 @@ def switch(
         ReplicaError: If too many chains fail.
     """
     all_atom, engine, beta = fast_atoms.all_atom, fast_atoms.engine, thermal_beta(temperature)
-    frames = fast_atoms.run(paths[:, 0], temperature, _N_EQUILIBRATION, 1, 1, derive_seed(seed, 22), keep=False)
+    set_out = Schedule(temperature, fast_atoms.settings.n_relax, _N_EQUILIBRATION)
+    follow_on = Schedule(temperature, stride=slowness * _N_LANGEVIN)
+    frames = fast_atoms.run(paths[:, 0], set_out, derive_seed(seed, 22), keep=False)
     work, valid = torch.zeros(len(paths), dtype=torch.float64), frames.valid.clone()
     for step in range(1, paths.shape[1]):
         y = all_atom.read_fast(frames.xyz[:, 0])
@@ -79,9 +82,7 @@ def switch(
         energy = torch.as_tensor(engine.evaluate(moved.numpy())[0])
         change = beta * (energy - frames.energy[:, 0])
         change -= all_atom.log_volume_fast(shifted) - all_atom.log_volume_fast(y)
-        frames = fast_atoms.propagate(
-            paths[:, step], moved, temperature, slowness * _N_LANGEVIN, derive_seed(seed, 23, step)
-        )
+        frames = fast_atoms.propagate(moved, follow_on, derive_seed(seed, 23, step))
         # An overlap of infinite energy counts, with no weight, whatever follows; what is not a number does not.
         work = torch.where(torch.isposinf(work), work, work + change)
         valid &= frames.valid & ~torch.isnan(work)
@@ -90,15 +91,15 @@ def switch(
     return work.clamp(max=_LARGEST_WORK), valid
 
 
-def slower(slowness: int, dissipation: float) -> int:
+def slower(slowness: int, dissipation: float, tolerated: float = DISSIPATED) -> int:
     """The slowness with which to go on along a path that dissipated so many kT.
 
     As many switches are needed as the exponential of what they dissipate, and that falls as their slowness grows, so
     beyond some kT slower ones are cheaper.
     """
-    if not dissipation > _DISSIPATED:  # not known, too
+    if not dissipation > tolerated:  # not known, too
         return slowness
-    return min(_SLOWEST, slowness * 2 ** math.ceil(math.log2(dissipation / _DISSIPATED)))
+    return min(_SLOWEST, slowness * 2 ** math.ceil(math.log2(dissipation / tolerated)))
 
 
 class Differences(NamedTuple):
@@ -151,8 +152,8 @@ class Switches:
         Arguments:
             run: Works along paths at a slowness, and which may be used, as from :func:`switch`.
             which: Numbers of the paths.
-            n_switches: Of each, in each direction.
-            slowness: Of each, see :func:`switch`; 1 by default.
+            n_switches: Switches along each, in each direction.
+            slowness: Slowness on each, see :func:`switch`; 1 by default.
         """
         each = dict(zip(which, slowness or [1] * len(which), strict=True))
         failed = []
@@ -183,8 +184,13 @@ class Switches:
             self.works[path], self.slowness[path] = (there, back), slowness
         return failed
 
-    def differences(self, seed: int) -> Differences:
-        """Of all works so far; nan with an infinite error where there are none. The seed is the bootstrap's."""
+    def differences(self, seed: int, n_bootstrap: int = N_BOOTSTRAP) -> Differences:
+        """Free-energy differences from all works so far; nan with an infinite error where there are none.
+
+        Arguments:
+            seed: Of the bootstrap.
+            n_bootstrap: Resamples of the works that the errors are from.
+        """
         rng = np.random.default_rng(seed)
         rows = []
         for there, back in ((there.numpy(), back.numpy()) for there, back in self.works):
@@ -192,14 +198,14 @@ class Switches:
                 rows.append((math.nan, math.inf, math.nan))
                 continue
             resampled = [
-                acceptance_ratio(rng.choice(there, len(there)), rng.choice(back, len(back)))
-                for _ in range(_N_BOOTSTRAP)
+                acceptance_ratio(rng.choice(there, len(there)), rng.choice(back, len(back))) for _ in range(n_bootstrap)
             ]
             error = max(float(np.std(resampled)), _SMALLEST_ERROR)
             rows.append((acceptance_ratio(there, back), error, (there.mean() + back.mean()) / 2))
         return Differences(*np.array(rows).reshape(-1, 3).T)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything a later run continues from, as tensors and numbers."""
         return {"paths": self.paths, "works": list(self.works), "slowness": list(self.slowness)}
 
     @classmethod

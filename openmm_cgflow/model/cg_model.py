@@ -16,7 +16,8 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.coordinates.thermal_map import LinearMap
-from openmm_cgflow.engines.choose import Engine, create_engine
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.engines.platforms import keep_platform
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.fast_atoms import FastAtoms

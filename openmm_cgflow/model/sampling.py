@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.engines.choose import Engine
+from openmm_cgflow.engines.engine import Engine, Schedule
 from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.networks.weights import RejectionControl
 from openmm_cgflow.seeds import derive_seed
@@ -100,7 +100,8 @@ def draw_samples(
 
 
 def _from_chains(model: CGModel, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
-    fast_atoms = model.fast_atoms(engine)
+    fast_atoms, n_relax = model.fast_atoms(engine), model.geometry.config.chains.n_relax
+    schedule = Schedule(model.temperature, n_relax, settings.n_equilibration)
 
     @torch.no_grad()
     def propose(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -114,7 +115,7 @@ def _from_chains(model: CGModel, engine: Engine, seed: int, settings: SampleSett
 
     def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
         log_weight, z, log_q = accepted(size, generator)
-        frames = fast_atoms.run(z, model.temperature, settings.n_equilibration, 1, 1, derive_seed(seed, 7, batch))
+        frames = fast_atoms.run(z, schedule, derive_seed(seed, 7, batch))
         return frames.xyz[:, 0], z, log_q, log_weight, frames.energy[:, 0], frames.valid
 
     return draw

@@ -1,27 +1,22 @@
-"""Potentials that take the structures of all replicas in one call: what marks them, and energies of many structures."""
+"""OpenMM's ``PythonForce``: its functions, and what marks one that takes the structures of all replicas in one call."""
 
 from __future__ import annotations
 
 import pickle
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import openmm
 
 __all__ = [
-    "BatchEvaluator",
     "BatchedEnergy",
-    "Evaluator",
     "batched_energy",
     "network_on_gpu",
     "python_functions",
     "split_batched",
 ]
-
-_CHUNK = 1024  # structures of one call; more would only take more memory
 
 
 @runtime_checkable
@@ -37,17 +32,6 @@ class BatchedEnergy(Protocol):
     def replicated(self, n_copies: int) -> Self:
         """The function for a System of so many copies, one after another."""
         ...
-
-
-class Evaluator(Protocol):
-    """Energies and forces of structures; see ``Engine.evaluate``."""
-
-    @property
-    def n_energy_evaluations(self) -> int: ...
-    @property
-    def description(self) -> str: ...
-    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-    def close(self) -> None: ...
 
 
 def python_functions(xml: str) -> list[Any]:
@@ -87,37 +71,3 @@ def split_batched(system: openmm.System) -> tuple[list[BatchedEnergy], openmm.Sy
             energies.append(energy)
             rest.removeForce(i)
     return energies, rest
-
-
-class BatchEvaluator:
-    """Energies and forces of many structures, those of batched energies in one call.
-
-    Arguments:
-        energies: Their sum counts.
-        rest: Evaluates all other forces, structure by structure; None where there are none.
-    """
-
-    def __init__(self, energies: Sequence[BatchedEnergy], rest: Evaluator | None) -> None:
-        self._energies, self._rest = energies, rest
-        self.n_energy_evaluations = 0
-        self.description = "one call for all" + (f", other forces by {rest.description}" if rest else "")
-
-    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Engine.evaluate``."""
-        if self._rest is None:
-            energy, forces = np.zeros(len(xyz)), np.zeros(xyz.shape)
-        else:
-            energy, forces = self._rest.evaluate(xyz)
-        for batched in self._energies:
-            for first in range(0, len(xyz), _CHUNK):
-                part = slice(first, first + _CHUNK)
-                more_energy, more_forces = batched.evaluate(xyz[part])
-                energy[part] += more_energy
-                forces[part] += more_forces
-        self.n_energy_evaluations += len(xyz)
-        return energy, forces
-
-    def close(self) -> None:
-        """Closes the evaluator of the other forces."""
-        if self._rest is not None:
-            self._rest.close()

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.forces.estimator import MeanForce, shortened
+from openmm_cgflow.forces.estimator import MeanForce
+from openmm_cgflow.forces.statistics import shortened
 from openmm_cgflow.networks.layers import n_slow_features, slow_features
 from openmm_cgflow.training.optimisers import RunningAverage
 

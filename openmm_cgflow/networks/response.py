@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.forces.estimator import ChainParts, mean_and_variance
+from openmm_cgflow.forces.estimator import ChainParts
+from openmm_cgflow.forces.statistics import mean_and_variance
 from openmm_cgflow.networks.layers import n_slow_features, slow_features
 from openmm_cgflow.training.optimisers import RunningAverage
 

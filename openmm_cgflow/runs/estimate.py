@@ -11,8 +11,8 @@ import numpy as np
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
-from openmm_cgflow.engines.choose import Engine, create_engine
-from openmm_cgflow.engines.lattice import LatticeEngine
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.networks.flow import one_torch_thread
 from openmm_cgflow.runs.build import choose_partition, load_molecule
 from openmm_cgflow.runs.loop import new_method
@@ -142,8 +142,8 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
 
 
 def _timed_replicas(chains: ChainSettings, geometry: Geometry, engine: Engine) -> int:
-    """All, unless each is a Context of its own with so slow a potential that the steps would take very long."""
-    if isinstance(engine, LatticeEngine):
+    """All, unless the engine runs them one by one with so slow a potential that the steps would take very long."""
+    if engine.n_at_once > 1:
         return chains.n_replicas
     structures = np.repeat(geometry.molecular_system.positions[None], _N_TIMED, axis=0)
     start = time.perf_counter()

@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry
-from openmm_cgflow.engines.choose import Engine
+from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.files.atomic import atomic_path
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.forces.estimator import MolecularMeanForce
+from openmm_cgflow.forces.estimator import EngineEnergies, MolecularMeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.model.cg_model import CGModel, new_flow, new_joint, new_pmf, new_response
 from openmm_cgflow.runs.load import save_state
-from openmm_cgflow.training.joint import EngineEnergies, JointTraining
+from openmm_cgflow.training.joint import JointTraining
 from openmm_cgflow.training.pmf.method import PMFTraining
 from openmm_cgflow.training.reverse_kl import ReverseKL
 
@@ -42,7 +42,7 @@ def new_method(config: Config, geometry: Geometry, fast_atoms: FastAtoms) -> Any
         joint = new_joint(config, geometry, flow)
         return JointTraining(config, joint, EngineEnergies(fast_atoms.engine))
     adaptive = config.chains.adaptive and config.training.method == "pmf"
-    estimator = MolecularMeanForce(fast_atoms, config.chains.estimator, adaptive)
+    estimator = MolecularMeanForce(fast_atoms, config.chains, adaptive)
     if config.training.method == "reverse_kl":
         return ReverseKL(config, coordinates, flow, estimator)
     return PMFTraining(config, coordinates, flow, new_pmf(config, geometry), new_response(config, geometry), estimator)

@@ -17,7 +17,8 @@ from openmm import app, unit
 from openmm_cgflow.analysis import plots
 from openmm_cgflow.config import Config, dump_config, load_config
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
-from openmm_cgflow.engines.choose import Engine, create_engine
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.engines.platforms import keep_platform
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.engines.choose import Engine
+from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.errors import CGFlowError, ReplicaError
-from openmm_cgflow.forces.switching import Switches, slower, switch
+from openmm_cgflow.forces.switching import DISSIPATED, N_BOOTSTRAP, Switches, slower, switch
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.training.pmf.paths import low_paths
@@ -60,7 +60,16 @@ class Verification:
         return asdict(self) | {"rms_difference": self.rms_difference, "rms_error": self.rms_error, "unit": "kT"}
 
 
-def verify(model: CGModel, engine: Engine, n_conformations: int, n_replicas: int, seed: int) -> Verification:
+def verify(
+    model: CGModel,
+    engine: Engine,
+    n_conformations: int,
+    n_replicas: int,
+    seed: int,
+    *,
+    n_bootstrap: int = N_BOOTSTRAP,
+    dissipated: float = DISSIPATED,
+) -> Verification:
     """Compares the model's PMF with switching between conformations that differ most among its samples.
 
     Arguments:
@@ -69,6 +78,8 @@ def verify(model: CGModel, engine: Engine, n_conformations: int, n_replicas: int
         n_conformations: Besides the one they are compared with.
         n_replicas: Switches of each, in each direction.
         seed: Same seed, same result.
+        n_bootstrap: Resamples of the works that the errors are from.
+        dissipated: kT above which a conformation is switched to once more, slower.
 
     Raises:
         CGFlowError: If the model has no PMF or no torsion, or there are not so many conformations of low free energy.
@@ -92,11 +103,11 @@ def verify(model: CGModel, engine: Engine, n_conformations: int, n_replicas: int
 
     if failed := switches.add(run, every, n_replicas):
         raise ReplicaError(f"hardly any switch to {len(failed)} of {n_conformations} conformations was usable")
-    found = switches.differences(derive_seed(seed, 21))
-    slowness = [slower(1, dissipation) for dissipation in found.dissipation]
+    found = switches.differences(derive_seed(seed, 21), n_bootstrap)
+    slowness = [slower(1, dissipation, dissipated) for dissipation in found.dissipation]
     if again := [path for path in every if slowness[path] > 1]:
         switches.add(run, again, n_replicas, [slowness[path] for path in again])
-        found = switches.differences(derive_seed(seed, 21))
+        found = switches.differences(derive_seed(seed, 21), n_bootstrap)
     return Verification(
         ends[:, : model.coordinates.n_circular].tolist(),
         pmf.tolist(),

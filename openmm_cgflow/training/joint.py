@@ -12,15 +12,15 @@ sees, a little mass where there is nothing. Nothing here knows OpenMM.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.errors import ReplicaError
-from openmm_cgflow.forces.estimator import shortened
-from openmm_cgflow.forces.fast_atoms import Engine
+from openmm_cgflow.forces.estimator import EnergyAndForces
+from openmm_cgflow.forces.statistics import shortened
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES, Ladder
@@ -30,7 +30,7 @@ from openmm_cgflow.training.reverse_kl import GradientGuard
 from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["EnergyAndForces", "EngineEnergies", "JointTraining"]
+__all__ = ["JointTraining"]
 
 _FORWARD = 0.5  # share of the forward KL where the effective sample size is no smaller
 _AT_STAGE = 0.6  # fraction of the updates that train the stage's own temperature
@@ -44,46 +44,6 @@ _SPEED_OF_MAP = 10.0  # its learning rate, of plain steps, over that of the dens
 _BETAS = (0.9, 0.99)  # of Adam: the large gradients of the start must be forgotten soon
 _ENOUGH_FOR_COVARIANCE = 2.0  # effective samples for each particle
 _REGULARITY = 1e-5  # nats, of what keeps the map invertible
-
-
-class EnergyAndForces(Protocol):
-    """Potential energies, kJ/mol, and forces, kJ/mol/nm, of positions: OpenMM, or a closed form in a test."""
-
-    @property
-    def n_energy_evaluations(self) -> int: ...
-
-    def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class EngineEnergies:
-    """Energies and forces of a molecule, from an engine.
-
-    Arguments:
-        engine: Evaluates positions.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._earlier_evaluations = 0
-
-    @property
-    def n_energy_evaluations(self) -> int:
-        """Of the engine, and of the sessions that this one continues."""
-        return self._earlier_evaluations + self.engine.n_energy_evaluations
-
-    def __call__(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
-        energy, forces = self.engine.evaluate(xyz.numpy())
-        return torch.as_tensor(energy), torch.as_tensor(forces)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"n_energy_evaluations": self.n_energy_evaluations}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._earlier_evaluations = state["n_energy_evaluations"] - self.engine.n_energy_evaluations
 
 
 class Evaluated(NamedTuple):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.forces.estimator import MeanForce, MeanForceEstimator, shortened
+from openmm_cgflow.forces.estimator import MeanForce, MeanForceEstimator
+from openmm_cgflow.forces.statistics import shortened
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.settings import TrainingSettings
 from openmm_cgflow.training.ladder import Ladder

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import openmm
@@ -11,8 +12,10 @@ import pytest
 from openmm import unit
 from toys import HarmonicBath, make_toy
 
-from openmm_cgflow.engines.choose import _time_evaluation, create_engine, frozen_system
-from openmm_cgflow.engines.context import Dynamics, ReplicaContext, Schedule, is_divergence
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.context import ReplicaContext, is_divergence
+from openmm_cgflow.engines.engine import Dynamics, Schedule
+from openmm_cgflow.engines.frozen import frozen_system
 from openmm_cgflow.engines.platforms import platform_choice
 from openmm_cgflow.engines.workers import ContextsEngine
 from openmm_cgflow.errors import CGFlowError
@@ -21,8 +24,8 @@ from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.settings import ChainSettings
 
-LONG = {"n_relax": 5, "n_equilibration": 150, "n_frames": 8, "stride": 40}
-SHORT = {"n_relax": 3, "n_equilibration": 5, "n_frames": 2, "stride": 4}
+LONG = Schedule(300.0, n_relax=5, n_equilibration=150, n_frames=8, stride=40)
+SHORT = Schedule(300.0, n_relax=3, n_equilibration=5, n_frames=2, stride=4)
 
 
 def settings(**changes):
@@ -53,7 +56,7 @@ def same(first, second):
 )
 def test_samples_the_closed_form(bath, platform, temperature, n_replicas):
     with create_engine(bath.toy, bath.slow, settings(platform=platform)) as engine:
-        frames = engine.run(starts(bath, n_replicas), temperature, seed=1, **LONG)
+        frames = engine.run(starts(bath, n_replicas), replace(LONG, temperature=temperature), seed=1)
     deviations = bath.deviations(frames, temperature)
     assert max(deviations.values()) < 4.5, deviations
     wrong = bath.deviations(frames, temperature * 4 / 3)
@@ -66,13 +69,13 @@ def test_center_of_mass_remover_would_bias(bath):
     system.addForce(openmm.CMMotionRemover())
     dynamics = Dynamics(timestep=0.002, friction=50.0, force_cap=1e4)
     with ContextsEngine(system, bath.toy.positions, platform_choice("Reference"), dynamics, 1) as engine:
-        frames = engine.run(starts(bath, 200), 300.0, seed=1, **LONG)
+        frames = engine.run(starts(bath, 200), LONG, seed=1)
     assert bath.deviations(frames, 300.0)["covariance"] > 20
 
 
 def test_masses_do_not_matter(bath):
     with create_engine(bath.toy, bath.slow, settings(hydrogen_mass=12.0)) as engine:
-        frames = engine.run(starts(bath, 200), 300.0, seed=1, **LONG)
+        frames = engine.run(starts(bath, 200), LONG, seed=1)
     assert max(bath.deviations(frames, 300.0).values()) < 4.5
 
 
@@ -89,7 +92,7 @@ def test_slow_atoms_do_not_move_by_one_bit(peptide):
     slow = list(Partition.resolve(peptide, "backbone").slow)
     start = np.repeat(peptide.positions[None], 3, axis=0) + np.array([0.1, -0.2, 0.3])
     with create_engine(peptide, slow, settings(timestep=0.001)) as engine:
-        frames = engine.run(start, 300.0, seed=1, **SHORT)
+        frames = engine.run(start, SHORT, seed=1)
     assert np.array_equal(frames.xyz[:, :, slow], np.repeat(start[:, None, slow], 2, axis=1))
     fast = [i for i in range(peptide.n_atoms) if i not in slow]
     assert (frames.xyz[:, :, fast] != start[:, None, fast]).all()
@@ -101,7 +104,7 @@ def test_input_is_not_changed(peptide):
     kept = start.copy()
     for engine_name in ("contexts", "lattice"):
         with create_engine(peptide, [4, 6, 8], settings(engine=engine_name, n_replicas=2)) as engine:
-            engine.run(start, 300.0, seed=1, **SHORT)
+            engine.run(start, SHORT, seed=1)
             engine.evaluate(start)
     assert openmm.XmlSerializer.serialize(peptide.system) == before
     assert np.array_equal(start, kept)
@@ -133,7 +136,7 @@ def test_descent_brings_large_forces_down_to_the_cap(bath):
 def test_same_seed_gives_the_same_bits(bath, platform):
     start = starts(bath, 40)
     with create_engine(bath.toy, bath.slow, settings(platform=platform)) as engine:
-        first, other, again = (engine.run(start, 300.0, seed=seed, **SHORT) for seed in (1, 2, 1))
+        first, other, again = (engine.run(start, SHORT, seed=seed) for seed in (1, 2, 1))
     assert same(first, again) and not np.array_equal(first.xyz, other.xyz)
     assert len(np.unique(first.xyz[:, 0, 2:].reshape(40, -1), axis=0)) == 40, "two replicas had the same noise"
 
@@ -144,15 +147,15 @@ def test_number_of_workers_does_not_matter(bath):
     for n_workers in (1, 2):
         with create_engine(bath.toy, bath.slow, settings(n_workers=n_workers)) as engine:
             assert f"{n_workers} worker" in engine.description
-            results.append((engine.run(start, 300.0, seed=1, **SHORT), engine.evaluate(start)))
+            results.append((engine.run(start, SHORT, seed=1), engine.evaluate(start)))
             assert engine.n_energy_evaluations == 70 * (3 + 5 + 2 * 4 + 2) + 70
     assert same(results[0][0], results[1][0]) and same(results[0][1], results[1][1])
 
 
 def test_batch_size_does_not_matter_to_those_before(bath):
     with create_engine(bath.toy, bath.slow, settings()) as engine:
-        few = engine.run(starts(bath, 16), 300.0, seed=1, **SHORT)
-        many = engine.run(starts(bath, 33), 300.0, seed=1, **SHORT)
+        few = engine.run(starts(bath, 16), SHORT, seed=1)
+        many = engine.run(starts(bath, 33), SHORT, seed=1)
     assert np.array_equal(few.xyz, many.xyz[:16])
 
 
@@ -181,8 +184,8 @@ def clashing():
 def test_diverged_replicas_are_quarantined(platform, n_workers):
     bath, start = clashing()
     with create_engine(bath.toy, bath.slow, settings(platform=platform, n_workers=n_workers)) as engine:
-        frames = engine.run(start, 300.0, seed=1, **SHORT)
-        clean = engine.run(starts(bath, 40), 300.0, seed=1, **SHORT)
+        frames = engine.run(start, SHORT, seed=1)
+        clean = engine.run(starts(bath, 40), SHORT, seed=1)
     assert clean.valid.all()
     assert np.flatnonzero(~frames.valid).tolist() == [5, 20]
     for part in frames[:3]:
@@ -200,7 +203,7 @@ def test_other_errors_of_openmm_are_not_hidden(bath, monkeypatch):
     with create_engine(bath.toy, bath.slow, settings()) as engine:
         monkeypatch.setattr(ReplicaContext, "run", broken)
         with pytest.raises(openmm.OpenMMException, match="out of memory"):
-            engine.run(starts(bath, 2), 300.0, seed=1, **SHORT)
+            engine.run(starts(bath, 2), SHORT, seed=1)
 
 
 def test_energies_that_are_not_finite_are_returned_so(bath):
@@ -232,7 +235,7 @@ def test_evaluate_gives_energy_and_forces(bath):
 def test_evaluations_are_counted(bath, platform):
     with create_engine(bath.toy, bath.slow, settings(platform=platform)) as engine:
         assert engine.n_energy_evaluations == 0
-        engine.run(starts(bath, 20), 300.0, seed=1, n_relax=3, n_equilibration=5, n_frames=2, stride=4)
+        engine.run(starts(bath, 20), Schedule(300.0, 3, 5, 2, 4), seed=1)
         assert engine.n_energy_evaluations == 20 * (3 + 5 + 2 * 4 + 2)
         engine.evaluate(starts(bath, 7))
         assert engine.n_energy_evaluations == 20 * (3 + 5 + 2 * 4 + 2) + 7
@@ -259,7 +262,7 @@ def test_one_step_is_one_evaluation():
 def test_empty_batches(bath):
     for engine_name in ("contexts", "lattice"):
         with create_engine(bath.toy, bath.slow, settings(engine=engine_name)) as engine:
-            frames = engine.run(np.zeros((0, 4, 3)), 300.0, seed=1, **SHORT)
+            frames = engine.run(np.zeros((0, 4, 3)), SHORT, seed=1)
             energy, forces = engine.evaluate(np.zeros((0, 4, 3)))
         assert frames.xyz.shape == (0, 2, 4, 3) and frames.valid.shape == (0,)
         assert energy.shape == (0,) and forces.shape == (0, 4, 3)
@@ -268,7 +271,7 @@ def test_empty_batches(bath):
 def test_wrong_shapes_are_refused(bath):
     with create_engine(bath.toy, bath.slow, settings()) as engine:
         with pytest.raises(ValueError, match=r"\(4, 3\).*expected \(n_replicas, 4, 3\)"):
-            engine.run(bath.toy.positions, 300.0, seed=1, **SHORT)
+            engine.run(bath.toy.positions, SHORT, seed=1)
         with pytest.raises(ValueError, match="expected"):
             engine.evaluate(np.zeros((2, 5, 3)))
 
@@ -337,18 +340,18 @@ def test_probe_chooses_and_says_so(bath, monkeypatch):
 
 
 def test_default_is_one_worker_per_core(bath, monkeypatch):
-    monkeypatch.setattr("openmm_cgflow.engines.choose.default_workers", lambda: 3)
+    monkeypatch.setattr("openmm_cgflow.engines.workers.default_workers", lambda: 3)
     with create_engine(bath.toy, bath.slow, settings(n_workers=0)) as engine:
         assert "3 worker" in engine.description
 
 
 def test_dead_worker_is_an_error(bath):
     with create_engine(bath.toy, bath.slow, settings(n_workers=2)) as engine:
-        engine.run(starts(bath, 2), 300.0, seed=1, **SHORT)
+        engine.run(starts(bath, 2), SHORT, seed=1)
         for process in engine._executor._processes.values():
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(CGFlowError, match="worker process of the sampler ended unexpectedly"):
-            engine.run(starts(bath, 40), 300.0, seed=1, **SHORT)
+            engine.run(starts(bath, 40), SHORT, seed=1)
 
 
 def test_closed_engine_says_so(bath):
@@ -357,7 +360,7 @@ def test_closed_engine_says_so(bath):
         engine.close()
         engine.close()
         with pytest.raises(RuntimeError, match="closed"):
-            engine.run(starts(bath, 2), 300.0, seed=1, **SHORT)
+            engine.run(starts(bath, 2), SHORT, seed=1)
 
 
 PREAMBLE = """
@@ -367,18 +370,18 @@ from toys import HarmonicBath
 import numpy as np
 from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Schedule
 print("main module", flush=True)
 bath = HarmonicBath()
 start = np.repeat(bath.toy.positions[None], 40, axis=0)
-schedule = dict(n_relax=0, n_frames=1, stride=1, seed=1)
 """
 INTERRUPTED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have their background jobs ignore it
 with create_engine(bath.toy, bath.slow, ChainSettings(platform="Reference", n_workers=2)) as engine:
-    engine.run(start, 300.0, n_equilibration=1, **schedule)
+    engine.run(start, Schedule(300.0, n_equilibration=1), seed=1)
     threading.Timer(1.0, os.killpg, (os.getpgrp(), signal.SIGINT)).start()  # work is in progress, on busy cores, too
     try:
-        engine.run(start, 300.0, n_equilibration=50_000_000, **schedule)
+        engine.run(start, Schedule(300.0, n_equilibration=50_000_000), seed=1)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     workers = engine._executor._processes.values()
@@ -386,9 +389,9 @@ with create_engine(bath.toy, bath.slow, ChainSettings(platform="Reference", n_wo
 """
 KILLED = """
 engine = create_engine(bath.toy, bath.slow, ChainSettings(platform="Reference", n_workers=2))
-engine.run(start, 300.0, n_equilibration=1, **schedule)
+engine.run(start, Schedule(300.0, n_equilibration=1), seed=1)
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-engine.run(start, 300.0, n_equilibration=2_000_000, **schedule)
+engine.run(start, Schedule(300.0, n_equilibration=2_000_000), seed=1)
 """
 
 
@@ -446,7 +449,7 @@ def test_frames_of_a_gpu_are_evaluated_where_that_is_fastest(gpu, fastest, monke
     def seconds(chain, _):
         return 1e-6 if chain._context.getPlatform().getName() == fastest else 1e-3
 
-    monkeypatch.setattr("openmm_cgflow.engines.choose._time_evaluation", seconds)
+    monkeypatch.setattr(ReplicaContext, "seconds_per_evaluation", seconds)
     bath = HarmonicBath()
     with create_engine(bath.toy, bath.slow, gpu) as engine:
         assert engine.description.startswith("lattice engine, 8 replicas at once, platform CPU")
@@ -457,13 +460,13 @@ def test_frames_of_a_gpu_are_evaluated_where_that_is_fastest(gpu, fastest, monke
 def test_evaluations_are_timed():
     bath = HarmonicBath()
     chain = ReplicaContext(bath.toy.system, platform_choice("Reference"), Dynamics(0.002, 50.0, 1e4))
-    assert 0 < _time_evaluation(chain, bath.toy.positions) < 0.1
+    assert 0 < chain.seconds_per_evaluation(bath.toy.positions) < 0.1
 
 
 @pytest.mark.parametrize(("initialised", "n_workers"), [(True, 1), (False, 3)])
 def test_one_process_holds_the_network_on_a_gpu(initialised, n_workers, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: initialised)
-    monkeypatch.setattr("openmm_cgflow.engines.choose.default_workers", lambda: 3)
+    monkeypatch.setattr("openmm_cgflow.engines.workers.default_workers", lambda: 3)
     toy = HarmonicBath().toy
     toy.system.addForce(openmm.PythonForce(_nothing))
     with create_engine(toy, (0, 1), settings(platform="Reference", n_workers=0)) as engine:

@@ -7,16 +7,18 @@ from openmm import app, unit
 from toys import HarmonicBath, make_toy
 
 from openmm_cgflow.engines import lattice as lattice_module
-from openmm_cgflow.engines.choose import create_engine, frozen_system
-from openmm_cgflow.engines.copies import _COPIED, NotReplicableError, check_copies, replicate_system
-from openmm_cgflow.engines.lattice import LatticeEngine, plan_lattice
+from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.copies import _COPIED, NotReplicableError, check_copies, plan_lattice, replicate_system
+from openmm_cgflow.engines.engine import Schedule
+from openmm_cgflow.engines.frozen import frozen_system
+from openmm_cgflow.engines.lattice import LatticeEngine
 from openmm_cgflow.engines.workers import ContextsEngine
 from openmm_cgflow.settings import ChainSettings
 
 N_ATOMS = 8
 BONDS = [(i, i + 1) for i in range(N_ATOMS - 1)]
 CUTOFF = 3.0
-SCHEDULE = {"n_relax": 3, "n_equilibration": 5, "n_frames": 2, "stride": 4}
+SCHEDULE = Schedule(300.0, n_relax=3, n_equilibration=5, n_frames=2, stride=4)
 
 
 def zigzag():
@@ -358,7 +360,7 @@ def test_engine_samples_the_closed_form():
         assert "lattice engine, 100 replicas" in engine.description
         start = np.repeat(bath.toy.positions[None], 200, axis=0)
         start += np.random.default_rng(0).normal(0.0, 2.0, (200, 1, 3))  # engines do not care where a molecule is
-        frames = engine.run(start, 300.0, n_relax=5, n_equilibration=150, n_frames=8, stride=40, seed=1)
+        frames = engine.run(start, Schedule(300.0, 5, 150, 8, 40), seed=1)
     assert frames.valid.all()
     assert np.array_equal(frames.xyz[:, :, :2], np.repeat(start[:, None, :2], 8, axis=1))
     shift = (start - bath.toy.positions)[:, None]
@@ -372,7 +374,7 @@ def test_engine_repeats_itself():
     bath = HarmonicBath()
     start = np.repeat(bath.toy.positions[None], 20, axis=0)
     with create_engine(bath.toy, bath.slow, settings(n_replicas=8)) as engine:
-        first, other, again = (engine.run(start, 300.0, seed=seed, **SCHEDULE) for seed in (1, 2, 1))
+        first, other, again = (engine.run(start, SCHEDULE, seed=seed) for seed in (1, 2, 1))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first.xyz, other.xyz)
     fast = first.xyz[:, 0, 2:].reshape(20, -1)
@@ -383,7 +385,7 @@ def test_forces_and_energies_belong_to_the_frames():
     bath = HarmonicBath()
     start = np.repeat(bath.toy.positions[None], 5, axis=0)
     with create_engine(bath.toy, bath.slow, settings(n_replicas=3)) as engine:
-        frames = engine.run(start, 300.0, seed=1, **SCHEDULE)
+        frames = engine.run(start, SCHEDULE, seed=1)
         energy, forces = engine.evaluate(frames.xyz.reshape(-1, 4, 3))
     assert np.array_equal(energy, frames.energy.ravel())
     assert np.array_equal(forces.reshape(frames.forces.shape), frames.forces)
@@ -394,7 +396,7 @@ def test_evaluations_are_counted_with_padding():
     bath = HarmonicBath()
     start = np.repeat(bath.toy.positions[None], 11, axis=0)
     with create_engine(bath.toy, bath.slow, settings(n_replicas=8)) as engine:
-        engine.run(start, 300.0, seed=1, **SCHEDULE)
+        engine.run(start, SCHEDULE, seed=1)
         assert engine.n_energy_evaluations == (8 + 4) * (3 + 5 + 2 * 4) + 11 * 2
         engine.evaluate(start)
         assert engine.n_energy_evaluations == (8 + 4) * (3 + 5 + 2 * 4) + 11 * 2 + 11
@@ -417,7 +419,7 @@ def test_diverged_copies_are_quarantined(every_platform):
     bath, start = clashing()
     options = settings(n_replicas=4).model_copy(update={"platform": every_platform.name})
     with create_engine(bath.toy, bath.slow, options) as engine:
-        frames = engine.run(start, 300.0, seed=1, **SCHEDULE)
+        frames = engine.run(start, SCHEDULE, seed=1)
         energy, _ = engine.evaluate(frames.xyz[frames.valid][:, 0])
     assert np.flatnonzero(~frames.valid).tolist() == [5, 7]
     for part in frames[:3]:
@@ -439,7 +441,7 @@ def test_molecules_too_large_for_their_place_run_alone(monkeypatch):
 
     monkeypatch.setattr(ContextsEngine, "run", spy)
     with create_engine(bath.toy, bath.slow, settings(n_replicas=6)) as engine:
-        frames = engine.run(start, 300.0, seed=1, **SCHEDULE)
+        frames = engine.run(start, SCHEDULE, seed=1)
     assert asked == [1] and frames.valid.all()
     assert np.array_equal(frames.xyz[2, :, :2], np.repeat(start[2][None, :2], 2, axis=0))
 
@@ -458,7 +460,7 @@ def test_rounds_that_keep_failing_end_in_single_contexts(monkeypatch):
 
     monkeypatch.setattr(LatticeEngine, "_round", failing)
     with create_engine(bath.toy, bath.slow, settings(n_replicas=10)) as engine:
-        frames = engine.run(start, 300.0, seed=1, **SCHEDULE)
+        frames = engine.run(start, SCHEDULE, seed=1)
     assert rounds == [10, 9, 8, 7, 6, 5, 4, 3] and len(rounds) == lattice_module._MAX_ATTEMPTS
     assert frames.valid.all()
 
@@ -489,13 +491,13 @@ def test_engine_on_a_gpu(systems, gpu_platform):
     peptide = MolecularSystem.from_files(folder / "alanine_dipeptide.pdb", ["amber99sbildn.xml", "amber99_obc.xml"])
     slow = Partition.resolve(peptide, "backbone").slow
     start = np.repeat(peptide.positions[None], 64, axis=0)
-    schedule = {"n_relax": 20, "n_equilibration": 1000, "n_frames": 5, "stride": 100}
+    schedule = Schedule(300.0, n_relax=20, n_equilibration=1000, n_frames=5, stride=100)
     energies = []
     for engine_name, platform in (("lattice", gpu_platform), ("contexts", "Reference")):
         options = ChainSettings(engine=engine_name, platform=platform, n_replicas=64, n_workers=1)
         with create_engine(peptide, slow, options) as engine:
             assert engine_name in engine.description
-            frames = engine.run(start, 300.0, seed=1, **schedule)
+            frames = engine.run(start, schedule, seed=1)
         assert frames.valid.all()
         assert np.array_equal(frames.xyz[:, :, slow], np.repeat(start[:, None, slow], 5, axis=1))
         energies.append(frames.energy.mean(axis=1))

@@ -17,13 +17,10 @@ from analytic import (
     some_z,
 )
 
-from openmm_cgflow.forces.estimator import (
-    MolecularMeanForce,
-    frame_gradients,
-    mean_and_variance,
-    shortened,
-)
-from openmm_cgflow.forces.fast_atoms import FastAtoms, Frames
+from openmm_cgflow.engines.engine import Frames, Schedule
+from openmm_cgflow.forces.estimator import MolecularMeanForce, frame_gradients
+from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.forces.statistics import mean_and_variance, shortened
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0
@@ -63,7 +60,7 @@ def slow_positions(all_atom, engine, z):
 
 def run(all_atom, engine, z, n_frames, seed=1):
     xyz = all_atom.build(z, torch.zeros(len(z), 2, 3, dtype=torch.float64) + torch.tensor([0.1, 1.5, 0.5]))
-    return engine.run(xyz.numpy(), TEMPERATURE, n_relax=0, n_equilibration=0, n_frames=n_frames, stride=1, seed=seed)
+    return engine.run(xyz.numpy(), Schedule(TEMPERATURE, n_frames=n_frames), seed)
 
 
 def pulls(gradients, expected):
@@ -319,12 +316,12 @@ def molecular(estimator):
     all_atom = assembly_of(BONDS, SLOW, xyz)
     y = all_atom.read_fast(xyz)
     chains = FastAtoms(engine, all_atom, lambda z, t, g: y.expand(len(z), -1, -1), chain_settings(), 3)
-    return MolecularMeanForce(chains, estimator), all_atom
+    return MolecularMeanForce(chains, chain_settings(estimator=estimator)), all_atom
 
 
 def with_failures(estimator):
     engine = EchoEngine()
-    force = MolecularMeanForce(chiral_chains(engine, max_invalid=0.5), estimator)
+    force = MolecularMeanForce(chiral_chains(engine, max_invalid=0.5), chain_settings(estimator=estimator))
     force(some_z(force.fast_atoms, 8), TEMPERATURE)
     engine.broken, engine.mirrored = [1], [5]
     return force
@@ -398,7 +395,7 @@ def test_the_whole_estimator_on_the_quadratic_bath(estimator):
 
 def adaptive(n_equilibration=40, n_frames=8, n_relax=5):
     values = {"n_equilibration": n_equilibration, "n_frames": n_frames, "n_relax": n_relax, "stride": 4}
-    return MolecularMeanForce(chiral_chains(EchoEngine(), **values), adaptive=True)
+    return MolecularMeanForce(chiral_chains(), chain_settings(**values), adaptive=True)
 
 
 def information(n_frames, noise_of_a_frame):
@@ -425,7 +422,7 @@ def test_the_number_of_frames_changes_slowly_and_within_limits():
     for _ in range(10):
         force.tune(0.0)
     assert force.n_frames == 8
-    fixed = MolecularMeanForce(chiral_chains(EchoEngine()))
+    fixed = MolecularMeanForce(chiral_chains(), chain_settings())
     fixed.tune(1e6)
     assert fixed.n_frames == 3
 

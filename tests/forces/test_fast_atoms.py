@@ -6,6 +6,7 @@ import pytest
 import torch
 from analytic import EchoEngine, chiral_chains, some_z
 
+from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.forces import fast_atoms as fastchains
 from openmm_cgflow.seeds import derive_seed
@@ -14,7 +15,7 @@ TEMPERATURE = 300.0
 
 
 def go(fast_atoms, z, temperature=TEMPERATURE, **values):
-    return fast_atoms.run(z, temperature, n_equilibration=7, n_frames=3, stride=2, **values)
+    return fast_atoms.run(z, Schedule(temperature, n_relax=11, n_equilibration=7, n_frames=3, stride=2), **values)
 
 
 def test_the_first_call_equilibrates_a_pool():

@@ -9,6 +9,7 @@ from openmm import unit
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.estimator import frame_gradients
 from openmm_cgflow.units import thermal_beta
 
@@ -57,7 +58,7 @@ def at_one_z(systems):
     with create_engine(molecule, partition.slow, config.chains) as engine:
         geometry = Geometry.build(config, molecule, partition, engine.evaluate)
         z = geometry.all_atom.read_slow(torch.tensor(molecule.positions)).expand(128, -1)
-        frames = geometry.fast_atoms(engine).run(z, TEMPERATURE, 500, 20, 10)
+        frames = geometry.fast_atoms(engine).run(z, Schedule(TEMPERATURE, config.chains.n_relax, 500, 20, 10))
     assert frames.valid.all()
     return molecule, partition, geometry, frames
 

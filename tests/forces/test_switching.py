@@ -8,6 +8,7 @@ import torch
 from moving import TEMPERATURE, MovingBath, chains_of, exact, line, molecule
 from pymbar.other_estimators import bar
 
+from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.forces import switching
 from openmm_cgflow.forces.switching import Switches, acceptance_ratio, slower, switch
@@ -17,8 +18,7 @@ from openmm_cgflow.units import thermal_beta
 def switched(path, n, engine, all_atom, seed=1, follow=None, slowness=1):
     """Works along a path and back, and the exact free-energy difference."""
     both = torch.stack((path, path.flip(0))).repeat_interleave(n, 0)
-    fast_atoms = chains_of(engine, all_atom)
-    fast_atoms.follow = follow
+    fast_atoms = chains_of(engine, all_atom, follow)
     work, valid = switch(fast_atoms, both, TEMPERATURE, seed, slowness)
     ends = exact(engine, all_atom, path[[0, -1]])
     return work.reshape(2, n), valid.reshape(2, n), float(ends[1] - ends[0])
@@ -197,7 +197,7 @@ def test_switching_leaves_the_pool_alone():
     """Its ends lie on a few paths: what starts from the pool later must not descend from them."""
     engine, all_atom = MovingBath(), molecule()
     fast_atoms = chains_of(engine, all_atom)
-    fast_atoms.run(line(20), TEMPERATURE, 10, 1, 1)
+    fast_atoms.run(line(20), Schedule(TEMPERATURE, 5, 10))
     before = [z.clone() for z, _ in fast_atoms.pool]
     switch(fast_atoms, line(3)[None].expand(6, -1, -1), TEMPERATURE, 1)
     assert len(before) == len(fast_atoms.pool) == 2
@@ -309,11 +309,11 @@ def test_slower_where_much_is_dissipated(before, dissipation, after):
 def test_cost_is_an_upper_limit(slowness):
     engine, all_atom = MovingBath(), molecule()
     fast_atoms = chains_of(engine, all_atom)
-    fast_atoms.run(line(20), TEMPERATURE, 10, 1, 1)
+    fast_atoms.run(line(20), Schedule(TEMPERATURE, 5, 10))
     run = engine.run
 
-    def counting(xyz, *args, **others):  # an engine evaluates the frames, too
-        frames = run(xyz, *args, **others)
+    def counting(*arguments):  # an engine evaluates the frames, too
+        frames = run(*arguments)
         engine.n_energy_evaluations += frames.xyz.shape[0] * frames.xyz.shape[1]
         return frames
 

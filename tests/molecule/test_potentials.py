@@ -18,6 +18,7 @@ from toys import HarmonicBath
 from openmm_cgflow import CGFlowError, MolecularSystem, load, load_config, train
 from openmm_cgflow.config import dump_config
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.molecule.force_fields import read_system_xml
 from openmm_cgflow.molecule.potentials import ReplicaEnergy
 from openmm_cgflow.molecule.python_forces import batched_energy
@@ -25,7 +26,7 @@ from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.torch_force import TorchEnergy, python_force
 from openmm_cgflow.settings import ChainSettings
 
-SHORT = {"n_relax": 2, "n_equilibration": 3, "n_frames": 2, "stride": 2}
+SHORT = Schedule(300.0, n_relax=2, n_equilibration=3, n_frames=2, stride=2)
 
 
 @pytest.fixture(scope="module")
@@ -327,12 +328,12 @@ def test_one_call_a_step(butane):
         assert "6 replicas at once" in engine.description and "one call for all" in engine.description
         learned.Springs.calls.clear()
         before = engine.n_energy_evaluations
-        engine.run(np.repeat(found.positions[None], 6, axis=0), 300.0, seed=1, **SHORT)
-    steps = SHORT["n_relax"] + SHORT["n_equilibration"] + SHORT["n_frames"] * SHORT["stride"]
+        engine.run(np.repeat(found.positions[None], 6, axis=0), SHORT, seed=1)
+    steps = SHORT.n_relax + SHORT.n_equilibration + SHORT.n_frames * SHORT.stride
     assert set(learned.Springs.calls[:-1]) == {(6, 14, 3)}
-    assert learned.Springs.calls[-1] == (6 * SHORT["n_frames"], 14, 3)  # the frames' own energies
+    assert learned.Springs.calls[-1] == (6 * SHORT.n_frames, 14, 3)  # the frames' own energies
     assert len(learned.Springs.calls) <= steps + 3  # OpenMM computes forces once more where positions are set
-    assert engine.n_energy_evaluations - before == 6 * (steps + SHORT["n_frames"])
+    assert engine.n_energy_evaluations - before == 6 * (steps + SHORT.n_frames)
 
 
 @pytest.mark.parametrize("with_force_field", [False, True])
@@ -345,7 +346,7 @@ def test_engines_agree(butane, force_field, with_force_field):
     for engine_name in ("auto", "contexts"):
         with create_engine(found, [0, 1, 2, 3], settings(engine=engine_name)) as engine:
             results.append(engine.evaluate(xyz))
-            frames = engine.run(xyz, 300.0, seed=1, **SHORT)
+            frames = engine.run(xyz, SHORT, seed=1)
             assert frames.valid.tolist() == [True, True, True, False, True]
             results.append(engine.evaluate(frames.xyz[:3, 0]))
             assert np.allclose(results[-1][0], frames.energy[:3, 0], rtol=1e-9)
@@ -363,7 +364,7 @@ def test_samples_the_closed_form():
     starts = np.repeat(toy.positions[None], 200, axis=0)
     with create_engine(toy, bath.slow, settings(n_replicas=200)) as engine:
         assert "lattice engine" in engine.description
-        frames = engine.run(starts, 300.0, seed=1, n_relax=5, n_equilibration=150, n_frames=8, stride=40)
+        frames = engine.run(starts, Schedule(300.0, 5, 150, 8, 40), seed=1)
     deviations = bath.deviations(frames, 300.0)
     assert max(deviations.values()) < 4.5, deviations
     assert bath.deviations(frames, 400.0)["covariance"] > 5
@@ -390,7 +391,7 @@ def test_worker_processes(butane, name):
     results = []
     for n_workers in (1, 2):
         with create_engine(found, [0, 1, 2, 3], settings(engine="contexts", n_workers=n_workers)) as engine:
-            results.append(engine.run(starts, 300.0, seed=1, **SHORT))
+            results.append(engine.run(starts, SHORT, seed=1))
     assert results[0].valid.all()
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from analytic import QuadraticBath, assembly_of, assert_identical, random_structure, random_z
 
-from openmm_cgflow.forces.estimator import ChainParts, comoving_gradients, mean_and_variance
+from openmm_cgflow.engines.engine import Schedule
+from openmm_cgflow.forces.estimator import ChainParts, comoving_gradients
+from openmm_cgflow.forces.statistics import mean_and_variance
 from openmm_cgflow.networks.response import FastResponse, ResponseFitter
 from openmm_cgflow.units import thermal_beta
 
@@ -38,8 +40,7 @@ def measured(n, n_frames=4, seed=1, distinct=True):
     engine = QuadraticBath(6, SPRINGS, SLOW)
     z = random_z(ASSEMBLY.coordinates, n if distinct else 1, torch.Generator().manual_seed(seed), 0.5).expand(n, -1)
     xyz = ASSEMBLY.build(z, torch.tensor([0.1, 1.5, 0.5], dtype=torch.float64).expand(n, N_FAST, 3))
-    settings = {"n_relax": 0, "n_equilibration": 0, "n_frames": n_frames, "stride": 1}
-    frames = engine.run(xyz.numpy(), TEMPERATURE, seed=100 + seed, **settings)
+    frames = engine.run(xyz.numpy(), Schedule(TEMPERATURE, n_frames=n_frames), seed=100 + seed)
     at = z.clone().requires_grad_()
     order = [list(ASSEMBLY.slow).index(atom) for atom in engine.slow]
     free_energy = BETA * engine.free_energy(ASSEMBLY.coordinates.to_xyz(at)[:, order])

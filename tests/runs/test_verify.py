@@ -11,7 +11,7 @@ import torch
 from moving import TEMPERATURE, MovingBath, chains_of, exact, molecule
 
 from openmm_cgflow import CGFlowError
-from openmm_cgflow.forces import switching
+from openmm_cgflow.forces.switching import DISSIPATED
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.runs.verify import Verification, verify
 from openmm_cgflow.training.pmf import paths
@@ -20,7 +20,6 @@ from openmm_cgflow.training.pmf import paths
 @pytest.fixture
 def few_points(monkeypatch):
     monkeypatch.setattr(paths, "_N_POINTS", 600)
-    monkeypatch.setattr(switching, "_N_BOOTSTRAP", 50)
 
 
 def model_of(engine, scale=1.0):
@@ -38,11 +37,12 @@ def model_of(engine, scale=1.0):
     )
 
 
-def check(seed=4, scale=1.0, n_replicas=40, **broken):
+def check(seed=4, scale=1.0, n_replicas=40, dissipated=DISSIPATED, **broken):
     engine = MovingBath()
     vars(engine).update(broken)
     engine.n_energy_evaluations = 1000  # of what was done before
-    found = verify(model_of(engine, scale), engine, 3, n_replicas, seed)
+    model = model_of(engine, scale)
+    found = verify(model, engine, 3, n_replicas, seed, n_bootstrap=50, dissipated=dissipated)
     return found, engine
 
 
@@ -63,12 +63,11 @@ def test_the_exact_pmf_passes_and_a_wrong_one_does_not(few_points):
     assert found.n_evaluations > n_chains * (151 + 11 * engine.n_evaluated)
 
 
-def test_what_dissipates_much_is_switched_to_again_and_slower(few_points, monkeypatch):
+def test_what_dissipates_much_is_switched_to_again_and_slower(few_points):
     before, _ = check()
     worst = int(np.argmax(before.dissipation))
     threshold = before.dissipation[worst] / 8
-    monkeypatch.setattr(switching, "_DISSIPATED", threshold)
-    found, engine = check()
+    found, engine = check(dissipated=threshold)
     same = [a == b for a, b in zip(found.switching, before.switching, strict=True)]
     assert same == [dissipation <= threshold for dissipation in before.dissipation]
     assert found.dissipation[worst] < 0.6 * before.dissipation[worst]

@@ -20,7 +20,8 @@ from analytic import (
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.forces.estimator import ChainParts, mean_and_variance
+from openmm_cgflow.forces.estimator import ChainParts
+from openmm_cgflow.forces.statistics import mean_and_variance
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
