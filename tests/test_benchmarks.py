@@ -7,25 +7,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import baselines
 import learned
 import mdtraj
 import numpy as np
 import openmm
 import pytest
-from openmm import app, unit
-from scipy.special import erfc
-
-from openmm_cgflow.analysis.distances import circle_histogram
-from openmm_cgflow.analysis.reference import GridReference, load_frames, load_reference
-from openmm_cgflow.molecule.potentials import ReplicaEnergy
-from openmm_cgflow.units import thermal_beta
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-import baselines  # noqa: E402
-import reference  # noqa: E402
-from estimators import (  # noqa: E402
+import reference
+from estimators import (
     bias_at,
     bin_centres,
     mbar,
@@ -34,9 +23,11 @@ from estimators import (  # noqa: E402
     umbrella_bias,
     wham,
 )
-from md import Molecule, exit_code, load, parallel_map, steps  # noqa: E402
-from samplers import final_bias, metadynamics, plain_md, replica_exchange  # noqa: E402
-from umbrella import (  # noqa: E402
+from md import Molecule, exit_code, load, parallel_map, steps
+from openmm import app, unit
+from samplers import final_bias, metadynamics, plain_md, replica_exchange
+from scipy.special import erfc
+from umbrella import (
     Settings,
     hold,
     lower_barriers,
@@ -47,6 +38,13 @@ from umbrella import (  # noqa: E402
     spread,
     unbias,
 )
+
+from openmm_cgflow.analysis.distances import circle_histogram
+from openmm_cgflow.analysis.reference import GridReference, load_frames, load_reference
+from openmm_cgflow.molecule.potentials import ReplicaEnergy
+from openmm_cgflow.units import thermal_beta
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 ALANINE = "alanine_dipeptide/alanine_dipeptide.yaml"
 SIGMAS = 5.0

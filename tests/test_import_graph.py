@@ -5,12 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from import_graph import from_pdb_to_dcd, table, walk
+from package_tree import Package, chain, cycles, levels, read
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-from import_graph import from_pdb_to_dcd, table, walk  # noqa: E402
-from package_tree import Package, chain, cycles, levels, read  # noqa: E402
 
 ROOT = '_HOME = {"train": "runs.train"}\n'
 EMPTY = '"""Nothing."""\n'
