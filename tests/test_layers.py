@@ -118,7 +118,6 @@ KNOWN: dict[str, set[str]] = {
         "files.run_directory",
         "model.cg_model",
         "molecule.readers",
-        "molecule.system",
         "paper.exact",
         "settings",
         "training.joint",
