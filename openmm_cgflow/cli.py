@@ -52,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _init(options: argparse.Namespace) -> int:
     import yaml
 
-    from openmm_cgflow.config import load_config, validate
+    from openmm_cgflow.config import load_config, template, validate
     from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
     from openmm_cgflow.files.atomic import atomic_write, writing
     from openmm_cgflow.molecule.bonds import bond_graph
     from openmm_cgflow.molecule.partition import Partition
     from openmm_cgflow.molecule.system import MolecularSystem
-    from openmm_cgflow.template import render
     from openmm_cgflow.units import parse_quantity
 
     output: Path = options.output
@@ -90,7 +89,8 @@ def _init(options: argparse.Namespace) -> int:
     if "include_dir" in written:
         written["include_dir"] = os.path.relpath(Path(options.include_dir).resolve(), folder)
     command = shlex.join([_PROGRAM, "init", *options.words])
-    text = render(written, slow=slow, temperature=temperature, command=command)
+    chosen = {"system": written, "temperature": temperature, "partition": {"slow": slow}}
+    text = template(chosen, command)
     validate(yaml.safe_load(text), source=str(output))
     with writing(output):
         folder.mkdir(parents=True, exist_ok=True)

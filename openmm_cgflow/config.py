@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from openmm_cgflow.describe import commented_yaml, describe, find_setting, section_of
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.settings import (
     ChainSettings,
     CoordinatesSettings,
     FlowSettings,
+    Free,
     JointSettings,
+    Mark,
     PartitionSettings,
     PMFSettings,
     PotentialSettings,
     SampleSettings,
     Section,
+    Shown,
     StoppingSettings,
     SystemSettings,
     TemperingSettings,
@@ -28,16 +33,25 @@ from openmm_cgflow.settings import (
 )
 from openmm_cgflow.units import Temperature
 
-__all__ = ["Config", "apply_overrides", "dump_config", "load_config", "validate"]
+__all__ = ["Config", "apply_overrides", "dump_config", "free_settings", "load_config", "template", "validate"]
+
+
+# Names of version 0.1 and what they are now.
+_RENAMED = {
+    "sampler": "chains",
+    "sampling": "samples",
+    "coordinates.box": "coordinates.half_edge",
+}
 
 
 class Config(Section):
     """Everything a run depends on."""
 
-    system: SystemSettings | None = None
-    """May be missing only where a MolecularSystem is handed over in Python."""
-    temperature: Temperature = Field(300.0, gt=0)
-    seed: int = Field(2025, ge=0, lt=2**31)
+    system: Free[SystemSettings | None] = None
+    temperature: Shown[Temperature] = Field(300.0, gt=0)
+    """Temperature of the samples and of the free energy."""
+    seed: Shown[int] = Field(2025, ge=0, lt=2**31)
+    """Seed of all random numbers: on a CPU the same seed gives the same run, bit for bit."""
     partition: PartitionSettings = PartitionSettings()
     coordinates: CoordinatesSettings = CoordinatesSettings()
     flow: FlowSettings = FlowSettings()
@@ -47,7 +61,15 @@ class Config(Section):
     pmf: PMFSettings = PMFSettings()
     stopping: StoppingSettings = StoppingSettings()
     tempering: TemperingSettings = TemperingSettings()
-    samples: SampleSettings = SampleSettings()
+    samples: Free[SampleSettings] = SampleSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, value: Any) -> Any:
+        old = [name for name in _RENAMED if _has(value, name)]
+        if old:
+            raise ValueError("\n".join(map(_renamed, old)))
+        return value
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
@@ -98,7 +120,8 @@ def validate(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        problems = dict(reversed([_explain(problem) for problem in error.errors()]))
+        lines = [f"  {line}" for text in reversed(problems.values()) for line in text.splitlines()]
         raise CGFlowError("\n".join([f"{source}: {len(lines)} problem(s) in the settings:", *lines])) from None
 
 
@@ -109,6 +132,9 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         name, equals, text = item.partition("=")
         if not equals or not name:
             raise CGFlowError(f"--set {item}: expected section.key=value")
+        for old in _RENAMED:
+            if f"{name}.".startswith(f"{old}."):
+                raise CGFlowError(f"--set {item}: {_renamed(old)}")
         *sections, key = name.split(".")
         node = result
         for section in sections:
@@ -131,6 +157,31 @@ def dump_config(config: Config) -> str:
     return header + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def free_settings() -> tuple[str, ...]:
+    """Names of the settings and sections that may differ when a run is continued.
+
+    Nothing that is learned depends on them. Files may have moved: that they still hold the same molecule and force
+    field is checked by its fingerprint.
+    """
+    return tuple(setting.path for setting in describe(Config) if Mark.FREE in setting.marks)
+
+
+def template(given: Mapping[str, Any], command: str = "") -> str:
+    """The commented configuration that ``openmm-cgflow init`` writes: what a first run may want to change.
+
+    Arguments:
+        given: A tree of settings to write instead of the defaults.
+        command: How the file was made, for its first line.
+    """
+    heading = [
+        *([f"Made by: {command}"] if command else []),
+        "Check it with `openmm-cgflow check FILE.yaml`, train it with `openmm-cgflow train FILE.yaml -o RUN`.",
+        "Paths are relative to this file. Values carry their unit, or are plain numbers in K, ps, 1/ps, Da and kT.",
+        "There are more settings, with good defaults: the config.yaml of a run has all of them.",
+    ]
+    return commented_yaml(Config, given, heading)
+
+
 def _absolute(system: SystemSettings, folder: Path) -> SystemSettings:
     def resolve(value: Any) -> Any:
         if isinstance(value, Path):
@@ -149,26 +200,51 @@ def _absolute(system: SystemSettings, folder: Path) -> SystemSettings:
     return system.model_copy(update=paths | {"forcefield": names})
 
 
-def _explain(problem: Any) -> str:
+def _has(tree: Any, path: str) -> bool:
+    section, dot, rest = path.partition(".")
+    return isinstance(tree, Mapping) and section in tree and (not dot or _has(tree[section], rest))
+
+
+def _renamed(old: str) -> str:
+    return f"{old}: written for version 0.1; the name is now {_RENAMED[old]}"
+
+
+def _explain(problem: Any) -> tuple[str, str]:
+    """The path of the wrong setting and what is wrong with it."""
     location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
+    setting = find_setting(Config, location)
+    name, message = ".".join(location), problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return name, message
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"  {name}: unknown key; {hint}"
+        return name, f"{name}: unknown key; " + (
+            f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        )
+    about, got = "", f"got {reprlib.repr(problem['input'])}, expected"
+    if setting is not None and not setting.is_section:
+        about = f" ({_in_a_sentence(setting.summary)})"
+        if " or " in setting.type:  # one problem for each of its types, named after it
+            return setting.path, f"{setting.path}: {got} {setting.type}{about}"
     if problem["type"] == "missing":
-        return f"  {name}: required, but missing"
-    return f"  {name or 'configuration'}: {problem['msg'].removeprefix('Value error, ')}"
+        message = "required, but missing"
+    elif message.startswith("Input should be "):
+        unit = f" {setting.unit}" if setting and setting.unit else ""
+        message = f"{got} {message.removeprefix('Input should be ')}{unit}"
+    elif problem["type"] == "string_pattern_mismatch":
+        message = f"{got} text such as {setting.example if setting else ''}"
+    return name, f"{name}: {message}{'' if message.endswith(')') else about}"
 
 
-def _known_keys(sections: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for section in sections:
-        annotation = model.model_fields[section].annotation
-        choices = get_args(annotation) or (annotation,)
-        models = [item for item in choices if isinstance(item, type) and issubclass(item, BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return list(model.model_fields)
+def _in_a_sentence(summary: str) -> str:
+    first = summary.partition(" ")[0]
+    plain = summary[0].lower() + summary[1:] if first[1:].islower() or len(first) == 1 else summary
+    return plain.removesuffix(".")
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: type[Section] | None = Config
+    for name in path:
+        section = section_of(section.model_fields[name]) if section and name in section.model_fields else None
+    return list(section.model_fields) if section else []

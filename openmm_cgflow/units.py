@@ -5,20 +5,26 @@ Inside the package everything is in nm, ps, kJ/mol, K and Da.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any
 
 import pint
 from openmm import unit
-from pydantic import BeforeValidator
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 __all__ = [
     "GAS_CONSTANT",
+    "ForcePerMole",
     "Friction",
+    "Length",
     "Mass",
     "Seconds",
     "Temperature",
+    "Thermal",
     "Time",
+    "Unit",
     "parse_quantity",
     "thermal_beta",
 ]
@@ -32,6 +38,8 @@ _OPENMM_UNITS = {
     "1/ps": unit.picosecond**-1,
     "Da": unit.dalton,
     "s": unit.second,
+    "nm": unit.nanometer,
+    "kJ/mol/nm": unit.kilojoule_per_mole / unit.nanometer,
 }
 
 
@@ -42,7 +50,9 @@ def thermal_beta(temperature: float) -> float:
 
 @cache
 def _registry() -> pint.UnitRegistry:
-    return pint.UnitRegistry(autoconvert_offset_to_baseunit=True)
+    registry = pint.UnitRegistry(autoconvert_offset_to_baseunit=True)
+    registry.define("kT = [thermal_energy]")  # of a temperature that is given elsewhere: it converts to nothing else
+    return registry
 
 
 def parse_quantity(value: Any, target: str) -> float:
@@ -50,7 +60,7 @@ def parse_quantity(value: Any, target: str) -> float:
 
     Arguments:
         value: A plain number (already in ``target``), ``"0.25 kcal/mol"``, ``"10 /ps"``, or a Quantity.
-        target: A unit that pint knows, such as ``"K"``, ``"ps"`` or ``"1/ps"``.
+        target: A unit that pint knows, such as ``"K"``, ``"ps"`` or ``"1/ps"``, or ``"kT"``.
 
     Raises:
         ValueError: If the value has no number, an unknown unit or a unit of another dimension.
@@ -62,7 +72,7 @@ def parse_quantity(value: Any, target: str) -> float:
     if unit.is_quantity(value):
         try:
             return float(value.value_in_unit(_OPENMM_UNITS[target]))
-        except TypeError:
+        except (KeyError, TypeError):
             raise ValueError(f"got {value}, expected a quantity in {target}") from None
     text = str(value).strip()
     # "10 /ps" is how the field writes a rate; pint wants an explicit numerator.
@@ -76,12 +86,23 @@ def parse_quantity(value: Any, target: str) -> float:
         raise ValueError(f"got {text!r}, expected a number or a quantity in {target} ({error})") from None
 
 
-def _quantity(target: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: None if value is None else parse_quantity(value, target))
+@dataclass(frozen=True)
+class Unit:
+    """Marks a setting with its unit: values are converted to it by :func:`parse_quantity`."""
+
+    name: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            lambda value: None if value is None else parse_quantity(value, self.name), handler(source)
+        )
 
 
-Temperature = Annotated[float, _quantity("K")]
-Time = Annotated[float, _quantity("ps")]
-Friction = Annotated[float, _quantity("1/ps")]
-Seconds = Annotated[float, _quantity("s")]
-Mass = Annotated[float, _quantity("Da")]
+Temperature = Annotated[float, Unit("K")]
+Time = Annotated[float, Unit("ps")]
+Friction = Annotated[float, Unit("1/ps")]
+Seconds = Annotated[float, Unit("s")]
+Mass = Annotated[float, Unit("Da")]
+Length = Annotated[float, Unit("nm")]
+ForcePerMole = Annotated[float, Unit("kJ/mol/nm")]
+Thermal = Annotated[float, Unit("kT")]
