@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import pint
 from openmm import unit
-from pydantic import GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BeforeValidator, GetCoreSchemaHandler
 
 __all__ = [
     "GAS_CONSTANT",
@@ -92,10 +91,9 @@ class Unit:
 
     name: str
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(
-            lambda value: None if value is None else parse_quantity(value, self.name), handler(source)
-        )
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        convert = BeforeValidator(lambda value: None if value is None else parse_quantity(value, self.name))
+        return convert.__get_pydantic_core_schema__(source, handler)
 
 
 Temperature = Annotated[float, Unit("K")]

@@ -1,12 +1,14 @@
 import math
+import re
 
 import pytest
 import yaml
 from openmm import unit
 
-from openmm_cgflow.config import Config, apply_overrides, dump_config, load_config, validate
+from openmm_cgflow.config import Config, apply_overrides, dump_config, free_settings, load_config, template, validate
+from openmm_cgflow.describe import describe, find_setting
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.template import render
+from openmm_cgflow.settings import Mark, Section
 from openmm_cgflow.units import parse_quantity
 
 _MINIMAL = {"system": {"structure": "m.pdb", "forcefield": ["amber99sbildn.xml"]}}
@@ -32,6 +34,10 @@ def _with(**sections):
         (2 * unit.femtosecond, "ps", 0.002),
         (1 / unit.femtosecond, "1/ps", 1000.0),
         (310 * unit.kelvin, "K", 310.0),
+        ("6 angstrom", "nm", 0.6),
+        (6 * unit.angstrom, "nm", 0.6),
+        ("1e4 kJ/mol/nm", "kJ/mol/nm", 1e4),
+        ("0.05 kT", "kT", 0.05),
     ],
 )
 def test_quantities(value, target, expected):
@@ -40,7 +46,17 @@ def test_quantities(value, target, expected):
 
 @pytest.mark.parametrize(
     ("value", "target"),
-    [("300 ps", "K"), ("1 fs", "K"), ("fast", "ps"), ("", "ps"), (True, "K"), (1 * unit.nanometer, "ps"), (None, "K")],
+    [
+        ("300 ps", "K"),
+        ("1 fs", "K"),
+        ("fast", "ps"),
+        ("", "ps"),
+        (True, "K"),
+        (1 * unit.nanometer, "ps"),
+        (None, "K"),
+        ("0.1 kJ/mol", "kT"),
+        (1 * unit.kilojoule_per_mole, "kT"),
+    ],
 )
 def test_wrong_quantities(value, target):
     with pytest.raises(ValueError, match="expected"):
@@ -85,6 +101,13 @@ def test_units_reach_the_settings():
         (_with(stopping={"max_round": 3}), ["stopping.max_round", "did you mean 'max_rounds'?"]),
         ({"system": {"forcefield": ["a.xml"]}}, ["system.structure", "required"]),
         ({"system": {"structure": "m.pdb"}}, ["system", "exactly one of forcefield"]),
+        (_with(partition={"slow": 3.5}), ["partition.slow: got 3.5, expected text or list of whole numbers"]),
+        (_with(stopping={"free_energy_error": "0.1 kJ/mol"}), ["stopping.free_energy_error", "quantity in kT"]),
+        (
+            {"system": {"structure": "m.pdb", "potential": {"python": "a"}}},
+            ["got 'a', expected text such as my_module:"],
+        ),
+        ({"system": {"structure": "m.pdb", "potential": {"pyton": "a:b"}}}, ["system.potential.pyton", "'python'"]),
         ({"system": {"structure": "m.pdb", "forcefield": ["a"], "system_xml": "b"}}, ["exactly one of forcefield"]),
         (
             {"system": {"structure": "m.pdb", "forcefield": ["a"], "implicit_solvent": "obc2"}},
@@ -106,6 +129,47 @@ def test_all_problems_in_one_message():
         validate(_with(chains={"n_replica": 4, "stride": 0}))
     assert "n_replica" in str(error.value)
     assert "stride" in str(error.value)
+
+
+def test_a_wrong_value_comes_with_what_its_setting_is():
+    with pytest.raises(CGFlowError) as error:
+        validate(_with(chains={"timestep": "-1 fs", "n_frames": "many"}, flow={"n_bins": None}))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4  # each problem in one
+    for path, line in zip(("flow.n_bins", "chains.timestep", "chains.n_frames"), lines[1:], strict=True):
+        summary = find_setting(Config, path.split(".")).summary
+        assert line.startswith(f"  {path}: got ")
+        assert line.endswith(f"({summary[0].lower()}{summary[1:-1]})")
+    assert "got -0.001, expected greater than 0 ps" in lines[2]
+
+
+_RENAMED = [
+    ("sampler", {"n_replicas": 8}, "chains"),
+    ("sampling", {"n_samples": 8}, "samples"),
+    ("coordinates", {"kind": "box", "box": 6}, "coordinates.half_edge"),
+]
+
+
+@pytest.mark.parametrize(("section", "settings", "now"), _RENAMED)
+def test_names_of_version_0_1_are_refused_with_the_new_ones(tmp_path, section, settings, now):
+    old = section if section != "coordinates" else "coordinates.box"
+    says = re.escape(f"{old}: written for version 0.1; the name is now {now}")
+    run = tmp_path / "config.yaml"
+    run.write_text("# A run directory of openmm_cgflow.\n" + yaml.safe_dump(_with(**{section: settings})))
+    with pytest.raises(CGFlowError, match=f"config.yaml: 1 problem.*\n  {says}$"):
+        load_config(run)
+    with pytest.raises(ValueError, match=says):
+        Config(**{section: settings})
+    key, value = list(settings.items())[-1]
+    with pytest.raises(CGFlowError, match=f"--set {section}.{key}={value}: {says}"):
+        apply_overrides(_MINIMAL, [f"{section}.{key}={value}"])
+
+
+def test_all_old_names_at_once_and_nothing_else_by_mistake():
+    with pytest.raises(CGFlowError, match=r"2 problem\(s\)") as error:
+        validate(_with(sampler={}, sampling={}, coordinates="box"))
+    assert len(str(error.value).splitlines()) == 3
+    apply_overrides(_MINIMAL, ["coordinates=box", "coordinates.kind=box"])  # the word is no setting
 
 
 def test_overrides():
@@ -183,7 +247,8 @@ def test_settings_are_frozen():
 
 def test_template_says_what_the_defaults_are():
     system = {"structure": "my molecule.pdb", "forcefield": ["amber99sbildn.xml"], "topology": None}
-    tree = yaml.safe_load(render(system, slow="name N CA C", temperature=310.5, seed=3, command="init"))
+    given = {"system": system, "temperature": 310.5, "seed": 3, "partition": {"slow": "name N CA C"}}
+    tree = yaml.safe_load(template(given, command="init"))
     shown = validate(tree)
     assert shown == Config(
         system={"structure": "my molecule.pdb", "forcefield": ["amber99sbildn.xml"]},
@@ -191,6 +256,70 @@ def test_template_says_what_the_defaults_are():
         seed=3,
         partition={"slow": "name N CA C"},
     )
+    # And everything that is marked, each of it explained.
+    marked = [setting for setting in describe(Config) if Mark.SHOWN in setting.marks]
+    optional = {setting.path for setting in marked if not setting.default}
+    assert optional == {"chains.platform"}
+    for setting in marked:
+        section, _, name = setting.path.rpartition(".")
+        assert setting.path in optional or name in (tree[section] if section else tree)
+    lines = template(given).splitlines()
+    assert len(lines) <= 90
+    assert max(map(len, lines)) <= 120
+    assert "  # platform: CUDA " in template(given)
+    assert not any(line.rstrip().endswith(",") or "``" in line for line in lines)
+
+
+def test_template_shows_what_is_given_besides():
+    text = template({"system": {"structure": "a", "system_xml": "b"}, "tempering": {"start": 900.0, "max_kl": 0.1}})
+    config = validate(yaml.safe_load(text))
+    assert (config.tempering.start, config.tempering.max_kl) == (900, 0.1)
+    assert "  start: 900 K " in text
+
+
+def test_every_setting_is_described():
+    settings = list(describe(Config))
+    assert len(settings) > 80
+    assert len({setting.path for setting in settings}) == len(settings)
+    for setting in settings:
+        assert setting.summary, f"{setting.path} has no docstring"
+        assert setting.summary.endswith("."), f"{setting.path}: {setting.summary}"
+        assert len(setting.summary) <= 120, f"{setting.path}: {setting.summary}"
+        assert setting.summary[0].isupper(), f"{setting.path}: {setting.summary}"
+        assert not setting.summary.startswith("Of "), f"{setting.path}: a sentence that needs its name"
+        assert not setting.details or setting.details.endswith("."), f"{setting.path}: {setting.details}"
+        for word in setting.allowed if setting.type == "word" and setting.path != "chains.precision" else ():
+            if setting.path not in ("system.implicit_solvent", "system.target.name"):
+                assert f"{word}:" in setting.details, f"{setting.path}: {word} is not explained"
+
+
+def test_a_setting_without_docstring_is_noticed():
+    class Bare(Section):
+        known: int = 1
+        """Something."""
+        unknown: int = 2
+
+    assert [setting.summary for setting in describe(Bare)] == ["Something.", ""]
+
+
+def test_descriptions_for_the_documentation():
+    found = {setting.path: setting for setting in describe(Config)}
+    timestep = found["chains.timestep"]
+    assert (timestep.type, timestep.default, timestep.unit, timestep.allowed) == ("number", "2 fs", "ps", ("> 0",))
+    assert found["training.method"].allowed == ("pmf", "reverse_kl", "joint")
+    assert found["stopping.ess"].allowed == ("> 0 and < 1",)
+    assert found["flow.hidden_features"].type == "list of whole numbers"
+    assert found["flow.hidden_features"].allowed == ("> 0",)
+    assert found["tempering.temperatures"].unit == "K"
+    assert found["coordinates.reference_atoms"].type == "list of 3 whole numbers"
+    assert found["system.structure"].default == ""
+    assert found["system.potential.files"].type == "mapping of names to path"
+    assert found["chains"].is_section
+    assert found["chains"].summary.startswith("Langevin dynamics")
+
+
+def test_what_may_differ_when_a_run_is_continued():
+    assert set(free_settings()) == {"system", "samples", "training.checkpoint_interval", "chains.n_workers"}
 
 
 @pytest.mark.parametrize("name", ["alanine_dipeptide", "butane"])

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +28,6 @@ from openmm_cgflow.files.log import file_logging, versions
 __all__ = ["RunDirectory", "config_differences", "load_checked"]
 
 _MARK = "# A run directory of openmm_cgflow.\n"
-# None changes what is learned, so a run may be continued with other values. Files may have moved; that they still hold
-# the same molecule and force field is checked by its fingerprint.
-_FREE_SETTINGS = ("system", "samples", "training.checkpoint_interval", "chains.n_workers")
 
 _logger = logging.getLogger("openmm_cgflow")
 _T = TypeVar("_T")
@@ -83,6 +80,7 @@ class RunDirectory:
         resume: bool = False,
         overwrite: bool = False,
         source: str = "FILE.yaml",
+        free: Iterable[str] = (),
     ) -> RunDirectory:
         """Makes a new run directory, or opens one to be continued.
 
@@ -92,6 +90,7 @@ class RunDirectory:
             resume: Continue the run that is there, if there is one.
             overwrite: Delete the run that is there. Files that no run writes are kept.
             source: The configuration file, for the commands in the message of a refusal.
+            free: Settings and sections that may differ where a run is continued.
 
         Raises:
             CGFlowError: If the directory is in use and neither flag is given, is not a run directory, holds a run of
@@ -102,7 +101,7 @@ class RunDirectory:
         if overwrite:
             run._clear()
         elif run.config.exists():
-            differences = config_differences(run.config.read_text(), resolved)
+            differences = config_differences(run.config.read_text(), resolved, free)
             if differences:
                 raise CGFlowError(
                     "\n  ".join([f"{run.path}: was started with another configuration (was -> is now):", *differences])
@@ -289,18 +288,21 @@ class RunDirectory:
                 file.unlink(missing_ok=True)
 
 
-def config_differences(old: str, new: str) -> list[str]:
+def config_differences(old: str, new: str, free: Iterable[str] = ()) -> list[str]:
     """Settings that differ between two resolved configurations, one line each, ``key: old -> new``.
 
-    Settings that do not change what is learned are left out: ``samples``, the checkpoint interval, the workers.
+    Arguments:
+        old: YAML text.
+        new: YAML text.
+        free: Names of settings and sections to leave out.
     """
     before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
     names = [name for name in {**before, **after} if before.get(name, "unset") != after.get(name, "unset")]
-    free = tuple(f"{name}." for name in _FREE_SETTINGS)
+    passed_over = tuple(f"{name}." for name in free)
     return [
         f"{name}: {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
         for name in names
-        if not f"{name}.".startswith(free)
+        if not f"{name}.".startswith(passed_over)
     ]
 
 

@@ -15,7 +15,7 @@ import openmm
 from openmm import app, unit
 
 from openmm_cgflow.analysis import plots
-from openmm_cgflow.config import Config, dump_config, load_config
+from openmm_cgflow.config import Config, dump_config, free_settings, load_config
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Engine
@@ -85,7 +85,10 @@ def train(
         stack.enter_context(one_torch_thread())
         saved: dict[str, Any] | None = None
         if resume:
-            run = RunDirectory.create(output, dump_config(config), resume=True, source=source)
+            earlier_config = RunDirectory(output).config
+            if earlier_config.exists():
+                load_config(earlier_config)  # refuses one that another version wrote
+            run = RunDirectory.create(output, dump_config(config), resume=True, source=source, free=free_settings())
             stack.enter_context(run.logging())
             saved = run.load_checkpoint(lambda path: load_state(path, molecular_system))
             if saved is None:
