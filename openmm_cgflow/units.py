@@ -49,7 +49,7 @@ def thermal_beta(temperature: float) -> float:
 
 @cache
 def _registry() -> pint.UnitRegistry:
-    registry = pint.UnitRegistry(autoconvert_offset_to_baseunit=True)
+    registry: pint.UnitRegistry = pint.UnitRegistry(autoconvert_offset_to_baseunit=True)
     registry.define("kT = [thermal_energy]")  # of a temperature that is given elsewhere: it converts to nothing else
     return registry
 
