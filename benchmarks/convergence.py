@@ -24,10 +24,9 @@ from openmm_cgflow.analysis.reference import GridReference, load_reference
 from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.estimator import ChainParts
-from openmm_cgflow.model.cg_model import new_pmf, new_response
 from openmm_cgflow.networks.flow import one_torch_thread
-from openmm_cgflow.networks.pmf import PMF, MeanForceBuffer, PMFFitter
-from openmm_cgflow.networks.response import ResponseFitter
+from openmm_cgflow.networks.pmf import PMF, MeanForceBuffer, PMFFitter, new_pmf
+from openmm_cgflow.networks.response import ResponseFitter, new_response
 from openmm_cgflow.runs.load import load_state
 
 _N_SAMPLES = 100_000
@@ -45,7 +44,7 @@ def main() -> None:
     saved = run.load_checkpoint(lambda path: load_state(path, fingerprint))
     if saved is None:
         raise SystemExit(f"{run.path}: no checkpoint")
-    config = model.geometry.config
+    config = model.config
     kept = MeanForceBuffer(config.pmf.n_members)
     kept.load_state_dict(saved["trainer"]["buffer"])
     evaluations = [int(row["evaluations"]) for row in run.read_metrics()]
@@ -59,7 +58,10 @@ def main() -> None:
         raise SystemExit(f"{arguments.reference}: expected a gridded reference")
     truth = reference.populations()
     base = truth.argmax()
-    growing, response = MeanForceBuffer(config.pmf.n_members), new_response(config, model.geometry)
+    growing, response = (
+        MeanForceBuffer(config.pmf.n_members),
+        new_response(config.pmf, model.geometry, config.temperature, config.seed),
+    )
     response_fitter = ResponseFitter(response)
 
     def report(n_evaluations: int, pmf: PMF) -> None:
@@ -80,7 +82,7 @@ def main() -> None:
                 response_fitter.fit(data["z"], parts, config.pmf.response_updates, generator)
                 if number % arguments.every and number != len(kept.rounds):
                     continue
-                data, pmf = response.corrected(data), new_pmf(config, model.geometry)
+                data, pmf = response.corrected(data), new_pmf(config.pmf, model.geometry, config.seed)
                 fitter, n = PMFFitter(pmf, config.pmf.learning_rate), _N_BLOCKS
                 for k in range(n):
                     fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)

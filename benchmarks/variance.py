@@ -31,7 +31,7 @@ def main() -> None:
     model = cgf.load(arguments.run)
     if model.response is None:
         raise SystemExit(f"{arguments.run}: was trained by reverse KL and has no response of the fast atoms")
-    config, all_atom, system = model.geometry.config, model.geometry.all_atom, model.molecular_system
+    config, all_atom, system = model.config, model.geometry.all_atom, model.molecular_system
     with create_engine(system, model.partition.slow, config.chains) as engine:
         z = all_atom.read_slow(torch.tensor(system.positions)).expand(arguments.n_estimates, -1)
         fast_atoms, chains = model.fast_atoms(engine), config.chains

@@ -20,8 +20,7 @@ import openmm_cgflow as cgf
 from openmm_cgflow.config import Config
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
-from openmm_cgflow.model.cg_model import new_joint
-from openmm_cgflow.networks.joint import JointFlow
+from openmm_cgflow.networks.joint import JointFlow, new_joint
 from openmm_cgflow.units import thermal_beta
 
 _STRIDE, _N_FRAMES = 5, 33  # of what is looked at
@@ -33,8 +32,8 @@ _TURN = 2 * np.pi / 3
 
 def conditional(config: Config, model: cgf.CGModel, z: torch.Tensor, xyz: torch.Tensor, n_layers: int) -> JointFlow:
     """A joint density whose q(y | z) is fitted to structures at z."""
-    settings = config.model_copy(update={"joint": config.joint.model_copy(update={"n_layers": n_layers})})
-    joint = new_joint(settings, model.geometry, model.flow)
+    settings = config.joint.model_copy(update={"n_layers": n_layers})
+    joint = new_joint(model.flow, settings, config.flow, model.geometry, config.temperature, config.seed)
     thermal_map = joint.thermal_map
     away = model.geometry.all_atom.wrap_fast(model.geometry.all_atom.read_fast(xyz) - thermal_map.centre)
     turned = (away[..., 2].abs() > _TURN / 2).double().mean(0) > 0.05  # dihedrals with more than one state
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     model = cgf.load(arguments.run)
-    config, all_atom, temperature = model.geometry.config, model.geometry.all_atom, model.temperature
+    config, all_atom, temperature = model.config, model.geometry.all_atom, model.temperature
     generator, beta = torch.Generator().manual_seed(arguments.seed), thermal_beta(temperature)
     with create_engine(model.molecular_system, model.partition.slow, config.chains) as engine:
         fast_atoms = model.fast_atoms(engine)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
-from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.engines.platforms import PlatformChoice
-from openmm_cgflow.model.cg_model import CGModel, new_flow, new_pmf
+from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.molecule.sanitize import energy_and_forces
+from openmm_cgflow.networks.flow import new_flow
+from openmm_cgflow.networks.pmf import new_pmf
+from openmm_cgflow.runs.build import build_geometry
 
 REFERENCE = PlatformChoice("Reference")
 
@@ -24,13 +26,13 @@ def butane_model(systems):
         energies, forces = zip(*(energy_and_forces(molecule.system, frame) for frame in xyz), strict=True)
         return np.array(energies), np.array(forces)
 
-    geometry = Geometry.build(config, molecule, partition, evaluate)
-    flow, pmf = new_flow(config, geometry), new_pmf(config, geometry)
+    geometry = build_geometry(config, molecule, partition, evaluate)
+    flow, pmf = new_flow(config.flow, geometry, config.seed), new_pmf(config.pmf, geometry, config.seed)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (*flow.parameters(), *pmf.parameters()):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return CGModel(geometry, flow, pmf, None, [config.temperature], [], "Reference")
+    return CGModel(config, molecule, partition, geometry, flow, pmf, None, [config.temperature], [], "Reference")
 
 
 def all_atoms(model, seed=0):

@@ -4,11 +4,12 @@ import math
 
 import torch
 
-from openmm_cgflow.coordinates.slow import BoxCoordinates
-from openmm_cgflow.coordinates.thermal_map import InternalThermalMap, LinearMap
-from openmm_cgflow.networks.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow
+from openmm_cgflow.coordinates.features import N_SCALE_FEATURES, Torsions
+from openmm_cgflow.coordinates.thermal_map import InternalThermalMap
+from openmm_cgflow.networks.flow import CGFlow, ConditionalFlow
 from openmm_cgflow.networks.joint import JointFlow
-from openmm_cgflow.networks.layers import n_slow_features
+from openmm_cgflow.paper.box import BoxCoordinates, BoxFeatures
+from openmm_cgflow.paper.linear_map import LinearMap
 
 REACH = 4.0
 
@@ -37,11 +38,12 @@ def shaken(module, roughness, seed=0):
 
 
 def joint_flow(thermal_map, n_circular=1, n_bounded=0, n_layers=0, roughness=0.1):
-    n, periodic = thermal_map.n_fast_features, isinstance(thermal_map, InternalThermalMap)
-    context = n_slow_features(n_circular, n_bounded, periodic) + N_GAMMA_FEATURES
+    n, kind = thermal_map.n_fast_features, Torsions if isinstance(thermal_map, InternalThermalMap) else BoxFeatures
+    features = kind(n_circular, n_bounded)
+    context = features.size + N_SCALE_FEATURES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        flow = CGFlow(n_circular, n_bounded, 6.0, 3, 2, 6, [8], periodic=periodic)
+        flow = CGFlow(features, 6.0, 3, 2, 6, [8])
         conditional = ConditionalFlow(n, context, 6.0, n_layers, 6, [8], torch.eye(n).double())
     for part in (flow, conditional.double()):
         shaken(part, roughness)

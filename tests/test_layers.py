@@ -44,10 +44,6 @@ KNOWN: dict[str, set[str]] = {
         "analysis.states imports coordinates",
         "cli imports coordinates",
         "cli imports paper",
-        "coordinates.geometry imports config",
-        "coordinates.geometry imports engines",
-        "coordinates.geometry imports forces",
-        "coordinates.geometry imports training",
         "model.cg_model imports config",
         "model.force imports files",
         "model.sampling imports training",
@@ -65,15 +61,10 @@ KNOWN: dict[str, set[str]] = {
         "model.cg_model model.sampling",
     },
     "no_cycle_of_folders": {
-        "coordinates forces networks training",
+        "networks training",
         "paper runs",
     },
-    "reached_imports": {
-        "coordinates.geometry reaches openmm",
-        "coordinates.geometry reaches parmed",
-    },
     "whole_config_at_the_top": {
-        "coordinates.geometry",
         "model.cg_model",
         "molecule.system",
         "training.joint",
@@ -87,12 +78,8 @@ KNOWN: dict[str, set[str]] = {
     },
     "decisions_in_one_place": {
         "cli: target is None",
-        "coordinates.geometry: kind compared",
-        "coordinates.geometry: method compared",
-        "model.cg_model: isinstance LinearMap",
         "molecule.system: target is None",
         "paper.exact: target is None",
-        "runs.estimate: isinstance LatticeEngine",
         "runs.estimate: method compared",
         "runs.evaluate: target is None",
         "runs.loop: method compared",
@@ -113,7 +100,6 @@ KNOWN: dict[str, set[str]] = {
     },
     "modules_are_short": {
         "cli",
-        "coordinates.geometry",
         "engines.lattice",
         "files.run_directory",
         "model.cg_model",

@@ -15,7 +15,7 @@ from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.coordinates.zmatrix import ZMatrix
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["AllAtomMap", "BoxMap", "MoleculeMap"]
+__all__ = ["AllAtomMap", "MoleculeMap"]
 
 
 class AllAtomMap(nn.Module, ABC):
@@ -65,31 +65,6 @@ class AllAtomMap(nn.Module, ABC):
     def same_handedness(self, xyz: Tensor) -> Tensor:
         """Whether every stereocentre has the input structure's handedness, shape (...,) bool."""
         return torch.ones(xyz.shape[:-2], dtype=torch.bool)
-
-
-class BoxMap(AllAtomMap):
-    """Particles without bonds: y are the positions of the fast ones, nm.
-
-    Arguments:
-        coordinates: Description of the slow particles.
-        fast: Indices of the others, in rising order.
-    """
-
-    to_topology: Tensor
-
-    def __init__(self, coordinates: Coordinates, fast: Sequence[int]) -> None:
-        super().__init__(coordinates)
-        self.fast = list(fast)
-        self.register_buffer("to_topology", torch.as_tensor(np.argsort([*coordinates.atoms, *fast])))
-
-    def build(self, z: Tensor, y: Tensor) -> Tensor:
-        return torch.cat((self.coordinates.to_xyz(z), y), dim=-2)[..., self.to_topology, :]
-
-    def read_fast(self, xyz: Tensor) -> Tensor:
-        return xyz[..., self.fast, :]
-
-    def log_volume_fast(self, y: Tensor) -> Tensor:
-        return 0.0 * y.sum((-1, -2))  # its gradient is asked for
 
 
 class MoleculeMap(AllAtomMap):

@@ -23,7 +23,7 @@ from openmm_cgflow.coordinates.zmatrix import ZMatrix
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["HarmonicReference"]
+__all__ = ["Evaluate", "HarmonicReference"]
 
 logger = logging.getLogger(__name__)
 

@@ -17,19 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.features import SlowFeatures, Torsions
 from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.coordinates.zmatrix import ZMatrix
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["BoxCoordinates", "CartesianCoordinates", "Coordinates", "InternalCoordinates", "along_x"]
+__all__ = ["SMALLEST_BOND", "Coordinates", "InternalCoordinates"]
 
-_SMALLEST_BOND = 0.03  # nm
+SMALLEST_BOND = 0.03  # nm
 _SMALLEST_SINE = 0.05  # rad from a straight or a folded angle
-
-
-def along_x(x: Tensor) -> Tensor:
-    """Positions with y and z zero, shape (..., n) -> (..., n, 3)."""
-    return torch.stack((x, torch.zeros_like(x), torch.zeros_like(x)), dim=-1)
 
 
 class Coordinates(nn.Module):
@@ -39,12 +35,10 @@ class Coordinates(nn.Module):
         atoms: Slow atom indices in the order of the positions, shape (n_slow,).
         circular: Which features are torsions, shape (n_features,) bool; they come first.
         names: One name per feature.
-        n_circular: Number of torsions.
+        features: What networks and paths see of z.
         bound: Half-width of the interval of bounded features.
-        periodic: Whether the energy is a function on the circle of the circular features.
     """
 
-    periodic = True
     circular: Tensor
     low: Tensor
     high: Tensor
@@ -57,18 +51,25 @@ class Coordinates(nn.Module):
         low: np.ndarray,
         high: np.ndarray,
         bound: float,
+        kind: type[SlowFeatures] = Torsions,
     ) -> None:
         super().__init__()
         self.atoms = tuple(int(i) for i in atoms)
         self.names = tuple(names)
-        self.bound, self.n_circular = float(bound), int(circular.sum())
+        self.bound, n_circular = float(bound), int(circular.sum())
+        self.features = kind(n_circular, len(names) - n_circular)
         self.register_buffer("circular", torch.as_tensor(circular))
         self.register_buffer("low", torch.as_tensor(low, dtype=torch.float64))
         self.register_buffer("high", torch.as_tensor(high, dtype=torch.float64))
 
     @property
+    def n_circular(self) -> int:
+        """Number of torsions."""
+        return self.features.n_circular
+
+    @property
     def n_features(self) -> int:
-        return len(self.names)
+        return self.features.n_features
 
     @property
     def scale(self) -> Tensor:
@@ -81,11 +82,9 @@ class Coordinates(nn.Module):
         return torch.cat((z[..., :n], (self.low + (z + self.bound) * self.scale)[..., n:]), dim=-1)
 
     def from_physical(self, values: Tensor) -> Tensor:
-        """Inverse of :meth:`to_physical`; torsions are wrapped to [-pi, pi), positions in a box may lie beyond it."""
+        """Inverse of :meth:`to_physical`; torsions are wrapped to [-pi, pi)."""
         n = self.n_circular
-        torsions = values[..., :n]
-        if self.periodic:
-            torsions = torch.remainder(torsions + math.pi, 2 * math.pi) - math.pi
+        torsions = self.features.wrap(values[..., :n])
         bounded = (values - self.low) / (self.high - self.low) * (2 * self.bound) - self.bound
         return torch.cat((torsions, bounded[..., n:]), dim=-1)
 
@@ -151,7 +150,7 @@ class InternalCoordinates(Coordinates):
                 raise CGFlowError(f"{names[-1]} is straight; such a chain has no torsion. Choose other slow atoms")
             # A stiff dihedral beyond half a turn would count conformations twice.
             turn = (middle - math.pi, middle + math.pi)
-            smallest, largest = ((_SMALLEST_BOND, 1.0), (_SMALLEST_SINE, math.pi - _SMALLEST_SINE), turn)[kind]
+            smallest, largest = ((SMALLEST_BOND, 1.0), (_SMALLEST_SINE, math.pi - _SMALLEST_SINE), turn)[kind]
             low.append(max(middle - half, smallest))
             high.append(min(middle + half, largest))
             if (k, kind) in slots[:n_torsions]:
@@ -207,77 +206,3 @@ class InternalCoordinates(Coordinates):
         angles = torch.where(exists[..., None], angles, 1.0)
         volume = 2 * torch.log(bonds).sum(-1) + torch.log(torch.sin(angles)).sum(-1) + self._log_scale()
         return torch.where(exists, volume, -math.inf)
-
-
-class CartesianCoordinates(Coordinates):
-    """The paper's choice (section 3.3): Cartesian slow positions with six coordinates fixed by three reference atoms.
-
-    The first reference atom is the origin, the second lies on the x axis and the third in the xy plane. Features are
-    their x_2, x_3, y_3 > 0 and the positions of all others. J = x_2^2 y_3, the volume of the rigid motions.
-
-    Arguments:
-        atoms: Slow atoms, the three reference atoms first.
-        labels: A label per atom of the topology.
-        centre: A centre for each feature's interval, nm, shape (3 n_slow - 6,).
-        half_width: Half of each interval, nm, shape (3 n_slow - 6,).
-        bound: Half-width of the intervals in z.
-    """
-
-    flat: Tensor
-
-    def __init__(
-        self, atoms: Sequence[int], labels: Sequence[str], centre: np.ndarray, half_width: np.ndarray, bound: float
-    ) -> None:
-        axes = [(1, "x"), (2, "x"), (2, "y"), *((k, axis) for k in range(3, len(atoms)) for axis in "xyz")]
-        names = [f"{axis} {labels[atoms[k]]}" for k, axis in axes]
-        low, high = centre - half_width, centre + half_width
-        low[[0, 2]] = np.maximum(low[[0, 2]], _SMALLEST_BOND)
-        super().__init__(atoms, names, np.zeros(len(names), dtype=bool), low, high, bound)
-        flat = torch.tensor([3 * k + "xyz".index(axis) for k, axis in axes])
-        self.register_buffer("flat", flat)
-
-    def to_xyz(self, z: Tensor) -> Tensor:
-        xyz = z.new_zeros(*z.shape[:-1], 3 * len(self.atoms))
-        return xyz.scatter(-1, self.flat.expand(z.shape), self.to_physical(z)).unflatten(-1, (-1, 3))
-
-    def from_xyz(self, xyz: Tensor) -> Tensor:
-        centred = xyz - xyz[..., :1, :]
-        x = nn.functional.normalize(centred[..., 1, :], dim=-1)
-        third = centred[..., 2, :]
-        y = nn.functional.normalize(third - (third * x).sum(-1, keepdim=True) * x, dim=-1)
-        frame = torch.stack((x, y, torch.linalg.cross(x, y)), dim=-1)
-        return self.from_physical((centred @ frame).flatten(-2)[..., self.flat])
-
-    def log_volume(self, z: Tensor) -> Tensor:
-        values = self.to_physical(z)
-        return 2 * torch.log(values[..., 0]) + torch.log(values[..., 2]) + self._log_scale()
-
-
-class BoxCoordinates(Coordinates):
-    """The x of particles in a box; z is in [-pi, pi].
-
-    What explores and weighs the torsions of molecules then does the same for a target of several modes. The density
-    must have vanished before the walls at the target temperature. y and z of the particles are zero.
-
-    Arguments:
-        atoms: Slow particles.
-        labels: A label per particle of the topology.
-        half_edge: The box is [-half_edge, half_edge], nm.
-    """
-
-    periodic = False
-
-    def __init__(self, atoms: Sequence[int], labels: Sequence[str], half_edge: float) -> None:
-        n = len(atoms)
-        names = [f"x {labels[i]}" for i in atoms]
-        super().__init__(atoms, names, np.ones(n, dtype=bool), np.full(n, -math.pi), np.full(n, math.pi), math.pi)
-        self.half_edge = half_edge
-
-    def to_xyz(self, z: Tensor) -> Tensor:
-        return along_x(z * (self.half_edge / math.pi))
-
-    def from_xyz(self, xyz: Tensor) -> Tensor:
-        return self.from_physical(xyz[..., 0] * (math.pi / self.half_edge))
-
-    def log_volume(self, z: Tensor) -> Tensor:
-        return len(self.atoms) * math.log(self.half_edge / math.pi) + 0.0 * z.sum(-1)  # its gradient is asked for

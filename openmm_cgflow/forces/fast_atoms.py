@@ -135,20 +135,14 @@ class FastAtoms:
     def _nearest(self, z: Tensor) -> Tensor:
         pool_z = torch.cat([entry[0] for entry in self.pool])
         pool_y = torch.cat([entry[1] for entry in self.pool])
-        distance = torch.cdist(self._embed(z), self._embed(pool_z))
+        embed = self.all_atom.coordinates.features.embed
+        distance = torch.cdist(embed(z), embed(pool_z))
         # Equal z, as in a test at one z, must not all descend from one ancestor: ties are broken at random.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, 4, self.n_calls))
         ties = 1e-6 * torch.rand(distance.shape, generator=generator, dtype=distance.dtype)
         nearest = (distance + ties).argmin(dim=-1)
         y = pool_y[nearest]
         return y if self.follow is None else self.follow(y, pool_z[nearest], z)
-
-    def _embed(self, z: Tensor) -> Tensor:
-        n = self.all_atom.coordinates.n_circular
-        # Torsions decide which fast atoms fit. Mean forces just after the start were off by 0.7 kT/rad in a first pool
-        # of 256 with a weight of 0.2, by 0.4 with 0.05, and by nothing that could be measured in a pool of 16,000.
-        scale = 0.05 if n else 1.0
-        return torch.cat((torch.cos(z[:, :n]), torch.sin(z[:, :n]), scale * z[:, n:]), dim=-1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later run continues from, as tensors and numbers."""

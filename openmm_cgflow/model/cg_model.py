@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.coordinates.thermal_map import LinearMap
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.engines.platforms import keep_platform
@@ -27,80 +26,16 @@ from openmm_cgflow.model.sampling import Samples, draw_samples
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_to_table
-from openmm_cgflow.networks.flow import N_GAMMA_FEATURES, CGFlow, ConditionalFlow, one_torch_thread
-from openmm_cgflow.networks.joint import JointFlow
-from openmm_cgflow.networks.layers import n_slow_features
-from openmm_cgflow.networks.pmf import PMF
-from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.networks.flow import CGFlow, new_flow, one_torch_thread
+from openmm_cgflow.networks.joint import JointFlow, new_joint
+from openmm_cgflow.networks.pmf import PMF, new_pmf
+from openmm_cgflow.networks.response import FastResponse, new_response
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["CGModel", "new_flow", "new_joint", "new_pmf", "new_response"]
+__all__ = ["CGModel"]
 
 logger = logging.getLogger(__name__)
-
-
-def new_flow(config: Config, geometry: Geometry) -> CGFlow:
-    """An untrained flow, its weights from the configuration's seed."""
-    coordinates = geometry.all_atom.coordinates
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, 5))
-        return CGFlow(
-            coordinates.n_circular,
-            coordinates.n_features - coordinates.n_circular,
-            coordinates.bound,
-            config.flow.n_layers,
-            config.flow.n_bounded_layers,
-            config.flow.n_bins,
-            config.flow.hidden_features,
-            geometry.bounded_covariance(),
-            coordinates.periodic,
-        )
-
-
-def new_joint(config: Config, geometry: Geometry, flow: CGFlow) -> JointFlow:
-    """An untrained joint density around a flow: y given z is as wide as the energy at the start says."""
-    thermal_map = geometry.thermal_map()
-    n_context = n_slow_features(flow.n_circular, flow.n_bounded, flow.periodic) + N_GAMMA_FEATURES
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, 14))
-        conditional = ConditionalFlow(
-            thermal_map.n_fast_features,
-            n_context,
-            config.coordinates.bound,
-            config.joint.n_layers,
-            config.flow.n_bins,
-            config.flow.hidden_features,
-            torch.eye(thermal_map.n_fast_features, dtype=torch.float64),
-        ).double()
-    return JointFlow(flow, conditional, thermal_map)
-
-
-def new_pmf(config: Config, geometry: Geometry) -> PMF:
-    """An unfitted PMF, its networks from the configuration's seed."""
-    covariance = geometry.bounded_covariance()
-    if covariance is None:
-        raise CGFlowError("a potential of mean force needs coordinates: internal")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, 9))
-        settings, coordinates = config.pmf, geometry.all_atom.coordinates
-        return PMF(
-            coordinates.n_circular,
-            torch.linalg.inv(covariance),
-            settings.hidden_features,
-            settings.n_members,
-            coordinates.periodic,
-        )
-
-
-def new_response(config: Config, geometry: Geometry) -> FastResponse:
-    """A response of the fast atoms that is zero, its networks from the configuration's seed."""
-    coordinates = geometry.all_atom.coordinates
-    n_circular, n_bounded = coordinates.n_circular, coordinates.n_features - coordinates.n_circular
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, 10))
-        widths = geometry.fast_widths(config.temperature)
-        return FastResponse(n_circular, n_bounded, widths, config.pmf.hidden_features, coordinates.periodic)
 
 
 _N_LOWEST = 4096  # samples, the lowest of which a ceiling is counted from
@@ -112,7 +47,10 @@ class CGModel:
     Get one from :func:`openmm_cgflow.train` or :func:`openmm_cgflow.load`.
 
     Attributes:
-        geometry: Molecule, partition, coordinates.
+        config: All settings of the training.
+        molecular_system: The molecule.
+        partition: Slow and fast atoms.
+        geometry: Coordinates, widths, map to positions.
         flow: q(z).
         pmf: The fitted potential of mean force; None after ``training.method: reverse_kl``.
         response: How the fast atoms follow the slow ones; None without a PMF.
@@ -125,6 +63,9 @@ class CGModel:
 
     def __init__(
         self,
+        config: Config,
+        molecular_system: MolecularSystem,
+        partition: Partition,
         geometry: Geometry,
         flow: CGFlow,
         pmf: PMF | None,
@@ -134,6 +75,7 @@ class CGModel:
         platform: str,
         joint: JointFlow | None = None,
     ) -> None:
+        self.config, self.molecular_system, self.partition = config, molecular_system, partition
         self.geometry, self.flow, self.pmf, self.response, self.joint = geometry, flow, pmf, response, joint
         self.temperatures, self.platform, self._pool = temperatures, platform, pool
 
@@ -148,19 +90,11 @@ class CGModel:
     @property
     def gamma(self) -> float:
         """Of the flow, at this stage: joint densities have one flow for all stages, other models one for each."""
-        return 1.0 if self.joint is None else self.geometry.config.temperature / self.temperature
+        return 1.0 if self.joint is None else self.config.temperature / self.temperature
 
     @property
     def coordinates(self) -> Coordinates:
         return self.geometry.all_atom.coordinates
-
-    @property
-    def molecular_system(self) -> MolecularSystem:
-        return self.geometry.molecular_system
-
-    @property
-    def partition(self) -> Partition:
-        return self.geometry.partition
 
     @torch.no_grad()
     def log_prob(self, z: np.ndarray | Tensor) -> np.ndarray:
@@ -211,7 +145,7 @@ class CGModel:
             CGFlowError: If the model has no potential of mean force or no torsions and these are asked for, or its
                 slow coordinates are combinations of all particles.
         """
-        if self.joint is not None and isinstance(self.joint.thermal_map, LinearMap):
+        if self.joint is not None and self.joint.thermal_map.mixes_all:
             raise CGFlowError(
                 "this model's slow coordinates are combinations of all particles (training.method: joint on a target): "
                 "there is no force on slow atoms alone"
@@ -291,20 +225,21 @@ class CGModel:
 
     def describe_map(self) -> list[str]:
         """What each slow coordinate is made of, where that was learned."""
-        thermal_map = self.joint.thermal_map if self.joint is not None else None
-        if not isinstance(thermal_map, LinearMap) or not thermal_map.weights.requires_grad:
+        directions = self.joint.thermal_map.learned_directions() if self.joint is not None else None
+        if directions is None:
             return []
         order = [*self.partition.slow, *self.partition.fast]
         labels = self.molecular_system.labels
         lines = []
-        for k, row in enumerate(thermal_map.slow_directions().tolist()):
+        for k, row in enumerate(directions.tolist()):
             terms = [f"{weight:+.3f} {labels[i]}" for i, weight in enumerate(row)]
             lines.append(f"slow coordinate {k + 1} (started as {labels[order[k]]}) = {' '.join(terms)}")
         return lines
 
     def fast_atoms(self, engine: Engine) -> FastAtoms:
         """Chains of the fast atoms on an engine, warm-started from the pool that the training left."""
-        fast_atoms = self.geometry.fast_atoms(engine)
+        config, geometry = self.config, self.geometry
+        fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, config.chains, config.seed)
         fast_atoms.pool = list(self._pool)
         fast_atoms.follow = self.response.follow if self.response is not None else None
         return fast_atoms
@@ -333,7 +268,7 @@ class CGModel:
             CGFlowError: If a number is out of range.
             ReplicaError: If too many chains fail.
         """
-        config = self.geometry.config
+        config = self.config
         platform = keep_platform(config.chains.platform, self.platform)
         settings = config.chains.model_copy(update={"platform": platform})
         changed = {"n_equilibration": n_equilibration, "acceptance": acceptance}
@@ -359,20 +294,28 @@ class CGModel:
 
     @classmethod
     def from_state(
-        cls, state: dict[str, Any], config: Config, molecular_system: MolecularSystem, partition: Partition
+        cls,
+        state: dict[str, Any],
+        config: Config,
+        molecular_system: MolecularSystem,
+        partition: Partition,
+        geometry: Geometry,
     ) -> CGModel:
-        """A model from :meth:`state` and the run directory's system."""
-        geometry = Geometry.build(config, molecular_system, partition, saved=state["geometry"])
-        flow = new_flow(config, geometry)
+        """A model from :meth:`state`, the run directory's system and a geometry of the state's own arrays."""
+        flow = new_flow(config.flow, geometry, config.seed)
         flow.load_state_dict(state["flow"])
         pmf = response = None
         if state["pmf"] is not None:
-            pmf, response = new_pmf(config, geometry), new_response(config, geometry)
+            pmf = new_pmf(config.pmf, geometry, config.seed)
+            response = new_response(config.pmf, geometry, config.temperature, config.seed)
             pmf.load_state_dict(state["pmf"])
             response.load_state_dict(state["response"])
         joint = None
         if state["joint"] is not None:
-            joint = new_joint(config, geometry, flow)
+            joint = new_joint(flow, config.joint, config.flow, geometry, config.temperature, config.seed)
             joint.load_state_dict(state["joint"])
         pool = [tuple(entry) for entry in state["pool"]]
-        return cls(geometry, flow, pmf, response, list(state["temperatures"]), pool, state["platform"], joint)
+        temperatures, platform = list(state["temperatures"]), state["platform"]
+        return cls(
+            config, molecular_system, partition, geometry, flow, pmf, response, temperatures, pool, platform, joint
+        )

@@ -26,7 +26,6 @@ from torch.nn.functional import softplus
 
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.networks.layers import slow_features
 from openmm_cgflow.networks.pmf import PMF
 
 __all__ = ["Energy", "FlowPotential", "FreeEnergy", "PMFPotential", "TorsionPotential"]
@@ -90,8 +89,7 @@ class TorsionPotential(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Shape (n, n_features) -> (n,)."""
         angles, bounded = z.tensor_split([self.coordinates.n_circular], dim=-1)
-        context = slow_features(angles, self.coordinates.n_circular, self.coordinates.periodic)
-        bounded, ladj = self.conditional(torch.zeros_like(bounded), context)
+        bounded, ladj = self.conditional(torch.zeros_like(bounded), self.coordinates.features.see_first(angles))
         z = torch.cat((angles, bounded), dim=-1)
         return self.potential(z) - self.coordinates.log_volume(z) - ladj
 

@@ -74,7 +74,7 @@ def draw_samples(
         raise CGFlowError(f"number of samples: got {n}, expected at least 1")
     if not 0 < settings.acceptance <= 1:
         raise CGFlowError(f"acceptance: got {settings.acceptance}, expected above 0 and at most 1")
-    size = max(model.geometry.config.chains.n_replicas, min(n, _BATCH_SIZE))
+    size = max(model.config.chains.n_replicas, min(n, _BATCH_SIZE))
     draw = (_all_at_once if model.joint else _from_chains)(model, engine, seed, settings)
     generator = torch.Generator().manual_seed(derive_seed(seed, 6))
     kept: list[tuple[Tensor, ...]] = []
@@ -100,7 +100,7 @@ def draw_samples(
 
 
 def _from_chains(model: CGModel, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
-    fast_atoms, n_relax = model.fast_atoms(engine), model.geometry.config.chains.n_relax
+    fast_atoms, n_relax = model.fast_atoms(engine), model.config.chains.n_relax
     schedule = Schedule(model.temperature, n_relax, settings.n_equilibration)
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ def _from_chains(model: CGModel, engine: Engine, seed: int, settings: SampleSett
 
 
 def _all_at_once(model: CGModel, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
-    joint, gamma, keep_chirality = model.joint, model.gamma, model.geometry.config.chains.keep_chirality
+    joint, gamma, keep_chirality = model.joint, model.gamma, model.config.chains.keep_chirality
     assert joint is not None
 
     @torch.no_grad()

@@ -6,8 +6,8 @@ gamma times as high while bonds and angles stay at the target temperature. Each 
 of rational-quadratic splines (Durkan et al. 2019): circular ones on a uniform base (Rezende et al. 2020) for torsions,
 and splines on [-bound, bound] on a truncated normal base (paper section 2.4) for bounded coordinates, followed by a
 linear map whose shift and triangular matrix depend on the torsions: bonds and angles are nearly harmonic, so that
-alone is nearly exact, and the splines add what is not. Where coordinates are not periodic, positions in a box take the
-place of torsions: nothing passes through its walls.
+alone is nearly exact, and the splines add what is not. Other kinds of first features (``SlowFeatures``) take the place
+of torsions in the paper's synthetic systems.
 """
 
 from __future__ import annotations
@@ -19,21 +19,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.features import N_SCALE_FEATURES, SlowFeatures
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.networks.layers import (
     ConditionalLinear,
     SplineCoupling,
     alternating_masks,
     inverse_and_ladj,
-    n_slow_features,
-    slow_features,
 )
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import FlowSettings
 
-__all__ = ["N_GAMMA_FEATURES", "CGFlow", "ConditionalFlow", "one_torch_thread"]
-
-
-N_GAMMA_FEATURES = 4
-_WALL = math.pi * (1 + 1e-6)  # single precision goes a little beyond pi
-_SMALLEST_GAMMA = 1e-3  # that densities in a box tell from zero
+__all__ = ["CGFlow", "ConditionalFlow", "new_flow", "one_torch_thread"]
 
 
 @contextmanager
@@ -80,9 +77,7 @@ class ConditionalFlow(nn.Module):
         super().__init__()
         self.n_features, self.bound = n_features, bound
         masks = alternating_masks(n_features, n_layers) if n_features else []
-        self.splines = nn.ModuleList(
-            SplineCoupling(mask, n_context, "bounded", bound, n_bins, hidden_features) for mask in masks
-        )
+        self.splines = nn.ModuleList(SplineCoupling(mask, n_context, bound, n_bins, hidden_features) for mask in masks)
         linear = covariance is not None and n_features > 0
         self.linear = (
             ConditionalLinear(torch.linalg.cholesky(covariance), n_context, hidden_features) if linear else None
@@ -133,8 +128,7 @@ class CGFlow(nn.Module):
     Its parameters may be float32, as in training, or float64; inputs are cast to them.
 
     Arguments:
-        n_circular: Number of torsions, the first features of z.
-        n_bounded: Number of bounded features.
+        features: What z is: how many torsions, which come first, and how many bounded features.
         bound: Half-width of the interval of the bounded features' splines.
         n_layers: Coupling layers of the torsions.
         n_bounded_layers: Coupling layers of the bounded features.
@@ -143,37 +137,42 @@ class CGFlow(nn.Module):
         covariance: Of the bounded features, where it is known roughly (harmonic); then the splines are followed by a
             linear map that starts at its Cholesky factor, shape (n_bounded, n_bounded). Otherwise the bounded features
             stay in [-bound, bound].
-        periodic: Whether the first features are torsions, not positions in a box on [-pi, pi], of which the same is
-            said here: at gamma = 0 they are flat, too.
     """
 
     def __init__(
         self,
-        n_circular: int,
-        n_bounded: int,
+        features: SlowFeatures,
         bound: float,
         n_layers: int = 6,
         n_bounded_layers: int = 2,
         n_bins: int = 8,
         hidden_features: Sequence[int] = (64, 64),
         covariance: Tensor | None = None,
-        periodic: bool = True,
     ) -> None:
         super().__init__()
-        self.n_circular, self.n_bounded, self.bound, self.periodic = n_circular, n_bounded, bound, periodic
+        self.features, self.bound = features, bound
+        masks = alternating_masks(features.n_circular, n_layers) if features.n_circular else []
         self.torsions = nn.ModuleList(
-            SplineCoupling(mask, N_GAMMA_FEATURES, "circle" if periodic else "box", math.pi, n_bins, hidden_features)
-            for mask in (alternating_masks(n_circular, n_layers) if n_circular else [])
+            SplineCoupling(mask, N_SCALE_FEATURES, math.pi, n_bins, hidden_features, features) for mask in masks
         )
-        context = n_slow_features(n_circular, 0, periodic)
         self.conditional = ConditionalFlow(
-            n_bounded, context, bound, n_bounded_layers, n_bins, hidden_features, covariance
+            features.n_bounded, features.size_first, bound, n_bounded_layers, n_bins, hidden_features, covariance
         )
         self.double()
 
     @property
+    def n_circular(self) -> int:
+        """Number of torsions, the first features of z."""
+        return self.features.n_circular
+
+    @property
+    def n_bounded(self) -> int:
+        """Number of bounded features."""
+        return self.features.n_bounded
+
+    @property
     def n_features(self) -> int:
-        return self.n_circular + self.n_bounded
+        return self.features.n_features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,18 +193,11 @@ class CGFlow(nn.Module):
 
     def context(self, torsions: Tensor) -> Tensor:
         """What bounded features see of torsions, shape (n, n_circular) -> (n, n_context)."""
-        return slow_features(torsions, self.n_circular, self.periodic)
+        return self.features.see_first(torsions)
 
     def gamma_features(self, gamma: float | Tensor, n: int) -> Tensor:
-        """gamma in the scales on which a density changes with it, for n rows, shape (n, 4).
-
-        Free energies of torsions are a few kT, in a box they may be thousands: there widths follow its logarithm.
-        """
-        gamma = torch.as_tensor(gamma, dtype=self.dtype).expand(n)
-        if not self.periodic:
-            logarithm = (gamma + _SMALLEST_GAMMA).log() / math.log(_SMALLEST_GAMMA)
-            return torch.stack((gamma, gamma.sqrt(), logarithm, logarithm.square()), dim=-1)
-        return torch.stack((gamma, gamma.square(), gamma.sqrt(), torch.exp(-10 * gamma)), dim=-1)
+        """gamma in the scales on which a density changes with it, for n rows, shape (n, 4)."""
+        return self.features.scale_features(torch.as_tensor(gamma, dtype=self.dtype).expand(n))
 
     def forward(self, base: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """The flow map z = f(base) and log |det df|, shapes (n, n_features) and (n,) (paper eq. 7).
@@ -247,12 +239,10 @@ class CGFlow(nn.Module):
         return torch.cat((angles, normals), dim=-1), ladj_torsions + ladj_bounded
 
     def log_prob_torsions(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-        """log q(torsions | gamma), shape (n, n_features) -> (n,); -inf outside the box, where there is one."""
+        """log q(torsions | gamma), shape (n, n_features) -> (n,); -inf beyond what they can be."""
         torsions = z[..., : self.n_circular].to(self.dtype)
         _, ladj = self._invert_torsions(torsions, gamma)
-        if not self.periodic:
-            ladj = torch.where((torsions.abs() > _WALL).any(-1), -math.inf, ladj)
-        return ladj + self._log_base_torsions()
+        return torch.where(self.features.outside(torsions), -math.inf, ladj) + self._log_base_torsions()
 
     def log_prob_bounded(self, z: Tensor) -> Tensor:
         """log q(bounded | torsions), shape (n, n_features) -> (n,); -inf outside the support."""
@@ -269,3 +259,18 @@ class CGFlow(nn.Module):
         base = self.draw_base(n, generator).to(self.dtype)
         z, ladj = self(base, gamma)
         return z.double(), (self.log_base(base) - ladj).double()
+
+
+def new_flow(settings: FlowSettings, geometry: Geometry, seed: int) -> CGFlow:
+    """An untrained flow of a geometry's slow coordinates, its weights from the seed of the run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, 5))
+        return CGFlow(
+            geometry.coordinates.features,
+            geometry.coordinates.bound,
+            settings.n_layers,
+            settings.n_bounded_layers,
+            settings.n_bins,
+            settings.hidden_features,
+            geometry.bounded_covariance(),
+        )

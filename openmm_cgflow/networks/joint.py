@@ -10,11 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.features import N_SCALE_FEATURES
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.coordinates.thermal_map import ThermalMap
 from openmm_cgflow.networks.flow import CGFlow, ConditionalFlow
-from openmm_cgflow.networks.layers import slow_features
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import FlowSettings, JointSettings
 
-__all__ = ["JointFlow"]
+__all__ = ["JointFlow", "new_joint"]
 
 
 class JointFlow(nn.Module):
@@ -32,7 +35,7 @@ class JointFlow(nn.Module):
 
     def context(self, z: Tensor, gamma: float | Tensor) -> Tensor:
         """What q(r | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
-        of_z = slow_features(z.to(self.flow.dtype), self.flow.n_circular, self.flow.periodic)
+        of_z = self.flow.features(z.to(self.flow.dtype))
         return torch.cat((of_z, self.flow.gamma_features(gamma, len(z))), dim=-1)
 
     def draw_base(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -68,3 +71,36 @@ class JointFlow(nn.Module):
         """log density of positions, nm, shape (n, n_atoms, 3) -> (n,)."""
         z, r = self.read(xyz, gamma)
         return self.log_prob(z, r, gamma) - self.log_volume(z, r, gamma)
+
+
+def new_joint(
+    flow: CGFlow,
+    settings: JointSettings,
+    flow_settings: FlowSettings,
+    geometry: Geometry,
+    temperature: float,
+    seed: int,
+) -> JointFlow:
+    """An untrained joint density around a flow: y given z is as wide as the energy at the start says.
+
+    Arguments:
+        flow: q(z | gamma).
+        settings: The ``joint`` section of the configuration.
+        flow_settings: The ``flow`` section.
+        geometry: Of the molecule.
+        temperature: Of the target, K.
+        seed: Of the run.
+    """
+    thermal_map = geometry.thermal_map(temperature, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, 14))
+        conditional = ConditionalFlow(
+            thermal_map.n_fast_features,
+            flow.features.size + N_SCALE_FEATURES,
+            geometry.settings.bound,
+            settings.n_layers,
+            flow_settings.n_bins,
+            flow_settings.hidden_features,
+            torch.eye(thermal_map.n_fast_features, dtype=torch.float64),
+        ).double()
+    return JointFlow(flow, conditional, thermal_map)

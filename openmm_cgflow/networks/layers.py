@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +11,20 @@ from zuko.lazy import LazyTransform
 from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, CouplingTransform, MonotonicRQSTransform, Transform
 
+from openmm_cgflow.coordinates.features import SlowFeatures, Support
+
 __all__ = [
-    "N_HARMONICS",
     "ConditionalLinear",
     "SplineCoupling",
-    "Support",
     "alternating_masks",
     "inverse_and_ladj",
-    "n_slow_features",
-    "periodic_features",
-    "slow_features",
 ]
 
 # Of one layer's spline. Steeper or flatter ones make a density so rough that its score, which the path gradient uses,
 # grows without bound during training (zuko's default of 1e-3 does); torsions need more contrast than bonds and angles,
 # and positions in a box, where modes may be thousands of kT apart, more than torsions: with 0.02, 0.2 % of the draws of
 # the paper's mixture of two lay between its modes, which made a mode 9 % wider, with 0.005 half as much.
-_SMALLEST_SLOPE = {"bounded": 0.1, "circle": 0.02, "box": 0.005}
-Support = Literal["circle", "box", "bounded"]
-"""Angles on [-pi, pi), positions on [-pi, pi], or coordinates that are seldom outside an interval."""
-
-N_HARMONICS = 3  # of the torsions, where they condition other features
+_SMALLEST_SLOPE: dict[Support, float] = {"bounded": 0.1, "circle": 0.02, "interval": 0.005}
 
 
 class _CircularRotation(Transform):
@@ -56,27 +48,6 @@ class _CircularRotation(Transform):
         return torch.zeros_like(x)
 
 
-def periodic_features(angles: Tensor) -> Tensor:
-    """Cosines and sines of angles and their first multiples, shape (..., n) -> (..., 6 n)."""
-    multiples = (angles[..., None] * torch.arange(1, N_HARMONICS + 1, dtype=angles.dtype)).flatten(-2)
-    return torch.cat((torch.cos(multiples), torch.sin(multiples)), dim=-1)
-
-
-def slow_features(z: Tensor, n_circular: int, periodic: bool = True) -> Tensor:
-    """What networks see of slow coordinates: periodic torsions, the others at half their scale, (..., n_features).
-
-    Not ``periodic`` are positions in a box, whose energy is not the same at both walls: half a circle has two ends.
-    """
-    circular, others = z[..., :n_circular], 0.5 * z[..., n_circular:]
-    waves = periodic_features(circular) if periodic else torch.cat((circular, periodic_features(circular / 2)), dim=-1)
-    return torch.cat((waves, others), dim=-1)
-
-
-def n_slow_features(n_circular: int, n_bounded: int, periodic: bool = True) -> int:
-    """How many :func:`slow_features` there are."""
-    return (2 * N_HARMONICS + (not periodic)) * n_circular + n_bounded
-
-
 class _IntervalSpline(MonotonicRQSTransform):
     """An interval onto itself, with any slope at its ends; derivatives have shape (*, n_bins + 1)."""
 
@@ -86,29 +57,37 @@ class _IntervalSpline(MonotonicRQSTransform):
 
 
 class SplineCoupling(LazyTransform):
-    """One coupling layer over torsions, positions in a box or bounded coordinates, as a lazy zuko transform.
+    """One coupling layer over the first features or over bounded ones, as a lazy zuko transform.
 
-    Torsions go round the circle. Nothing passes through the walls of a box, nor should it on the path of a sample: the
-    density may jump there, and its slopes, which the path gradient follows, would know nothing of that. Its density at
-    a wall is whatever it should be; splines of bounded coordinates have the slope of one at their ends.
+    Torsions go round the circle. Nothing passes through the ends of an interval, nor should it on the path of a sample:
+    the density may jump there, and its slopes, which the path gradient follows, would know nothing of that. Its density
+    at an end is whatever it should be; splines of bounded coordinates have the slope of one at their ends.
 
     Arguments:
-        mask: Which features stay and condition the others, shape (n_features,) bool.
+        mask: Which features stay and condition the others, shape (n,) bool.
         context: Number of context features.
-        support: Of the features.
         bound: Half-width of the spline interval (pi for angles).
         n_bins: Spline bins.
         hidden_features: Hidden layers of the conditioner.
+        first: The kind of slow coordinates whose first features these are; None for bounded ones.
     """
 
     mask: Tensor
 
     def __init__(
-        self, mask: Tensor, context: int, support: Support, bound: float, n_bins: int, hidden_features: Sequence[int]
+        self,
+        mask: Tensor,
+        context: int,
+        bound: float,
+        n_bins: int,
+        hidden_features: Sequence[int],
+        first: SlowFeatures | None = None,
     ) -> None:
         super().__init__()
-        self.support, self.bound = support, bound
-        self.sizes = (n_bins, n_bins, n_bins + (1 if support == "box" else -1), *((1,) if support == "circle" else ()))
+        self.first, self.bound = first, bound
+        self.support: Support = first.support if first is not None else "bounded"
+        n_slopes = n_bins + (1 if self.support == "interval" else -1)
+        self.sizes = (n_bins, n_bins, n_slopes, *((1,) if self.support == "circle" else ()))
         self.register_buffer("mask", mask)
         n_kept, n_moved = int(mask.sum()), int((~mask).sum())
         n_inputs = self._features(torch.zeros(n_kept)).shape[-1] + context
@@ -121,9 +100,7 @@ class SplineCoupling(LazyTransform):
 
     def _features(self, kept: Tensor) -> Tensor:
         """What the conditioner sees."""
-        if self.support == "bounded":
-            return kept / self.bound
-        return slow_features(kept, kept.shape[-1], periodic=self.support == "circle")
+        return kept / self.bound if self.first is None else self.first.see_first(kept)
 
     def forward(self, c: Tensor | None = None) -> CouplingTransform:
         def meta(kept: Tensor) -> Transform:
@@ -135,7 +112,7 @@ class SplineCoupling(LazyTransform):
                     inputs = torch.cat((inputs, c), dim=-1)
                 parameters = self.conditioner(inputs).unflatten(-1, self.moved_shape)
             widths, heights, derivatives, *rotation = parameters.split(self.sizes, dim=-1)
-            make = _IntervalSpline if self.support == "box" else MonotonicRQSTransform
+            make = _IntervalSpline if self.support == "interval" else MonotonicRQSTransform
             spline = make(widths, heights, derivatives, self.bound, _SMALLEST_SLOPE[self.support])
             if self.support != "circle":
                 return spline

@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.features import SlowFeatures
+from openmm_cgflow.coordinates.geometry import Geometry
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.forces.statistics import shortened
-from openmm_cgflow.networks.layers import n_slow_features, slow_features
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import PMFSettings
 from openmm_cgflow.training.optimisers import RunningAverage
 
-__all__ = ["PMF", "AnchorValues", "MeanForceBuffer", "PMFFitter", "held_out_error", "squared_aim"]
+__all__ = ["PMF", "AnchorValues", "MeanForceBuffer", "PMFFitter", "held_out_error", "new_pmf", "squared_aim"]
 
 # A mean force is fitted to within its own noise, but no better than these: close contacts, where forces are a hundred
 # times the thermal ones, would otherwise be all the fit looks at. The size is the *predicted* one: weights that depend
@@ -41,18 +45,17 @@ _SCALE = 3.0  # kT, of what the networks add to the harmonic prior in a molecule
 class PMF(nn.Module):
     """Phi(z) = beta A(z) as an ensemble: harmonic in the stiff coordinates plus networks periodic in the torsions.
 
-    In a box nothing is periodic, and energies at its walls may be thousands of kT: there Phi is networks around a
-    parabola that was measured, in units of the forces that it leaves.
+    Where the first features are steep instead of periodic, Phi is networks around a parabola that was measured, in
+    units of the forces that it leaves.
 
     The density of z is exp(-Phi(z)) J(z). Each member is fitted with its own random weights of the data (the Bayesian
     bootstrap, Rubin 1981), so the members differ by the statistical error of the fit; their mean is the estimate.
 
     Arguments:
-        n_circular: Number of torsions, the first features of z.
+        features: What z is.
         precision: Inverse covariance of the other features in a harmonic molecule, shape (n_bounded, n_bounded).
         hidden_features: Hidden layers of every member.
         n_members: Size of the ensemble.
-        periodic: Whether the first features are torsions, not positions in a box.
     """
 
     precision: Tensor
@@ -62,15 +65,15 @@ class PMF(nn.Module):
 
     def __init__(
         self,
-        n_circular: int,
+        features: SlowFeatures,
         precision: Tensor,
         hidden_features: Sequence[int] = (96, 96),
         n_members: int = 4,
-        periodic: bool = True,
     ) -> None:
         super().__init__()
-        self.n_circular, self.n_members, self.periodic = n_circular, n_members, periodic
-        sizes = [n_slow_features(n_circular, len(precision), periodic), *hidden_features, 1]
+        self.features, self.n_members = features, n_members
+        n_circular = features.n_circular
+        sizes = [features.size, *hidden_features, 1]
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([torch.randn(n_members, a, b) / math.sqrt(a) for a, b in pairs])
         self.biases = nn.ParameterList([torch.zeros(n_members, 1, b) for _, b in pairs])
@@ -81,15 +84,15 @@ class PMF(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE))
 
     def measure_background(self, z: Tensor, gradient: Tensor) -> None:
-        """In a box, the parabola whose slopes are nearest to mean forces, and the scale of what it leaves of them.
+        """Of steep features, the parabola whose slopes are nearest to mean forces, and the scale of what it leaves.
 
         Arguments:
             z: Shape (n, n_features).
             gradient: d Phi/dz there, of the same shape.
         """
-        if self.periodic:
+        if not self.features.steep:
             return
-        n = self.n_circular
+        n = self.features.n_circular
         # In double precision: the last bits of a solver's result depend on where in memory its arguments happen to lie.
         z, gradient = z.double(), gradient.double()
         at = torch.cat((z[:, :n], torch.ones_like(z[:, :1])), dim=-1)
@@ -104,17 +107,17 @@ class PMF(nn.Module):
 
         float32 as the networks are, unless these were made float64.
         """
-        bounded = z[..., self.n_circular :]
-        hidden = slow_features(z, self.n_circular, self.periodic)
+        n = self.features.n_circular
+        bounded, hidden = z[..., n:], self.features(z)
         last = len(self.weights) - 1
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, hidden, weight)
             if k < last:
                 hidden = nn.functional.silu(hidden)
         phi = self.scale * hidden[..., 0] + 0.5 * ((bounded @ self.precision) * bounded).sum(-1)
-        if self.periodic:
+        if not self.features.steep:
             return phi
-        position = z[..., : self.n_circular]
+        position = z[..., :n]
         return phi + ((0.5 * position @ self.curvature + self.slope) * position).sum(-1)
 
     def each(self, z: Tensor) -> Tensor:
@@ -275,3 +278,18 @@ def held_out_error(pmf: PMF, z: Tensor, force: MeanForce) -> float:
     error = torch.maximum(force.variance[force.valid], squared_aim(predicted)).sqrt()
     ratio = (predicted - force.gradient[force.valid]).abs() / error
     return float(ratio.median() / _MEDIAN_OF_NORMAL)
+
+
+def new_pmf(settings: PMFSettings, geometry: Geometry, seed: int) -> PMF:
+    """An unfitted PMF of a geometry's slow coordinates, its networks from the seed of the run.
+
+    Raises:
+        CGFlowError: If the coordinates are Cartesian.
+    """
+    covariance = geometry.bounded_covariance()
+    if covariance is None:
+        raise CGFlowError("a potential of mean force needs coordinates: internal")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, 9))
+        features, precision = geometry.coordinates.features, torch.linalg.inv(covariance)
+        return PMF(features, precision, settings.hidden_features, settings.n_members)

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.features import SlowFeatures
+from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.forces.estimator import ChainParts
 from openmm_cgflow.forces.statistics import mean_and_variance
-from openmm_cgflow.networks.layers import n_slow_features, slow_features
+from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import PMFSettings
 from openmm_cgflow.training.optimisers import RunningAverage
 
-__all__ = ["FastResponse", "ResponseFitter"]
+__all__ = ["FastResponse", "ResponseFitter", "new_response"]
 
 _LARGEST = 3.0  # thermal widths, of a displacement that is acted on
 _SMALLEST_NOISE = 0.1  # kT per unit of z; less does not matter
@@ -38,27 +41,18 @@ class FastResponse(nn.Module):
     """Displacement m(z) of the fast internal coordinates, zero before it is fitted.
 
     Arguments:
-        n_circular: Number of torsions, the first features of z.
-        n_bounded: Number of the other features.
+        features: What z is.
         widths: Thermal widths of bond, angle and dihedral of each fast atom, nm and radians, shape (n_fast, 3).
         hidden_features: Hidden layers.
-        periodic: Whether the first features are torsions, not positions in a box.
     """
 
     widths: Tensor
 
-    def __init__(
-        self,
-        n_circular: int,
-        n_bounded: int,
-        widths: Tensor,
-        hidden_features: Sequence[int] = (96, 96),
-        periodic: bool = True,
-    ) -> None:
+    def __init__(self, features: SlowFeatures, widths: Tensor, hidden_features: Sequence[int] = (96, 96)) -> None:
         super().__init__()
-        self.n_circular, self.periodic = n_circular, periodic
+        self.features = features
         self.register_buffer("widths", widths.float().flatten())
-        sizes = [n_slow_features(n_circular, n_bounded, periodic), *hidden_features]
+        sizes = [features.size, *hidden_features]
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.SiLU()]
@@ -67,8 +61,7 @@ class FastResponse(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """m(z) in thermal widths, shape (..., n_features) -> (..., 3 n_fast), float32."""
-        z = z.float()
-        return self.network(slow_features(z, self.n_circular, self.periodic)) @ self.output
+        return self.network(self.features(z.float())) @ self.output
 
     def correction(self, z: Tensor, balance: Tensor, create_graph: bool = False) -> Tensor:
         """(dm/dz)^T g, shape (B, n_features) and (B, n_parts, 3 n_fast) -> (B, n_parts, n_features), float32."""
@@ -171,3 +164,18 @@ class ResponseFitter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.networks.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def new_response(settings: PMFSettings, geometry: Geometry, temperature: float, seed: int) -> FastResponse:
+    """A response of the fast atoms that is zero, its networks from the seed of the run.
+
+    Arguments:
+        settings: The ``pmf`` section of the configuration.
+        geometry: Of the molecule.
+        temperature: That thermal widths are of, K.
+        seed: Of the run.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, 10))
+        widths = geometry.fast_widths(temperature)
+        return FastResponse(geometry.coordinates.features, widths, settings.hidden_features)

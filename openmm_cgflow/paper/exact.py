@@ -17,12 +17,12 @@ from torch import Tensor
 
 from openmm_cgflow.analysis.distances import compare
 from openmm_cgflow.analysis.reference import load_structure
-from openmm_cgflow.coordinates.slow import along_x
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_write, writing
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.networks.joint import JointFlow
+from openmm_cgflow.paper.linear_map import along_x
 from openmm_cgflow.paper.targets import Target, new_target
 from openmm_cgflow.runs.evaluate import read_samples
 from openmm_cgflow.runs.train import load
@@ -160,7 +160,7 @@ def evaluate_exactly(
     """
     run = RunDirectory.open(run_directory)
     model = load(run.path)
-    config = model.geometry.config
+    config = model.config
     record = run.read_provenance()
     if config.system is None or config.system.target is None:
         raise CGFlowError(f"{run.path}: not a run on a synthetic target; evaluate compares it with a reference")

@@ -13,8 +13,9 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Engine
+from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.networks.flow import one_torch_thread
-from openmm_cgflow.runs.build import choose_partition, load_molecule
+from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
 from openmm_cgflow.runs.loop import new_method
 from openmm_cgflow.settings import ChainSettings, TemperingSettings
 from openmm_cgflow.training.tempering import start_temperature
@@ -62,7 +63,7 @@ def dry_run(config: Config) -> Iterator[str]:
     partition = choose_partition(config, molecular_system)
     yield "partition: " + partition.describe(molecular_system)
     with create_engine(molecular_system, partition.slow, config.chains) as engine:
-        geometry = Geometry.build(config, molecular_system, partition, engine.evaluate)
+        geometry = build_geometry(config, molecular_system, partition, engine.evaluate)
         coordinates = geometry.all_atom.coordinates
         yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {geometry.kinds}"
         yield from (f"  {name}" for name in coordinates.names)
@@ -100,8 +101,8 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
             "stopping": config.stopping.model_copy(update={"max_rounds": 100, "max_evaluations": math.inf}),
         }
     )
-    probe = Geometry.build(quick, geometry.molecular_system, geometry.partition, saved=geometry.saved_arrays())
-    trainer = new_method(quick, probe, probe.fast_atoms(engine))
+    fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, quick.chains, quick.seed)
+    trainer = new_method(quick, geometry, fast_atoms)
     with one_torch_thread():  # as in a training
         trainer.step()  # fills the pool and warms up
         before, start = engine.n_energy_evaluations, time.perf_counter()
@@ -121,7 +122,7 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
         n_steps = math.ceil(n_rounds + n_last / 3)
         per_step_evaluations *= n_rounds / n_steps
     else:
-        n_stages = count_stages(config.tempering, config.temperature, probe.all_atom.coordinates.n_features)
+        n_stages = count_stages(config.tempering, config.temperature, geometry.coordinates.n_features)
         n_steps = config.training.n_steps_last
         if n_stages > 1:
             n_steps += config.training.n_steps_first + (n_stages - 2) * config.training.n_steps
@@ -129,7 +130,7 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
     sampling = config.samples
     extra = min(chains.n_pool, chains.n_replicas) * chains.n_pool_steps
     extra += sampling.n_samples * (chains.n_relax + sampling.n_equilibration + 2)
-    if config.training.method == "pmf" and probe.all_atom.coordinates.n_circular:
+    if config.training.method == "pmf" and geometry.coordinates.n_circular:
         extra += 2 * sampling.n_verified * sampling.n_switches * _EVALUATIONS_OF_A_SWITCH
     return Cost(
         n_stages=n_stages,
@@ -145,7 +146,7 @@ def _timed_replicas(chains: ChainSettings, geometry: Geometry, engine: Engine) -
     """All, unless the engine runs them one by one with so slow a potential that the steps would take very long."""
     if engine.n_at_once > 1:
         return chains.n_replicas
-    structures = np.repeat(geometry.molecular_system.positions[None], _N_TIMED, axis=0)
+    structures = np.repeat(geometry.molecule.positions[None], _N_TIMED, axis=0)
     start = time.perf_counter()
     engine.evaluate(structures)
     seconds = (time.perf_counter() - start) / _N_TIMED * chains.chain_evaluations

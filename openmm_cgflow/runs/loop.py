@@ -22,7 +22,13 @@ from openmm_cgflow.files.atomic import atomic_path
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.estimator import EngineEnergies, MolecularMeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.model.cg_model import CGModel, new_flow, new_joint, new_pmf, new_response
+from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.molecule.partition import Partition
+from openmm_cgflow.molecule.system import MolecularSystem
+from openmm_cgflow.networks.flow import new_flow
+from openmm_cgflow.networks.joint import new_joint
+from openmm_cgflow.networks.pmf import new_pmf
+from openmm_cgflow.networks.response import new_response
 from openmm_cgflow.runs.load import save_state
 from openmm_cgflow.training.joint import JointTraining
 from openmm_cgflow.training.pmf.method import PMFTraining
@@ -37,15 +43,18 @@ AnyMethod = ReverseKL | PMFTraining | JointTraining
 
 def new_method(config: Config, geometry: Geometry, fast_atoms: FastAtoms) -> AnyMethod:
     """What ``training.method`` names, at its start."""
-    coordinates, flow = geometry.all_atom.coordinates, new_flow(config, geometry)
+    coordinates, seed = geometry.coordinates, config.seed
+    flow = new_flow(config.flow, geometry, seed)
     if config.training.method == "joint":
-        joint = new_joint(config, geometry, flow)
+        joint = new_joint(flow, config.joint, config.flow, geometry, config.temperature, seed)
         return JointTraining(config, joint, EngineEnergies(fast_atoms.engine))
     adaptive = config.chains.adaptive and config.training.method == "pmf"
     estimator = MolecularMeanForce(fast_atoms, config.chains, adaptive)
     if config.training.method == "reverse_kl":
         return ReverseKL(config, coordinates, flow, estimator)
-    return PMFTraining(config, coordinates, flow, new_pmf(config, geometry), new_response(config, geometry), estimator)
+    pmf = new_pmf(config.pmf, geometry, seed)
+    response = new_response(config.pmf, geometry, config.temperature, seed)
+    return PMFTraining(config, coordinates, flow, pmf, response, estimator)
 
 
 class TrainingLoop:
@@ -53,6 +62,9 @@ class TrainingLoop:
 
     Arguments:
         run: Where everything is written.
+        config: All settings.
+        molecular_system: The molecule.
+        partition: Slow and fast atoms.
         geometry: What the trainer's model is built on.
         trainer: Stepped to its end.
         engine: For its description.
@@ -65,6 +77,9 @@ class TrainingLoop:
     def __init__(
         self,
         run: RunDirectory,
+        config: Config,
+        molecular_system: MolecularSystem,
+        partition: Partition,
         geometry: Geometry,
         trainer: AnyMethod,
         engine: Engine,
@@ -73,6 +88,7 @@ class TrainingLoop:
         max_time: float | None,
         earlier: float,
     ) -> None:
+        self.config, self.molecular_system, self.partition = config, molecular_system, partition
         self.run, self.geometry, self.trainer, self.engine, self.fast_atoms = run, geometry, trainer, engine, fast_atoms
         self.started, self.max_time, self.earlier = started, max_time, earlier
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
@@ -91,7 +107,7 @@ class TrainingLoop:
         """Steps to the end; False if it had to stop before."""
         trainer = self.trainer
         checkpointed = time.monotonic()
-        interval = self.geometry.config.training.checkpoint_interval
+        interval = self.config.training.checkpoint_interval
         self.write_provenance("running")
         with _bar(progress) as bar:
             while True:
@@ -121,6 +137,9 @@ class TrainingLoop:
         flow = joint.flow if joint is not None else copy.deepcopy(trainer.flow)
         (joint or flow).double()  # training may run in single precision
         return CGModel(
+            self.config,
+            self.molecular_system,
+            self.partition,
             self.geometry,
             flow,
             trainer.pmf,
@@ -133,8 +152,8 @@ class TrainingLoop:
 
     def save_checkpoint(self) -> None:
         state = {
-            "fingerprint": self.geometry.molecular_system.fingerprint(),
-            "positions": torch.tensor(self.geometry.molecular_system.positions),
+            "fingerprint": self.molecular_system.fingerprint(),
+            "positions": torch.tensor(self.molecular_system.positions),
             "geometry": self.geometry.saved_arrays(),
             "trainer": self.trainer.state_dict(),
             "platform": self.engine.platform.name,
@@ -175,7 +194,7 @@ class TrainingLoop:
             logger.info("step %d: %s, %.0f s", row["step"], text, self.wall_time)
 
     def write_provenance(self, status: str) -> None:
-        config = self.geometry.config
+        config = self.config
         self.run.write_provenance(
             {
                 "status": status,
@@ -184,7 +203,7 @@ class TrainingLoop:
                 "wall_time_s": round(self.wall_time, 1),
                 "engine": self.engine.description,
                 "seed": config.seed,
-                "fingerprint": self.geometry.molecular_system.fingerprint(),
+                "fingerprint": self.molecular_system.fingerprint(),
                 "method": config.training.method,
                 "ended_by": self.trainer.ended_by,
                 "unmet": self.trainer.unmet,

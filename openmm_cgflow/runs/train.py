@@ -25,6 +25,7 @@ from openmm_cgflow.files.atomic import atomic_path, atomic_write
 from openmm_cgflow.files.log import held_back
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.files.trajectory import colvar_columns, peptide_torsions, write_colvar, write_trajectory
+from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.sampling import Samples, draw_samples
 from openmm_cgflow.molecule.force_fields import read_system_xml
@@ -32,7 +33,7 @@ from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table
 from openmm_cgflow.networks.flow import one_torch_thread
-from openmm_cgflow.runs.build import choose_partition, load_molecule
+from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
 from openmm_cgflow.runs.load import load_model_state, load_state
 from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests
 from openmm_cgflow.runs.verify import verify
@@ -98,13 +99,13 @@ def train(
         arrays = saved["geometry"] if saved else None
         with held_back() as release_log:
             engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
-            geometry = Geometry.build(config, molecular_system, partition, engine.evaluate, saved=arrays)
+            geometry = build_geometry(config, molecular_system, partition, engine.evaluate, saved=arrays)
         if not resume:  # whatever can be wrong with the input was found before the directory is touched
             run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
             stack.enter_context(run.logging())
             release_log()
-        _describe(geometry, engine)
-        fast_atoms = geometry.fast_atoms(engine)
+        _describe(molecular_system, partition, geometry, engine)
+        fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, config.chains, config.seed)
         trainer = new_method(config, geometry, fast_atoms)
         if trainer.response is not None:
             fast_atoms.follow = trainer.response.follow
@@ -112,9 +113,21 @@ def train(
             trainer.load_state_dict(saved["trainer"])
         run.truncate_metrics(trainer.n_steps)
         if saved is None:
-            _write_inputs(run, geometry)
+            _write_inputs(run, molecular_system, partition)
         earlier = saved["wall_time"] if saved else 0.0
-        session = TrainingLoop(run, geometry, trainer, engine, fast_atoms, started, max_time, earlier)
+        session = TrainingLoop(
+            run,
+            config,
+            molecular_system,
+            partition,
+            geometry,
+            trainer,
+            engine,
+            fast_atoms,
+            started,
+            max_time,
+            earlier,
+        )
         try:
             with stop_requests() as stop:
                 complete = session.train(progress, stop)
@@ -167,7 +180,8 @@ def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
         raise CGFlowError(f"{run.slow_atoms}: cannot be read, restore it: {type(error).__name__}: {error}") from error
     partition = Partition.resolve(molecular_system, slow)
     try:
-        return CGModel.from_state(state, config, molecular_system, partition)
+        geometry = build_geometry(config, molecular_system, partition, saved=state["geometry"])
+        return CGModel.from_state(state, config, molecular_system, partition, geometry)
     except RuntimeError as error:  # torch's, for parameters of other names or shapes
         raise CGFlowError(
             f"{path}: does not fit the settings in {run.config}, which must stay as the training wrote them; restore "
@@ -183,11 +197,11 @@ def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | 
     return [path, colvar, *([topology] if topology else [])]
 
 
-def _describe(geometry: Geometry, engine: Engine) -> None:
-    system, coordinates = geometry.molecular_system, geometry.all_atom.coordinates
+def _describe(system: MolecularSystem, partition: Partition, geometry: Geometry, engine: Engine) -> None:
+    coordinates = geometry.coordinates
     for note in system.notes:
         logger.info("note: %s", note)
-    logger.info(geometry.partition.describe(system))
+    logger.info(partition.describe(system))
     logger.info(
         "%d slow coordinates, %s; %d stereocentres",
         coordinates.n_features,
@@ -199,12 +213,11 @@ def _describe(geometry: Geometry, engine: Engine) -> None:
         logger.warning(rotamer_warning(rotamers))
 
 
-def _write_inputs(run: RunDirectory, geometry: Geometry) -> None:
-    system = geometry.molecular_system
+def _write_inputs(run: RunDirectory, system: MolecularSystem, partition: Partition) -> None:
     atomic_write(run.system_xml, system.to_xml())
     with atomic_path(run.topology) as path, path.open("w") as file:
         app.PDBFile.writeFile(system.topology, system.positions * unit.nanometer, file, keepIds=True)
-    atomic_write(run.slow_atoms, json.dumps(geometry.partition.to_json(system), indent=2) + "\n")
+    atomic_write(run.slow_atoms, json.dumps(partition.to_json(system), indent=2) + "\n")
 
 
 def _finish(run: RunDirectory, model: CGModel, engine: Engine, config: Config, must_stop: Callable[[], bool]) -> bool:

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from openmm_cgflow import CGFlowError, MolecularSystem, Partition, load_config
-from openmm_cgflow.coordinates.geometry import Geometry
-from openmm_cgflow.model.cg_model import new_flow, new_pmf
+from openmm_cgflow.coordinates.geometry import MoleculeGeometry
 from openmm_cgflow.molecule.sanitize import energy_and_forces
+from openmm_cgflow.networks.flow import new_flow
+from openmm_cgflow.networks.pmf import new_pmf
+from openmm_cgflow.runs.build import build_geometry
+from openmm_cgflow.settings import FlowSettings, PMFSettings
 
 OMEGAS = ["dihedral ACE1:CH3-ACE1:C-ALA2:N-ALA2:CA", "dihedral ALA2:CA-ALA2:C-NME3:N-NME3:C"]
 PHI_PSI = ["dihedral ACE1:C-ALA2:N-ALA2:CA-ALA2:C", "dihedral ALA2:N-ALA2:CA-ALA2:C-NME3:N"]
@@ -29,7 +32,7 @@ def build(systems):
             results = [energy_and_forces(molecule.system, frame) for frame in xyz]
             return np.array([energy for energy, _ in results]), np.array([forces for _, forces in results])
 
-        return Geometry.build(config, molecule, Partition.resolve(molecule, config.partition.slow), evaluate)
+        return build_geometry(config, molecule, Partition.resolve(molecule, config.partition.slow), evaluate)
 
     return build
 
@@ -50,7 +53,7 @@ def names_of(geometry, circular):
 
 
 def input_z(geometry):
-    xyz = torch.tensor(geometry.molecular_system.positions)
+    xyz = torch.tensor(geometry.molecule.positions)
     return geometry.all_atom.read_slow(xyz[None])[0]
 
 
@@ -81,7 +84,7 @@ def test_a_cis_bond_of_the_input_stays_cis(sampled, build):
     k = coordinates.names.index(OMEGAS[0])
     z[k] = math.remainder(float(z[k]) + math.pi, 2 * math.pi)
     assert abs(float(z[k])) < 0.5
-    fast = sampled.all_atom.read_fast(torch.tensor(sampled.molecular_system.positions)[None, None])
+    fast = sampled.all_atom.read_fast(torch.tensor(sampled.molecule.positions)[None, None])
     xyz = sampled.all_atom.build(z[None, None], fast)[0, 0].numpy()
     held = build(positions=xyz).all_atom.coordinates
     middle = ((held.low + held.high) / 2).tolist()
@@ -99,7 +102,7 @@ def test_covariance_of_bounded_features(kept):
     torch.testing.assert_close(covariance.diagonal(), torch.ones(n).double(), rtol=1e-6, atol=1e-6)
     assert float((covariance - torch.eye(n)).abs().max()) > 0.1
 
-    flow, pmf = new_flow(kept.config, kept), new_pmf(kept.config, kept)
+    flow, pmf = new_flow(FlowSettings(), kept, 0), new_pmf(PMFSettings(), kept, 0)
     z, _ = flow.sample(4000, torch.Generator().manual_seed(0))
     assert float((torch.cov(z[:, 2:].T) - covariance).abs().max()) < 0.2
     torch.testing.assert_close(pmf.precision.double(), torch.linalg.inv(covariance), rtol=1e-4, atol=1e-3)
@@ -119,22 +122,23 @@ def test_widths_are_those_of_the_hottest_temperature_of_the_method(kept, build):
 def test_cartesian_coordinates_have_no_covariance(build):
     geometry = build("coordinates=cartesian", "training.method=reverse_kl")
     assert geometry.bounded_covariance() is None
-    assert new_flow(geometry.config, geometry).conditional.linear is None
+    assert new_flow(FlowSettings(), geometry, 0).conditional.linear is None
     with pytest.raises(CGFlowError, match="coordinates: internal"):
-        new_pmf(geometry.config, geometry)
+        new_pmf(PMFSettings(), geometry, 0)
 
 
-def test_a_saved_scaffold_is_the_same(kept):
-    again = Geometry.build(kept.config, kept.molecular_system, kept.partition, saved=kept.saved_arrays())
+def test_a_saved_geometry_is_the_same(kept):
+    slow, fast, hottest = kept.slow, kept.fast, kept.hottest
+    again = MoleculeGeometry.build(kept.settings, kept.molecule, slow, fast, hottest, saved=kept.saved_arrays())
     assert again.all_atom.coordinates.names == kept.all_atom.coordinates.names
     assert torch.equal(again.bounded_covariance(), kept.bounded_covariance())
 
 
 def test_networks_come_from_the_seed(kept):
-    for new in (new_flow, new_pmf):
+    for new, settings in ((new_flow, FlowSettings()), (new_pmf, PMFSettings())):
         before = torch.get_rng_state()
-        states = [list(new(kept.config, kept).parameters()) for _ in range(2)]
-        other = list(new(kept.config.model_copy(update={"seed": 1}), kept).parameters())
+        states = [list(new(settings, kept, 0).parameters()) for _ in range(2)]
+        other = list(new(settings, kept, 1).parameters())
         assert torch.equal(torch.get_rng_state(), before)
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
         assert any(not torch.equal(a, b) for a, b in zip(states[0], other, strict=True))

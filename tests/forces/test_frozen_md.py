@@ -7,10 +7,11 @@ import torch
 from openmm import unit
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
-from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.estimator import frame_gradients
+from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0
@@ -56,9 +57,10 @@ def at_one_z(systems):
     molecule = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecule, config.partition.slow)
     with create_engine(molecule, partition.slow, config.chains) as engine:
-        geometry = Geometry.build(config, molecule, partition, engine.evaluate)
+        geometry = build_geometry(config, molecule, partition, engine.evaluate)
         z = geometry.all_atom.read_slow(torch.tensor(molecule.positions)).expand(128, -1)
-        frames = geometry.fast_atoms(engine).run(z, Schedule(TEMPERATURE, config.chains.n_relax, 500, 20, 10))
+        fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, config.chains, config.seed)
+        frames = fast_atoms.run(z, Schedule(TEMPERATURE, config.chains.n_relax, 500, 20, 10))
     assert frames.valid.all()
     return molecule, partition, geometry, frames
 

@@ -112,9 +112,15 @@ def test_added_to_the_force_field_it_survives_xml(model, mechanism):
     close(evaluate(again, positions, groups={3}), true)
 
 
+def another(model, flow, joint=None):
+    """A model of the same molecule without a potential of mean force."""
+    same = (model.config, model.molecular_system, model.partition, model.geometry)
+    return CGModel(*same, flow, None, None, model.temperatures, [], "Reference", joint)
+
+
 def test_default_is_the_pmf_and_without_one_the_flow(model):
     positions = all_atoms(model)[list(model.partition.slow)]
-    without = CGModel(model.geometry, model.flow, None, None, model.temperatures, [], "Reference")
+    without = another(model, model.flow)
     close(evaluate(model.create_cg_system().system, positions), expected(model, positions, range(4), 1.0, "pmf"))
     at = torch.tensor(positions)
     assert without.energy_of_positions()(at) == model.energy_of_positions(energy="flow")(at)
@@ -206,6 +212,6 @@ def test_unknown_words_are_refused(model):
 
 def test_learned_combinations_are_refused(model):
     joint = joint_flow(linear())
-    learned = CGModel(model.geometry, joint.flow, None, None, model.temperatures, [], "Reference", joint)
+    learned = another(model, joint.flow, joint)
     with pytest.raises(CGFlowError, match="combinations of all particles"):
         learned.create_force()

@@ -37,7 +37,7 @@ def flow(coordinates):
     n_bounded = coordinates.n_features - coordinates.n_circular
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = CGFlow(coordinates.n_circular, n_bounded, 6.0, 2, 2, 6, [16], torch.eye(n_bounded).double())
+        made = CGFlow(coordinates.features, 6.0, 2, 2, 6, [16], torch.eye(n_bounded).double())
     return shaken(made, 0.1)
 
 
@@ -45,7 +45,7 @@ def flow(coordinates):
 def pmf(coordinates):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return shaken(PMF(coordinates.n_circular, torch.eye(5).double(), [16], 2), 0.05)
+        return shaken(PMF(coordinates.features, torch.eye(5).double(), [16], 2), 0.05)
 
 
 @pytest.fixture(scope="module")

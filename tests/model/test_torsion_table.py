@@ -5,6 +5,7 @@ import openmm
 import pytest
 import torch
 
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.coordinates.slow import InternalCoordinates
 from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
 from openmm_cgflow.errors import CGFlowError
@@ -35,7 +36,7 @@ def chain(n_torsions):
     n_bounded = coordinates.n_features - n_torsions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(n_torsions, n_bounded, 6.0, 2, 2, 4, [8], torch.eye(n_bounded).double())
+        flow = CGFlow(Torsions(n_torsions, n_bounded), 6.0, 2, 2, 4, [8], torch.eye(n_bounded).double())
     return coordinates, flow, list(np.random.default_rng(1).permutation(n))
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from analytic import largest_sigma
 
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.paper.box import BoxFeatures
 
 BOUND = 4.0
 SIZES = [(1, 0), (0, 1), (1, 1), (2, 0), (0, 3), (1, 3), (3, 2), (4, 11)]
@@ -21,12 +23,12 @@ def covariance_of(n, seed=3):
     return (mixed @ mixed.T) * width[:, None] * width
 
 
-def make(n_circular, n_bounded, roughness=0.3, n_layers=4, n_bounded_layers=4, linear=False, seed=0, periodic=True):
+def make(n_circular, n_bounded, roughness=0.3, n_layers=4, n_bounded_layers=4, linear=False, seed=0, of=Torsions):
     """A flow whose parameters all differ from zero; ``linear`` adds the linear map after the bounded splines."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         covariance = covariance_of(n_bounded) if linear else None
-        flow = CGFlow(n_circular, n_bounded, BOUND, n_layers, n_bounded_layers, 6, (16,), covariance, periodic)
+        flow = CGFlow(of(n_circular, n_bounded), BOUND, n_layers, n_bounded_layers, 6, (16,), covariance)
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(roughness * torch.randn_like(parameter))
@@ -46,7 +48,7 @@ def generator():
 @pytest.fixture(
     params=[(size, {}) for size in SIZES]
     + [(size, {"linear": True}) for size in SIZES if size[1] > 1]
-    + [(size, {"periodic": False}) for size in [(1, 0), (2, 0), (3, 2)]],
+    + [(size, {"of": BoxFeatures}) for size in [(1, 0), (2, 0), (3, 2)]],
     ids=str,
 )
 def flow(request):
@@ -197,7 +199,7 @@ def test_density_is_continuous_around_the_circle():
 @torch.no_grad()
 def test_nothing_passes_through_the_walls_of_a_box(generator):
     """They stay where they are, the density differs from one to the other, and beyond there is none."""
-    flow = make(2, 0, periodic=False, roughness=0.6)
+    flow = make(2, 0, of=BoxFeatures, roughness=0.6)
     for k in range(2):
         base = flow.draw_base(20, generator)
         for wall in (-math.pi, math.pi):
@@ -214,8 +216,8 @@ def test_nothing_passes_through_the_walls_of_a_box(generator):
 def test_slopes_along_the_path_of_samples_are_right_where_the_energy_jumps_at_the_walls(generator):
     """d<x>/d(parameters) by autograd is that of finite differences in a box, and is not on a circle."""
     uniform = (torch.arange(50_000, dtype=torch.float64)[:, None] + 0.5) / 50_000 * 2 - 1
-    for periodic in (False, True):
-        flow = make(1, 0, roughness=0.5, periodic=periodic)
+    for of in (BoxFeatures, Torsions):
+        flow = make(1, 0, roughness=0.5, of=of)
 
         def mean(flow=flow):
             return flow(math.pi * uniform)[0].mean()
@@ -233,16 +235,16 @@ def test_slopes_along_the_path_of_samples_are_right_where_the_energy_jumps_at_th
                 for parameter, change in zip(flow.parameters(), direction, strict=True):
                     parameter.sub_(step * change)
         by_difference = (values[0] - values[1]) / 2e-3
-        assert math.isclose(float(by_path), by_difference, rel_tol=1e-2) != periodic
+        assert math.isclose(float(by_path), by_difference, rel_tol=1e-2) == (of is BoxFeatures)
 
 
-@pytest.mark.parametrize("kind", [{}, {"linear": True}, {"periodic": False}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"linear": True}, {"of": BoxFeatures}], ids=str)
 @torch.no_grad()
 def test_density_integrates_to_one_on_a_grid(kind):
     """At every gamma; and the parts, the torsion's density and the other's given it, do so as well."""
     linear = "linear" in kind
     flow = make(1, 1, roughness=0.2, **kind)
-    n = 500 if kind.get("periodic", True) else 1000  # splines in a box may be steeper
+    n = 1000 if "of" in kind else 500  # splines in a box may be steeper
     m, reach = 240, 2 * BOUND if linear else BOUND
 
     def middles(count):
@@ -285,7 +287,7 @@ def test_base_density_integrates_to_one():
 
 def test_base_samples_have_the_base_density(generator):
     """Uniform angles and truncated normals: moments of a narrow truncation, where a plain normal would show."""
-    flow = CGFlow(1, 1, 1.0, 2, 2, 4, (4,))
+    flow = CGFlow(Torsions(1, 1), 1.0, 2, 2, 4, (4,))
     base = flow.draw_base(40000, generator)
     angles, normals = base.unbind(1)
     assert largest_sigma(torch.stack((angles.cos(), angles.sin(), (2 * angles).cos()), dim=1)) < 4
@@ -300,7 +302,7 @@ def test_base_samples_have_the_base_density(generator):
 def test_a_new_flow_is_close_to_its_base(size, generator):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(*size, BOUND)
+        flow = CGFlow(Torsions(*size), BOUND)
     base = flow.draw_base(500, generator)
     away = (flow.log_prob(base) - flow.log_base(base)).detach()
     assert float(away.square().mean().sqrt()) < 0.1 * math.sqrt(flow.n_features)
@@ -340,7 +342,7 @@ def test_all_pairs_of_features_can_depend_on_each_other(block, generator):
 @pytest.mark.parametrize(("n", "n_layers"), [(2, 2), (3, 4), (4, 4), (11, 8), (15, 8)])
 def test_every_pair_of_features_meets_in_one_layer(n, n_layers):
     """For each pair some layer moves the one given the other, both ways; and no layer moves everything or nothing."""
-    flow = CGFlow(n, n, BOUND, n_layers, n_layers, 4, (4,))
+    flow = CGFlow(Torsions(n, n), BOUND, n_layers, n_layers, 4, (4,))
     for block in (flow.torsions, flow.conditional.splines):
         masks = torch.stack([layer.mask for layer in block])
         given = (masks[:, :, None] & ~masks[:, None, :]).any(0)
@@ -406,7 +408,7 @@ def test_a_known_covariance_is_exact_from_the_start(n_circular, generator):
 def test_a_new_flow_is_close_to_the_known_covariance(generator):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(2, 4, BOUND, covariance=covariance_of(4))
+        flow = CGFlow(Torsions(2, 4), BOUND, covariance=covariance_of(4))
     z, _ = flow.sample(500, generator)
     away = flow.log_prob_bounded(z) - truncated_normal(covariance_of(4), z[:, 2:])
     assert 0 < float(away.square().mean().sqrt()) < 0.2

@@ -7,8 +7,10 @@ import pytest
 import torch
 from analytic import assert_identical, largest_sigma
 
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.networks.pmf import PMF, AnchorValues, MeanForceBuffer, PMFFitter, held_out_error
+from openmm_cgflow.paper.box import BoxFeatures
 
 PRECISION = torch.tensor([[1.0, 0.4], [0.4, 1.2]], dtype=torch.float64)
 
@@ -16,7 +18,7 @@ PRECISION = torch.tensor([[1.0, 0.4], [0.4, 1.2]], dtype=torch.float64)
 def new_pmf(n_circular=1, precision=PRECISION, hidden=(16, 16), n_members=4, seed=0, roughness=0.0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pmf = PMF(n_circular, precision, hidden, n_members)
+        pmf = PMF(Torsions(n_circular, len(precision)), precision, hidden, n_members)
         with torch.no_grad():
             for parameter in pmf.parameters():
                 parameter.add_(roughness * torch.randn_like(parameter))
@@ -120,10 +122,10 @@ def in_a_box(n, generator):
     return (2 * torch.rand((n, 2), generator=generator, dtype=torch.float64) - 1) * math.pi
 
 
-def box_pmf(periodic):
+def pmf_of(features):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return PMF(2, torch.zeros((0, 0)), (32, 32), 2, periodic)
+        return PMF(features(2, 0), torch.zeros((0, 0)), (32, 32), 2)
 
 
 def mixture(z):
@@ -145,25 +147,25 @@ def mixture_forces(n, generator):
 
 def test_the_walls_of_a_box_are_not_one_point():
     wall = torch.tensor([[math.pi, 0.3]], dtype=torch.float64)
-    for periodic in (True, False):
-        pmf = box_pmf(periodic)
+    for features in (Torsions, BoxFeatures):
+        pmf = pmf_of(features)
         apart = float((pmf(wall) - pmf(wall * torch.tensor([-1.0, 1.0]))).detach().abs())
-        assert (apart < 1e-5) == periodic
+        assert (apart < 1e-5) == (features is Torsions)
 
 
 def test_the_background_of_a_box_is_the_nearest_parabola(generator):
-    pmf, z = box_pmf(False), in_a_box(500, generator).float()
+    pmf, z = pmf_of(BoxFeatures), in_a_box(500, generator).float()
     curvature, slope = torch.tensor([[80.0, 5.0], [5.0, 50.0]]), torch.tensor([30.0, -7.0])
     pmf.measure_background(z, z @ curvature + slope)
     torch.testing.assert_close(pmf.curvature, curvature, rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(pmf.slope, slope, rtol=1e-4, atol=1e-2)
-    assert float(pmf.scale) == float(box_pmf(False).scale)
+    assert float(pmf.scale) == float(pmf_of(BoxFeatures).scale)
     pmf.measure_background(z, z @ curvature + slope + 100 * torch.sign(z))
     assert 20 < float(pmf.scale) < 80  # of the part of the step that is not linear
 
 
 def test_torsions_have_no_background(generator):
-    pmf, z = box_pmf(True), in_a_box(500, generator).float()
+    pmf, z = pmf_of(Torsions), in_a_box(500, generator).float()
     before = {name: tensor.clone() for name, tensor in pmf.state_dict().items()}
     pmf.measure_background(z, 100 * z)
     assert_identical(before, pmf.state_dict())
@@ -172,15 +174,15 @@ def test_torsions_have_no_background(generator):
 def test_forces_of_hundreds_of_kt_in_a_box_are_fitted(generator):
     """Networks that must be equal at both walls spend all they have on the walls."""
     data, modes, misfit = mixture_forces(3000, generator), torch.tensor([[-1.2, 0.4], [1.2, 0.9]]).double(), {}
-    for periodic in (False, True):
-        pmf = box_pmf(periodic)
+    for features in (BoxFeatures, Torsions):
+        pmf = pmf_of(features)
         fitter = PMFFitter(pmf, 1e-2, batch_size=512)
         for k in range(4):
-            misfit[periodic] = fitter.fit(data, 100, generator, 1 - k / 4)
-        if not periodic:
+            misfit[features] = fitter.fit(data, 100, generator, 1 - k / 4)
+        if features is BoxFeatures:
             away = pmf(modes).detach() - mixture(modes)
             assert float((away[1] - away[0]).abs()) < 1
-    assert misfit[False] < 0.3 * misfit[True]
+    assert misfit[BoxFeatures] < 0.3 * misfit[Torsions]
 
 
 # ---------------------------------------------------------------- a closed form to fit

@@ -7,6 +7,7 @@ import pytest
 import torch
 from analytic import QuadraticBath, assembly_of, assert_identical, random_structure, random_z
 
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.estimator import ChainParts, comoving_gradients
 from openmm_cgflow.forces.statistics import mean_and_variance
@@ -29,7 +30,7 @@ def response_of(roughness=0.0, seed=0, hidden=(24,)):
     """With last layers of random weights if ``roughness`` is not zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        response = FastResponse(1, N_FEATURES - 1, torch.tensor([[0.003, 0.1, 0.3]] * N_FAST), hidden)
+        response = FastResponse(Torsions(1, N_FEATURES - 1), torch.tensor([[0.003, 0.1, 0.3]] * N_FAST), hidden)
         if roughness:
             torch.nn.init.normal_(response.output, std=roughness)
     return response
@@ -179,7 +180,7 @@ def fitted(parts_changed=None, n_updates=1500):
     widths = torch.linalg.inv(STIFFNESS).diagonal().sqrt()[None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        response = FastResponse(1, N_FEATURES - 1, widths, (32, 32))
+        response = FastResponse(Torsions(1, N_FEATURES - 1), widths, (32, 32))
     z, parts, _ = harmonic(4000, 2)
     if parts_changed is not None:
         parts = parts_changed(parts)
@@ -248,7 +249,7 @@ def test_chains_in_contact_do_not_rule_the_fit():
 
 
 def test_nothing_is_learned_where_all_chains_are_in_contact():
-    response = FastResponse(1, N_FEATURES - 1, torch.linalg.inv(STIFFNESS).diagonal().sqrt()[None], (8,))
+    response = FastResponse(Torsions(1, N_FEATURES - 1), torch.linalg.inv(STIFFNESS).diagonal().sqrt()[None], (8,))
     before = [parameter.clone() for parameter in response.parameters()]
     z, parts, _ = harmonic(20, 3)
     parts = parts._replace(fast=1e6 * parts.fast)

@@ -13,16 +13,14 @@ from scipy.stats import kstest
 from openmm_cgflow import MolecularSystem, evaluate, evaluate_exactly, load
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import Config, validate
-from openmm_cgflow.coordinates.all_atom import BoxMap
-from openmm_cgflow.coordinates.geometry import Geometry
-from openmm_cgflow.coordinates.slow import BoxCoordinates
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.paper import exact
+from openmm_cgflow.paper.box import BoxCoordinates, BoxMap
 from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target, target_system
-from openmm_cgflow.runs.build import load_molecule
+from openmm_cgflow.runs.build import build_geometry, load_molecule
 from openmm_cgflow.settings import TargetSettings
 
 pytestmark = pytest.mark.usefixtures("few_tests")
@@ -123,7 +121,7 @@ def test_box_coordinates_end_at_walls():
     torch.testing.assert_close(coordinates.from_xyz(xyz), z)
     beyond = xyz + torch.tensor([10.0, 0, 0])
     torch.testing.assert_close(coordinates.from_xyz(beyond), z + 2 * math.pi)
-    flow = CGFlow(2, 0, 6.0, 2, 1, 6, [8], periodic=coordinates.periodic)
+    flow = CGFlow(coordinates.features, 6.0, 2, 1, 6, [8])
     assert (flow.log_prob(coordinates.from_xyz(beyond)) == -math.inf).all() and flow.log_prob(z).isfinite().all()
     torch.testing.assert_close(coordinates.log_volume(z), torch.full((2,), 2 * math.log(5 / math.pi)).double())
     assert coordinates.n_circular == coordinates.n_features == 2 and coordinates.names == ("x a", "x c")
@@ -148,11 +146,11 @@ def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
     system = load_molecule(config)
     partition = Partition.resolve(system, config.partition.slow)
     with create_engine(system, partition.slow, config.chains) as engine:
-        geometry = Geometry.build(config, system, partition, engine.evaluate)
+        geometry = build_geometry(config, system, partition, engine.evaluate)
     expected = torch.full((dimensions, 3), 0.1, dtype=torch.float64)
     torch.testing.assert_close(geometry.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(geometry.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
-    again = Geometry.build(config, system, partition, saved=geometry.saved_arrays())
+    again = build_geometry(config, system, partition, saved=geometry.saved_arrays())
     torch.testing.assert_close(again.fast_widths(UNIT), geometry.fast_widths(UNIT))
     y = geometry.draw_fast(torch.zeros(4000, dimensions), 4 * UNIT, torch.Generator().manual_seed(0))
     torch.testing.assert_close(y.std(0), 2 * expected, rtol=0.1, atol=0)
@@ -164,7 +162,7 @@ def test_widths_where_the_start_is_the_top_of_a_barrier():
     system = load_molecule(config)
     partition = Partition.resolve(system, config.partition.slow)
     with create_engine(system, partition.slow, config.chains) as engine:
-        geometry = Geometry.build(config, system, partition, engine.evaluate)
+        geometry = build_geometry(config, system, partition, engine.evaluate)
     for beta in (1.0, 0.01):
         exact = math.sqrt(6 + math.sqrt(36 + 2 / beta))  # where x^4/4 - 3 x^2 is half of kT
         assert float(geometry.fast_widths(UNIT / beta)[0, 0]) == pytest.approx(exact, rel=0.06)

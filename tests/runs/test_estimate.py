@@ -6,8 +6,8 @@ import torch
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.cli import _duration
-from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.runs.estimate import count_stages, measure_cost
 from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.training.tempering import next_temperature
@@ -59,7 +59,7 @@ def butane(systems):
     molecule = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecule, config.partition.slow)
     with create_engine(molecule, partition.slow, config.chains) as engine:
-        yield config, Geometry.build(config, molecule, partition, engine.evaluate), engine
+        yield config, build_geometry(config, molecule, partition, engine.evaluate), engine
 
 
 def with_settings(config, **sections):

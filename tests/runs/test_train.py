@@ -20,11 +20,11 @@ from openmm_cgflow import (
     load_config,
     train,
 )
-from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.files.trajectory import read_colvar
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.runs import train as runner
+from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.runs.verify import Verification
 from openmm_cgflow.training.pmf.method import PMFTraining
 
@@ -295,7 +295,7 @@ def test_more_samples_are_others_than_those_of_the_run(finished):
 
 def test_the_table_of_samples_says_what_they_are(finished):
     model, table = load(finished), read_colvar(finished / "samples.colvar")
-    again = model.sample(len(table["time"]), seed=model.geometry.config.seed)
+    again = model.sample(len(table["time"]), seed=model.config.seed)
     z = np.column_stack([table[name] for name in table if name.startswith("z.")])
     np.testing.assert_allclose(again.z, z, atol=1e-8)  # ten digits
     np.testing.assert_allclose(again.log_weight, table["log_weight"], atol=1e-8)
@@ -388,7 +388,7 @@ def test_fast_rotamers_are_named(tiny):
 
     for slow, expected in (("name C1 C2 C3", ["BUT1:C1-BUT1:C2-BUT1:C3-BUT1:C4"]), ("element C", [])):
         partition = Partition.resolve(molecule, slow)
-        assert Geometry.build(tiny, molecule, partition, evaluate).fast_rotamers() == expected
+        assert build_geometry(tiny, molecule, partition, evaluate).fast_rotamers() == expected
 
 
 def test_torch_threads_are_left_as_they_were(tiny, tmp_path):

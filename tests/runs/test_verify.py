@@ -11,6 +11,7 @@ import torch
 from moving import TEMPERATURE, MovingBath, chains_of, exact, molecule
 
 from openmm_cgflow import CGFlowError
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.forces.switching import DISSIPATED
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.runs.verify import Verification, verify
@@ -27,7 +28,7 @@ def model_of(engine, scale=1.0):
     all_atom = molecule()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(1, 5, 5.0, 2, 2, 8, [8])
+        flow = CGFlow(Torsions(1, 5), 5.0, 2, 2, 8, [8])
     return SimpleNamespace(
         pmf=lambda z: scale * exact(engine, all_atom, z),
         coordinates=all_atom.coordinates,

@@ -9,6 +9,7 @@ import torch
 from analytic import AnalyticMeanForce, Uninterrupted, advance, assert_identical, loaded
 
 from openmm_cgflow.config import Config
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.networks.flow import CGFlow
@@ -40,7 +41,7 @@ def free_energy(z):
 def new_flow(seed=0, roughness=0.0, n_layers=4, hidden=(16,), n_bins=6):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        flow = CGFlow(1, 1, BOUND, n_layers, n_layers, n_bins, hidden)
+        flow = CGFlow(Torsions(1, 1), BOUND, n_layers, n_layers, n_bins, hidden)
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(roughness * torch.randn_like(parameter))

@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import dijkstra
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from openmm_cgflow.coordinates.features import on_circle
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
@@ -39,12 +40,12 @@ def low_paths(
     Fewer than asked for where there are fewer conformations.
 
     They follow the flow's samples at several gamma along the least resistance, length times exp(free energy). Bounded
-    coordinates are those that the flow gives to its base's centre. Positions in a box do not pass through its walls.
+    coordinates are those that the flow gives to its base's centre.
 
     Arguments:
         flow: Has at least one torsion.
         pmf: Phi(z).
-        coordinates: For log J.
+        coordinates: For log J, and for what is near along the torsions.
         n_conformations: How many paths at most.
         generator: Source of all randomness.
         gamma: Of a third of the samples, another third has its root: barriers must be low there.
@@ -52,14 +53,14 @@ def low_paths(
     Returns:
         Shape (n_paths, n_points, n_features), float64.
     """
-    flow, n = copy.deepcopy(flow).double(), flow.n_circular
+    flow, n, features = copy.deepcopy(flow).double(), flow.n_circular, coordinates.features
     gammas = torch.ones(_N_POINTS, dtype=torch.float64)
     gammas[_N_POINTS // 3 :] = math.sqrt(gamma)
     gammas[2 * _N_POINTS // 3 :] = gamma
     torsions = flow.sample(_N_POINTS, generator, gammas)[0][:, :n]
     z = _centre(flow, torsions)
     energy = (pmf(z) - coordinates.log_volume(z) + flow.log_prob_bounded(z)).numpy()
-    points = (torch.cat((torsions.cos(), torsions.sin()), dim=-1) if coordinates.periodic else torsions).numpy()
+    points = features.embed_first(torsions).numpy()
     distance, neighbour = cKDTree(points).query(points, _N_NEIGHBOURS + 1)
     rows = np.repeat(np.arange(_N_POINTS), _N_NEIGHBOURS)
     columns = neighbour[:, 1:].ravel()
@@ -77,8 +78,7 @@ def low_paths(
         vertices = [target]
         while vertices[-1] != start:
             vertices.append(int(previous[vertices[-1]]))
-        curve = torsions.numpy()[vertices[::-1]]
-        curves.append(np.unwrap(curve, axis=0) if coordinates.periodic else curve)
+        curves.append(features.unwrap(torsions.numpy()[vertices[::-1]]))
     lengths = [np.linalg.norm(np.diff(curve, axis=0), axis=1) for curve in curves]
     n_steps = 1 + max(math.ceil(length.sum() / _SPACING) for length in lengths)
     resampled = []
@@ -86,8 +86,7 @@ def low_paths(
         arc = np.concatenate(([0.0], np.cumsum(np.maximum(length, 1e-9))))
         resampled.append(interp1d(arc, curve, axis=0)(np.linspace(0.0, arc[-1], n_steps)))
     flat = torch.as_tensor(np.array(resampled)).flatten(0, 1)
-    wrapped = torch.remainder(flat + math.pi, 2 * math.pi) - math.pi
-    return _centre(flow, wrapped).unflatten(0, (len(targets), n_steps))
+    return _centre(flow, on_circle(flat)).unflatten(0, (len(targets), n_steps))
 
 
 def _centre(flow: CGFlow, torsions: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from analytic import AnalyticMeanForce, assert_identical
 
 from openmm_cgflow.config import Config
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.training.pmf import paths
@@ -16,9 +17,7 @@ from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0
 BETA = thermal_beta(TEMPERATURE)
-COORDINATES = SimpleNamespace(
-    n_circular=2, periodic=True, log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64)
-)
+COORDINATES = SimpleNamespace(features=Torsions(2, 0), log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64))
 
 
 def phi(z):
@@ -33,7 +32,7 @@ def settings(n_switched=4, error=0.1, limit=1e6, seed=1):
 def started(config, n_circular=2, earlier=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(n_circular, 2 - n_circular, 5.0, 2, 2, 8, [8])
+        flow = CGFlow(Torsions(n_circular, 2 - n_circular), 5.0, 2, 2, 8, [8])
     estimator = AnalyticMeanForce(lambda z: phi(z) / BETA)
     estimator.n_energy_evaluations = earlier
     values = Anchors(config)

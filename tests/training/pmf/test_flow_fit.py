@@ -9,8 +9,10 @@ import torch
 from analytic import AnalyticMeanForce
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates.slow import BoxCoordinates, Coordinates
+from openmm_cgflow.coordinates.features import Torsions
+from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.paper.box import BoxCoordinates
 from openmm_cgflow.training.pmf.flow_fit import FlowFitter, WeightedSamples, weighted_samples
 from openmm_cgflow.training.reverse_kl import ReverseKL
 from openmm_cgflow.training.tempering import relative_ess
@@ -79,7 +81,7 @@ TARGET = Known(log_density, SPACE)
 def new_flow(seed=0, roughness=0.0, covariance=COVARIANCE):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        flow = CGFlow(2, 2, BOUND, 4, 2, 8, (32, 32), covariance)
+        flow = CGFlow(Torsions(2, 2), BOUND, 4, 2, 8, (32, 32), covariance)
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(roughness * torch.randn_like(parameter))
@@ -229,7 +231,7 @@ def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
     """Trained at gamma = 1 from the start, batches have no weight worth the name, and the flow stays where it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(4, 0, BOUND, 6, 2, 8, (32, 32), torch.zeros((0, 0))).float()
+        flow = CGFlow(Torsions(4, 0), BOUND, 6, 2, 8, (32, 32), torch.zeros((0, 0))).float()
     space, generator = BoxCoordinates(range(4), "abcd", math.pi), torch.Generator().manual_seed(1)
     target = Known(sharp, space)
     fitter = FlowFitter(flow, space, 5e-3, 256)
@@ -253,7 +255,7 @@ def test_the_reach_falls_where_even_its_start_is_too_far():
     steep = Known(lambda z: -400 * z.square().sum(-1), BoxCoordinates(range(4), "abcd", math.pi))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(4, 0, BOUND, 2, 2, 4, (8,), torch.zeros((0, 0))).float()
+        flow = CGFlow(Torsions(4, 0), BOUND, 2, 2, 4, (8,), torch.zeros((0, 0))).float()
     fitter, generator = FlowFitter(flow, steep.coordinates, 1e-6, 128), torch.Generator().manual_seed(1)
     start = fitter.reach
     for _ in range(40):
@@ -432,7 +434,7 @@ def test_without_torsions_the_reverse_kl_alone_trains():
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(0, 2, BOUND, 2, 2, 4, (8,), COVARIANCE)
+        flow = CGFlow(Torsions(0, 2), BOUND, 2, 2, 4, (8,), COVARIANCE)
     space, generator = Line(), torch.Generator().manual_seed(0)
     fitter = FlowFitter(flow, space, 2e-2, 128)
     assert fitter.reach == 1  # gamma is that of torsions: there is nowhere to get to

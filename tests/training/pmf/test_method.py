@@ -19,6 +19,7 @@ from analytic import (
 )
 
 from openmm_cgflow.config import Config
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.estimator import ChainParts
 from openmm_cgflow.forces.statistics import mean_and_variance
@@ -112,7 +113,7 @@ class Followed(Recorder):
 
 def no_response(n_circular, n_bounded):
     """A closed form has no fast atoms."""
-    return FastResponse(n_circular, n_bounded, torch.zeros((0, 3)), (8,))
+    return FastResponse(Torsions(n_circular, n_bounded), torch.zeros((0, 3)), (8,))
 
 
 def new_method(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_seed=11, followed=False):
@@ -120,9 +121,11 @@ def new_method(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         diagonal = torch.diag(precision().diagonal())
-        flow = CGFlow(1, N_BOUNDED, COORDINATES.bound, 3, 2, 8, hidden, torch.linalg.inv(diagonal))
-        pmf = PMF(1, diagonal, config.pmf.hidden_features, config.pmf.n_members)
-        response = FastResponse(1, N_BOUNDED, torch.ones((1, 3)), (16,)) if followed else no_response(1, N_BOUNDED)
+        flow = CGFlow(Torsions(1, N_BOUNDED), COORDINATES.bound, 3, 2, 8, hidden, torch.linalg.inv(diagonal))
+        pmf = PMF(Torsions(1, N_BOUNDED), diagonal, config.pmf.hidden_features, config.pmf.n_members)
+        response = (
+            FastResponse(Torsions(1, N_BOUNDED), torch.ones((1, 3)), (16,)) if followed else no_response(1, N_BOUNDED)
+        )
     estimator = (Followed if followed else Recorder)(free_energy, noise=noise, invalid=invalid, seed=estimator_seed)
     return PMFTraining(config, COORDINATES, flow, pmf, response, estimator)
 
@@ -490,8 +493,10 @@ def test_molecules_without_torsions_are_trained_too(few_tests):
     assert coordinates.n_circular == 0
     config = settings(stopping={"max_rounds": 5, "max_polish_cycles": 1})
     estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
-    flow = CGFlow(0, 3, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
-    trainer = PMFTraining(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
+    flow = CGFlow(coordinates.features, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
+    trainer = PMFTraining(
+        config, coordinates, flow, PMF(coordinates.features, torch.eye(3), (8,)), no_response(0, 3), estimator
+    )
     rows = advance(trainer)
     assert {row["free_energy_error"] for row in rows} == {0.0}
     assert rows[-1]["ess"] > 0.5
@@ -502,8 +507,10 @@ def test_without_torsions_a_flow_that_gains_nothing_starts_anew(few_tests, monke
     coordinates = internal_coordinates(bonds, random_structure(bonds))
     config = settings(stopping={"max_rounds": 3, "max_polish_cycles": 3, "ess": 0.9999})
     estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
-    flow = CGFlow(0, 3, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
-    trainer = PMFTraining(config, coordinates, flow, PMF(0, torch.eye(3), (8,)), no_response(0, 3), estimator)
+    flow = CGFlow(coordinates.features, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
+    trainer = PMFTraining(
+        config, coordinates, flow, PMF(coordinates.features, torch.eye(3), (8,)), no_response(0, 3), estimator
+    )
     monkeypatch.setattr(pmf_training, "_ESS_GAINED", 2.0)  # nothing is a gain
     advance(trainer)
     assert trainer._anew_after == 1

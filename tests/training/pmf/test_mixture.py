@@ -8,10 +8,10 @@ import torch
 from analytic import AnalyticMeanForce, advance
 
 from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates.slow import BoxCoordinates
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.paper.box import BoxCoordinates, BoxFeatures
 from openmm_cgflow.paper.targets import GaussianMixture
 from openmm_cgflow.training.pmf import method as pmf_training
 from openmm_cgflow.training.pmf.flow_fit import weighted_samples
@@ -39,11 +39,12 @@ def new_method(dimensions, layers, hidden, pmf, stopping, n_replicas):
         stopping={"free_energy_error": 0.02, "max_evaluations": 1e8, **stopping},
         chains={"n_replicas": n_replicas},
     )
+    features = BoxFeatures(dimensions, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        flow = CGFlow(dimensions, 0, math.pi, layers, 2, 8, (32, 32), periodic=False)
-        networks = PMF(dimensions, torch.zeros((0, 0)), hidden, 2, periodic=False)
-        response = FastResponse(dimensions, 0, torch.zeros((0, 3)), (8,), periodic=False)
+        flow = CGFlow(features, math.pi, layers, 2, 8, (32, 32))
+        networks = PMF(features, torch.zeros((0, 0)), hidden, 2)
+        response = FastResponse(features, torch.zeros((0, 3)), (8,))
     coordinates = BoxCoordinates(range(dimensions), [str(i) for i in range(dimensions)], HALF_EDGE)
     return PMFTraining(config, coordinates, flow, networks, response, AnalyticMeanForce(energy)), mixture, energy
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.paper.box import BoxFeatures
 from openmm_cgflow.training.pmf import paths
 from openmm_cgflow.training.pmf.paths import low_paths
 
@@ -22,13 +24,13 @@ def test_conformations_are_far_from_each_other_and_low():
     assert paths._far_and_low(points, high, np.array([4, 1, 2, 3]), 0, 4) == [4, 2, 1, 3]
 
 
-def two_torsions(periodic=True):
+def two_torsions(features=Torsions):
     """Flow and coordinates of nothing but two torsions, or positions in a box, its flow untrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = CGFlow(2, 0, 5.0, 2, 2, 8, [8])
+        flow = CGFlow(Torsions(2, 0), 5.0, 2, 2, 8, [8])
     coordinates = SimpleNamespace(
-        n_circular=2, periodic=periodic, log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64)
+        features=features(2, 0), log_volume=lambda z: torch.zeros(len(z), dtype=torch.float64)
     )
     return flow, coordinates
 
@@ -63,8 +65,9 @@ def test_paths_do_not_pass_through_the_walls_of_a_box(monkeypatch):
     def energy(z):
         return 4 * (1 + torch.cos(z[:, 0])) + 5 * (1 - torch.cos(z[:, 1]))
 
-    for periodic in (True, False):
-        flow, coordinates = two_torsions(periodic)
+    for features in (Torsions, BoxFeatures):
+        flow, coordinates = two_torsions(features)
+        periodic = features is Torsions
         found = low_paths(flow, energy, coordinates, 6, torch.Generator().manual_seed(1))
         other_side = found[found[:, 0, 0].sign() != found[:, -1, 0].sign()]
         assert len(other_side)
