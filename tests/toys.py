@@ -8,6 +8,7 @@ import numpy as np
 import openmm
 from openmm import app
 
+from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.units import GAS_CONSTANT
 
 ELEMENTS = {"C": 12.0, "H": 1.0}
@@ -38,6 +39,11 @@ def make_toy(elements: str, bonds: list[tuple[int, int]], positions: np.ndarray,
     return Toy(topology, system, np.array(positions, dtype=np.float64))
 
 
+def reference_settings(**changes) -> ChainSettings:
+    """Small Contexts on the Reference platform in this process, but for the changes."""
+    return ChainSettings(**({"engine": "contexts", "platform": "Reference", "n_workers": 1} | changes))
+
+
 class HarmonicBath:
     """Two frozen atoms (0, 1) and two fast ones (2, 3), all tied by springs of length zero: everything is Gaussian."""
 
@@ -59,6 +65,10 @@ class HarmonicBath:
         relaxed = np.concatenate([start[:2], self.mean])
         self.mean_force = -(laplacian @ relaxed)[:2]
         self.ground = 0.5 * np.sum(relaxed * (laplacian @ relaxed))
+
+    def starts(self, n: int) -> np.ndarray:
+        """The input structure n times, shape (n, 4, 3)."""
+        return np.repeat(self.toy.positions[None], n, axis=0)
 
     def deviations(self, frames, temperature: float) -> dict[str, float]:
         """Largest deviations of replica averages from the closed form, in standard errors."""

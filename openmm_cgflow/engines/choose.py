@@ -29,7 +29,7 @@ class Builder(Protocol):
         ...
 
     def build(self, platform: PlatformChoice) -> Engine:
-        """The engine, on a platform."""
+        """Creates the engine on a platform; its worker processes start at once."""
         ...
 
 

@@ -187,7 +187,7 @@ def _add(adder: Callable[..., Any], values: list[list[Any]], terms: _Terms, offs
 
 @dataclass(frozen=True)
 class Lattice:
-    """Where the copies sit.
+    """Where the copies of a giant System sit.
 
     Attributes:
         molecule: The System of one copy.

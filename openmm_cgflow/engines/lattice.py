@@ -63,7 +63,7 @@ class LatticeEngine:
         self._template = template
         self._contexts, self._evaluator = contexts, evaluator or contexts
         self._dynamics = dynamics
-        self._chains: dict[int, ReplicaContext] | None = {}
+        self._giants: dict[int, ReplicaContext] | None = {}
         self._n_copy_steps = 0
         self.platform = platform
         self.n_at_once = len(lattice.sites)
@@ -117,7 +117,7 @@ class LatticeEngine:
 
     def close(self) -> None:
         """Frees the giant Contexts and closes the engines of single copies."""
-        self._chains = None
+        self._giants = None
         self._evaluator.close()
         self._contexts.close()
 
@@ -143,19 +143,19 @@ class LatticeEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Frames of at most one lattice of replicas about their centres, and which of the replicas did well."""
         n_copies, n_atoms = self._n_copies(len(local)), len(self._template)
-        chain, sites = self._chain(n_copies), self._lattice.sites[:n_copies, None]
+        context, sites = self._giant(n_copies), self._lattice.sites[:n_copies, None]
         padded = local[np.arange(n_copies) % len(local)]
-        before = chain.n_evaluations
-        chain.reseed(derive_seed(*entropy), schedule.temperature, force=entropy[-1] > 0)
+        before = context.n_evaluations
+        context.reseed(derive_seed(*entropy), schedule.temperature, force=entropy[-1] > 0)
         giant = (padded + sites).reshape(-1, 3)
         try:
-            states = chain.run(giant, schedule, derive_seed(*entropy, 1), evaluate=False)
+            states = context.run(giant, schedule, derive_seed(*entropy, 1), evaluate=False)
             raw = [state_arrays(state)[0] for state in states]
         except openmm.OpenMMException as error:
             if not is_divergence(error):
                 raise
-            raw = [_last_positions(chain, giant)]
-        self._n_copy_steps += n_copies * (chain.n_evaluations - before)
+            raw = [_last_positions(context, giant)]
+        self._n_copy_steps += n_copies * (context.n_evaluations - before)
         frames = np.stack([np.asarray(x).reshape(n_copies, n_atoms, 3) for x in raw], axis=1) - sites[:, None]
         good = self._fits(frames)
         if len(raw) < schedule.n_frames and good.all():
@@ -169,12 +169,12 @@ class LatticeEngine:
             n_copies = (n_copies + 1) // 2
         return n_copies
 
-    def _chain(self, n_copies: int) -> ReplicaContext:
-        if self._chains is None:
+    def _giant(self, n_copies: int) -> ReplicaContext:
+        if self._giants is None:
             raise RuntimeError("the engine is closed")
-        if n_copies not in self._chains:
-            self._chains[n_copies] = ReplicaContext(self._lattice.system(n_copies), self.platform, self._dynamics)
-        return self._chains[n_copies]
+        if n_copies not in self._giants:
+            self._giants[n_copies] = ReplicaContext(self._lattice.system(n_copies), self.platform, self._dynamics)
+        return self._giants[n_copies]
 
     @staticmethod
     def _blame(good: np.ndarray, n_replicas: int) -> np.ndarray:
@@ -197,10 +197,10 @@ class LatticeEngine:
         return frames
 
 
-def _last_positions(chain: ReplicaContext, giant: np.ndarray) -> np.ndarray:
+def _last_positions(context: ReplicaContext, giant: np.ndarray) -> np.ndarray:
     """Positions after OpenMM stopped; all NaN if it does not even give those."""
     try:
-        return chain.positions()
+        return context.positions()
     except openmm.OpenMMException:
         return np.full(giant.shape, np.nan)
 
@@ -228,7 +228,7 @@ class LatticeBuilder:
         return context.seconds_per_step(start) / len(sites)
 
     def build(self, platform: PlatformChoice) -> LatticeEngine:
-        """The engine, on a platform."""
+        """Creates the engine on a platform."""
         molecule = self._molecule
         single = self._platform_of_evaluations(platform) if platform.is_gpu else platform
         n_workers = number_of_workers(molecule, single)

@@ -46,6 +46,7 @@ class PlatformChoice:
 
     @property
     def is_gpu(self) -> bool:
+        """Whether it is one of the platforms for GPUs."""
         return self.name in GPU_PLATFORMS
 
     def context(self, system: openmm.System, integrator: openmm.Integrator) -> openmm.Context:

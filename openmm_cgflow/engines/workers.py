@@ -39,51 +39,51 @@ _PARENT_CHECK = 2.0  # s
 
 
 def _run_chunk(
-    chain: ReplicaContext, xyz: np.ndarray, schedule: Schedule, entropy: tuple[int, int]
+    context: ReplicaContext, xyz: np.ndarray, schedule: Schedule, entropy: tuple[int, int]
 ) -> tuple[Frames[np.ndarray], int]:
     n_replicas, n_atoms, _ = xyz.shape
     shape = (n_replicas, schedule.n_frames, n_atoms, 3)
     frames = Frames(np.zeros(shape), np.zeros(shape), np.zeros(shape[:2]), np.zeros(n_replicas, dtype=bool))
-    before = chain.n_evaluations
-    chain.reseed(derive_seed(*entropy), schedule.temperature)
+    before = context.n_evaluations
+    context.reseed(derive_seed(*entropy), schedule.temperature)
     for i in range(n_replicas):
         try:
-            states = chain.run(xyz[i], schedule, derive_seed(*entropy, 1, i), evaluate=True)
+            states = context.run(xyz[i], schedule, derive_seed(*entropy, 1, i), evaluate=True)
         except openmm.OpenMMException as error:
             if not is_divergence(error):
                 raise
-            chain.reseed(derive_seed(*entropy, 2, i), schedule.temperature, force=True)
+            context.reseed(derive_seed(*entropy, 2, i), schedule.temperature, force=True)
             continue
         for f, state in enumerate(states):
             frames.xyz[i, f], frames.forces[i, f], frames.energy[i, f] = state_arrays(state)
         frames.valid[i] = all(np.isfinite(part[i]).all() for part in frames[:3])
         if not frames.valid[i]:
             clear(frames, i)
-    return frames, chain.n_evaluations - before
+    return frames, context.n_evaluations - before
 
 
-def _evaluate_chunk(chain: ReplicaContext, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    before = chain.n_evaluations
+def _evaluate_chunk(context: ReplicaContext, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    before = context.n_evaluations
     energy = np.full(len(xyz), np.nan)
     forces = np.full(xyz.shape, np.nan)
     for i in range(len(xyz)):
         try:
-            _, forces[i], energy[i] = state_arrays(chain.evaluate(xyz[i]))
+            _, forces[i], energy[i] = state_arrays(context.evaluate(xyz[i]))
         except openmm.OpenMMException as error:
             if not is_divergence(error):
                 raise
-    return energy, forces, chain.n_evaluations - before
+    return energy, forces, context.n_evaluations - before
 
 
 # The one Context of a worker process. A pool's initializer has nowhere else to leave it; it stays None in the parent.
-_worker_chain: ReplicaContext | None = None
+_worker_context: ReplicaContext | None = None
 
 
 def _start_worker(system_xml: str, platform: PlatformChoice, dynamics: Dynamics) -> None:
-    global _worker_chain
+    global _worker_context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    _worker_chain = ReplicaContext(openmm.XmlSerializer.deserialize(system_xml), platform, dynamics)
+    _worker_context = ReplicaContext(openmm.XmlSerializer.deserialize(system_xml), platform, dynamics)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -94,8 +94,8 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _in_worker(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    assert _worker_chain is not None
-    return function(_worker_chain, *arguments)
+    assert _worker_context is not None
+    return function(_worker_context, *arguments)
 
 
 class ContextsEngine:
@@ -126,10 +126,10 @@ class ContextsEngine:
         self.platform = platform
         self.description = f"contexts engine, {n_workers} worker(s), platform {platform}"
         self._template = template
-        self._chain: ReplicaContext | None = None
+        self._context: ReplicaContext | None = None
         self._executor: loky.ProcessPoolExecutor | None = None
         if n_workers == 1:
-            self._chain = ReplicaContext(system, platform, dynamics)
+            self._context = ReplicaContext(system, platform, dynamics)
             return
         threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENMM_CPU_THREADS")
         self._executor = loky.ProcessPoolExecutor(
@@ -165,7 +165,7 @@ class ContextsEngine:
         if self._executor is not None:
             self._executor.shutdown(wait=True, kill_workers=True)
             self._executor = None
-        self._chain = None
+        self._context = None
 
     def __enter__(self) -> Self:
         return self
@@ -174,8 +174,8 @@ class ContextsEngine:
         self.close()
 
     def _map(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
-        if self._chain is not None:
-            return [function(self._chain, *task) for task in tasks]
+        if self._context is not None:
+            return [function(self._context, *task) for task in tasks]
         if self._executor is None:
             raise RuntimeError("the engine is closed")
         try:
@@ -233,7 +233,7 @@ class ContextsBuilder:
         return context.seconds_per_step(molecule.positions) / number_of_workers(molecule, platform)
 
     def build(self, platform: PlatformChoice) -> ContextsEngine:
-        """The engine, on a platform."""
+        """Creates the engine on a platform."""
         molecule = self._molecule
         n_workers = number_of_workers(molecule, platform)
         engine = ContextsEngine(molecule.system, molecule.positions, platform, molecule.dynamics, n_workers)

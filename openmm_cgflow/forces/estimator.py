@@ -179,7 +179,7 @@ class MolecularMeanForce:
 
     Arguments:
         fast_atoms: Runs the chains.
-        chains: The ``chains`` section of the configuration: the schedule of the chains, and which estimator; see
+        settings: The ``chains`` section of the configuration: the schedule of the chains, and which estimator; see
             :func:`frame_gradients`.
         adaptive: Whether the length of the chains follows what they show; the schedule is then the shortest.
 
@@ -188,9 +188,9 @@ class MolecularMeanForce:
         n_frames: Frames of each chain.
     """
 
-    def __init__(self, fast_atoms: FastAtoms, chains: ChainSettings, adaptive: bool = False) -> None:
-        self.fast_atoms, self.chains, self.adaptive = fast_atoms, chains, adaptive
-        self.n_equilibration, self.n_frames = chains.n_equilibration, chains.n_frames
+    def __init__(self, fast_atoms: FastAtoms, settings: ChainSettings, adaptive: bool = False) -> None:
+        self.fast_atoms, self.settings, self.adaptive = fast_atoms, settings, adaptive
+        self.n_equilibration, self.n_frames = settings.n_equilibration, settings.n_frames
         self._evaluations = EvaluationCounter(fast_atoms.engine)
 
     @property
@@ -205,30 +205,30 @@ class MolecularMeanForce:
             ReplicaError: If too many chains fail.
             CGFlowError: If a worker process dies.
         """
-        chains, all_atom, beta = self.chains, self.fast_atoms.all_atom, thermal_beta(temperature)
-        schedule = Schedule(temperature, chains.n_relax, self.n_equilibration, self.n_frames, chains.stride)
+        settings, all_atom, beta = self.settings, self.fast_atoms.all_atom, thermal_beta(temperature)
+        schedule = Schedule(temperature, settings.n_relax, self.n_equilibration, self.n_frames, settings.stride)
         frames = self.fast_atoms.run(z, schedule)
         if self.adaptive:
             self._lengthen_equilibration(beta * frames.energy[frames.valid])
         parts = None
-        if chains.estimator == "comoving":
+        if settings.estimator == "comoving":
             gradients, balance = comoving_gradients(all_atom, z, frames, beta)
             parts = ChainParts(part_means(gradients), part_means(balance))
         else:
-            gradients = frame_gradients(all_atom, z, frames, beta, chains.estimator)
+            gradients = frame_gradients(all_atom, z, frames, beta, settings.estimator)
         gradient, variance = mean_and_variance(gradients, frames.valid)
         energies = torch.where(frames.valid[:, None], frames.energy, 0.0)
         energy, energy_variance = mean_and_variance(energies[..., None], frames.valid)
         return MeanForce(gradient, variance, energy[:, 0], energy_variance[:, 0], frames.valid, parts)
 
     def _lengthen_equilibration(self, energy: Tensor) -> None:
-        """By half, where the energy still drifts, kT, shape (B, n_frames): fast atoms arrive cold or hot."""
+        """Equilibrates half as long again where energies, kT, (B, n_frames), drift: fast atoms arrive cold or hot."""
         quarter = max(1, energy.shape[1] // 4)
         drift = energy[:, -quarter:].mean(1) - energy[:, :quarter].mean(1)
         # A few chains that leave an overlap say nothing of the others.
         drift = drift[(drift - drift.median()).abs() < LARGEST_SPREAD * drift.std()]
         if len(drift) > 1 and abs(drift.mean()) > _LARGEST_DRIFT * drift.std() / math.sqrt(len(drift)):
-            longest = _LONGEST_EQUILIBRATION * self.chains.n_equilibration
+            longest = _LONGEST_EQUILIBRATION * self.settings.n_equilibration
             self.n_equilibration = min(longest, math.ceil(1.5 * self.n_equilibration))
 
     def tune(self, noise: float) -> None:
@@ -241,10 +241,10 @@ class MolecularMeanForce:
         """
         if not self.adaptive:
             return
-        overhead = (self.n_equilibration + self.chains.n_relax) / self.chains.stride
+        overhead = (self.n_equilibration + self.settings.n_relax) / self.settings.stride
         best = math.sqrt(overhead * noise * self.n_frames)
         best = min(max(best, self.n_frames / 1.5), 1.5 * self.n_frames)
-        fewest = self.chains.n_frames
+        fewest = self.settings.n_frames
         self.n_frames = round(min(max(best, fewest), _MOST_FRAMES * fewest))
 
     def switch(self, paths: Tensor, temperature: float, slowness: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["LARGEST_SPREAD", "mean_and_variance", "part_means", "shortened"]
 
 LARGEST_SPREAD = 10.0
-"""Over the median: chains that vary more say nothing of the others."""
+"""Times the median; chains that vary more than this say nothing of the others."""
 _N_PARTS = 4  # of a chain, kept of every mean force
 
 
@@ -69,7 +69,7 @@ def mean_and_variance(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _autoregression(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """For rho from 0 to 0.95: distance of the halves over squares about the mean, and variance of the mean over spread.
+    """Drift within chains and error of their means, for correlations rho of successive frames from 0 to 0.95.
 
     The expected values of (mean of first half - mean of last half)^2 / sum of squares, and of variance of the mean
     over sum of squares / (n - 1).

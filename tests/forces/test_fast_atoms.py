@@ -8,7 +8,7 @@ from analytic import EchoEngine, chiral_chains, some_z
 
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.errors import ReplicaError
-from openmm_cgflow.forces import fast_atoms as fastchains
+from openmm_cgflow.forces import fast_atoms as fast_atoms_module
 from openmm_cgflow.seeds import derive_seed
 
 TEMPERATURE = 300.0
@@ -89,12 +89,12 @@ def test_fast_atoms_are_taken_along_from_their_neighbour():
 
 def test_the_pool_holds_where_chains_ended_and_forgets():
     chains = chiral_chains()
-    for seed in range(fastchains._N_POOLS + 2):
+    for seed in range(fast_atoms_module._N_POOLS + 2):
         z = some_z(chains, 5, seed)
         frames = go(chains, z)
         assert torch.equal(chains.pool[-1][0], z)
         assert torch.equal(chains.pool[-1][1], chains.all_atom.read_fast(frames.xyz[:, -1]))
-    assert len(chains.pool) == fastchains._N_POOLS
+    assert len(chains.pool) == fast_atoms_module._N_POOLS
 
 
 @pytest.mark.parametrize(("n", "n_pool", "expected"), [(30, 10, 10), (25, 10, 13), (6, 10, 6), (30, 1, 1)])
