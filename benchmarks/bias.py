@@ -24,8 +24,7 @@ from openmm import unit
 
 import openmm_cgflow as cgf
 from openmm_cgflow.analysis.reference import load_reference
-from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
-from openmm_cgflow.files.trajectory import peptide_torsions
+from openmm_cgflow.analysis.states import RAMACHANDRAN, peptide_torsions, ramachandran_basin
 from openmm_cgflow.units import thermal_beta
 
 _BIAS = 1  # the force group

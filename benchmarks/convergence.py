@@ -22,6 +22,7 @@ from md import exit_code
 import openmm_cgflow as cgf
 from openmm_cgflow.analysis.reference import GridReference, load_reference
 from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
+from openmm_cgflow.files.metrics import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.estimator import ChainParts
 from openmm_cgflow.networks.flow import one_torch_thread
@@ -47,7 +48,7 @@ def main() -> None:
     config = model.config
     kept = MeanForceBuffer(config.pmf.n_members)
     kept.load_state_dict(saved["trainer"]["buffer"])
-    evaluations = [int(row["evaluations"]) for row in run.read_metrics()]
+    evaluations = [int(row["evaluations"]) for row in read_rows(run.metrics)]
     generator = torch.Generator().manual_seed(config.seed)
     z, log_q = model.flow.sample(_N_SAMPLES, generator)
     volume = model.coordinates.log_volume(z)

@@ -17,8 +17,8 @@ from md import exit_code
 
 from openmm_cgflow.analysis.distances import N_BINS, compare
 from openmm_cgflow.analysis.reference import load_frames, load_structure
+from openmm_cgflow.analysis.states import peptide_torsions
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.files.trajectory import peptide_torsions
 
 _N_SPLITS = 50
 

@@ -29,6 +29,7 @@ from mdtraj.geometry.dihedral import indices_phi, indices_psi
 import openmm_cgflow as cgf
 from openmm_cgflow.analysis.basins import Basin
 from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
+from openmm_cgflow.files.metrics import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 
 _N_DRAWS = 300_000
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace, seed: int) -> RunDirectory:
 
 def describe(folder: RunDirectory) -> str:
     """What a run cost and what it says of itself."""
-    record, rows = folder.read_provenance(), folder.read_metrics()
+    record, rows = folder.read_provenance(), read_rows(folder.metrics)
     text = f"{folder.path}: {record['energy_evaluations']:.2e} energy evaluations, {rows[-1]['evaluations']:.2e} of "
     text += f"them training, {record['wall_time_s']:.0f} s; {record['ended_by']}"
     if record.get("unmet"):
@@ -102,7 +103,7 @@ def main() -> None:
         print(describe(folder))
     header = ""
     for seed, folder in folders:
-        ess = folder.read_metrics()[-1].get("ess", math.nan)
+        ess = read_rows(folder.metrics)[-1].get("ess", math.nan)
         found = cgf.evaluate(folder.path, arguments.reference)
         for residue, basins in found.basins.items():
             density = found.maps.get(residue)

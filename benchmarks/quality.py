@@ -19,9 +19,9 @@ from openmm import unit
 from scipy.stats import ks_2samp
 
 from openmm_cgflow import load
-from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
+from openmm_cgflow.analysis.states import RAMACHANDRAN, peptide_torsions, ramachandran_basin
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.files.trajectory import peptide_torsions, read_colvar
+from openmm_cgflow.files.trajectory import read_colvar
 
 
 def populations(phi: np.ndarray, psi: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from md import exit_code
 import openmm_cgflow as cgf
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.paper.exact import ExactEvaluation, Mode, evaluate_exactly
-from openmm_cgflow.runs.train import save_samples
+from openmm_cgflow.runs.samples import save_samples
 
 
 def modes_found(modes: dict[str, Mode]) -> int:

@@ -130,8 +130,6 @@ def _train(options: argparse.Namespace) -> int:
     from openmm_cgflow.files.run_directory import RunDirectory
 
     run = RunDirectory(options.output)
-    source = _configuration(options)
-    run.check_free(resume=options.resume, overwrite=options.overwrite, source=source)
     config = _load(options)
     from openmm_cgflow.runs.train import train
 
@@ -141,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         max_time=options.max_time,
-        source=source,
+        source=_configuration(options),
     )
     if run.read_provenance().get("status") == "stopped":
         words = [word for word in options.words if word not in ("--resume", "--overwrite")]
@@ -161,7 +159,8 @@ def _sample(options: argparse.Namespace) -> int:
     if output.exists() and not options.overwrite:
         raise CGFlowError(f"{output}: exists already; choose another name, or give --overwrite")
     from openmm_cgflow.files.log import console_logging
-    from openmm_cgflow.runs.train import load, save_samples
+    from openmm_cgflow.runs.samples import save_samples
+    from openmm_cgflow.runs.train import load
 
     with console_logging():
         model = load(options.run_directory, stage=options.stage)
@@ -238,6 +237,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    from openmm_cgflow.files.metrics import read_rows
     from openmm_cgflow.files.run_directory import RunDirectory
 
     run = RunDirectory.open(options.run_directory)
@@ -258,7 +258,7 @@ def _info(options: argparse.Namespace) -> int:
         print("not met: " + "; ".join(record["unmet"]))
     if "versions" in record:
         print("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
-    rows = run.read_metrics()
+    rows = read_rows(run.metrics)
     if rows:
         known = {name: value for name, value in rows[-1].items() if value == value}  # nan: no such value
         print("last step: " + ", ".join(f"{name} {value:.6g}" for name, value in known.items()))

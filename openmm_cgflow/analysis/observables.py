@@ -9,7 +9,6 @@ import mdtraj
 import numpy as np
 
 from openmm_cgflow.analysis import states
-from openmm_cgflow.files.trajectory import peptide_torsions
 
 __all__ = ["Grouping", "Observables", "TorsionMap", "measure", "radius_of_gyration", "residues_with_maps"]
 
@@ -61,7 +60,7 @@ class Observables:
 
 def residues_with_maps(structure: mdtraj.Trajectory) -> list[str]:
     """The residues that have both φ and ψ, such as ``ALA2``."""
-    return [name.removeprefix("phi_") for name in peptide_torsions(structure) if name.startswith("phi_")]
+    return [name.removeprefix("phi_") for name in states.peptide_torsions(structure) if name.startswith("phi_")]
 
 
 def measure(
@@ -78,7 +77,7 @@ def measure(
         slow: The slow atoms, which the RMSD is taken over.
         residues: Those whose (φ, ψ) to look at; all by default.
     """
-    peptide = peptide_torsions(trajectory)
+    peptide = states.peptide_torsions(trajectory)
     chosen = residues_with_maps(structure) if residues is None else residues
     maps, groupings = {}, {}
     for name in chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import zipfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import mdtraj
@@ -12,6 +13,7 @@ import numpy as np
 from mdtraj.formats.registry import FormatRegistry
 
 from openmm_cgflow.analysis.distances import N_BINS, circle_overlap
+from openmm_cgflow.analysis.states import ALPHA_PSI, PHI_BORDERS
 from openmm_cgflow.errors import CGFlowError
 
 __all__ = ["GridReference", "TrajectoryReference", "load_frames", "load_reference", "load_structure"]
@@ -56,8 +58,8 @@ class GridReference:
 
     def populations(self) -> np.ndarray:
         """Of ``states.RAMACHANDRAN``, bins on a border shared by area, shape (4,)."""
-        phi = circle_overlap(self.centers, np.radians([[-180, -100], [-100, 0], [0, 180]]))
-        alpha = circle_overlap(self.centers, np.radians([[-120, 50]]))[0]
+        phi = circle_overlap(self.centers, np.radians([*pairwise(PHI_BORDERS)]))
+        alpha = circle_overlap(self.centers, np.radians([ALPHA_PSI]))[0]
         far, near, right = phi @ self.probability
         return np.array([(far + near) @ alpha, far @ (1 - alpha), near @ (1 - alpha), right.sum()])
 

@@ -14,11 +14,12 @@ from mdtraj.geometry.dihedral import indices_phi, indices_psi
 
 from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.files.trajectory import peptide_torsions
 from openmm_cgflow.molecule.bonds import amide_bonds, bond_graph, stereocentres
 
 __all__ = [
+    "ALPHA_PSI",
     "PEPTIDE_BOND",
+    "PHI_BORDERS",
     "RAMACHANDRAN",
     "ROTAMER",
     "dihedrals",
@@ -27,6 +28,7 @@ __all__ = [
     "mirrored",
     "peptide_bond_state",
     "peptide_bonds",
+    "peptide_torsions",
     "ramachandran_basin",
     "rotamer_state",
     "rotamers",
@@ -35,6 +37,10 @@ __all__ = [
 
 RAMACHANDRAN = ("alphaR", "beta", "PPII", "phi > 0")
 """Basins of (φ, ψ) in the order of :func:`ramachandran_basin`."""
+PHI_BORDERS = (-180.0, -100.0, 0.0, 180.0)
+"""Degrees: φ of β, of PPII and of the rest, one after the other."""
+ALPHA_PSI = (-120.0, 50.0)
+"""Degrees: ψ of αR, which takes its part of the first two."""
 ROTAMER = ("trans", "gauche+", "gauche-")
 """Thirds of a torsion in the order of :func:`rotamer_state`."""
 PEPTIDE_BOND = ("trans", "cis")
@@ -49,8 +55,9 @@ def ramachandran_basin(phi: np.ndarray, psi: np.ndarray) -> np.ndarray:
     αR: φ < 0, -120° < ψ < 50°; β: φ < -100° at other ψ; PPII: -100° ≤ φ < 0 at other ψ; then φ ≥ 0, which holds αL.
     """
     phi, psi = _degrees(phi), _degrees(psi)
-    alpha = (psi > -120) & (psi < 50)
-    return np.select([phi >= 0, alpha, phi < -100], [3, 0, 1], default=2)
+    (_, beta, right, _), (low, high) = PHI_BORDERS, ALPHA_PSI
+    alpha = (psi > low) & (psi < high)
+    return np.select([phi >= right, alpha, phi < beta], [3, 0, 1], default=2)
 
 
 def rotamer_state(angle: np.ndarray) -> np.ndarray:
@@ -62,6 +69,22 @@ def rotamer_state(angle: np.ndarray) -> np.ndarray:
 def peptide_bond_state(omega: np.ndarray) -> np.ndarray:
     """Index into ``PEPTIDE_BOND`` of angles in radians, any shape: cis within ±90°."""
     return (np.abs(_degrees(omega)) < 90).astype(np.int64)
+
+
+def peptide_torsions(trajectory: mdtraj.Trajectory) -> dict[str, np.ndarray]:
+    """φ and ψ of every residue that has both, radians: ``phi_ALA2``, ``psi_ALA2``, ... each of shape (n_frames,)."""
+    # MDTraj fits the torsions to the residue that holds N, CA and C; atom 1 of φ and atom 0 of ψ are its N.
+    phi_atoms, phi = mdtraj.compute_phi(trajectory, periodic=False)
+    psi_atoms, psi = mdtraj.compute_psi(trajectory, periodic=False)
+    psi_of = {int(atoms[0]): psi[:, k] for k, atoms in enumerate(psi_atoms)}
+    result = {}
+    for k, atoms in enumerate(phi_atoms):
+        nitrogen = int(atoms[1])
+        if nitrogen in psi_of:
+            residue = trajectory.topology.atom(nitrogen).residue
+            result[f"phi_{residue.name}{residue.resSeq}"] = phi[:, k]
+            result[f"psi_{residue.name}{residue.resSeq}"] = psi_of[nitrogen]
+    return result
 
 
 def peptide_bonds(topology: mdtraj.Topology) -> dict[str, tuple[int, int, int, int]]:
@@ -242,7 +265,7 @@ def _in_small_ring(graph: nx.Graph, first: int, second: int) -> bool:
 
 
 def _ramachandran_bonds(topology: mdtraj.Topology) -> set[frozenset[int]]:
-    """The bonds that φ and ψ of :func:`openmm_cgflow.files.trajectory.peptide_torsions` turn."""
+    """The bonds that φ and ψ of :func:`peptide_torsions` turn."""
     phi = {int(row[1]): row for row in indices_phi(topology)}  # by the residue's nitrogen
     psi = {int(row[0]): row for row in indices_psi(topology)}
     rows = [torsions[nitrogen] for nitrogen in phi.keys() & psi.keys() for torsions in (phi, psi)]

@@ -5,7 +5,6 @@ No torch and no OpenMM: what is saved as tensors passes through a callable of th
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
@@ -195,46 +194,6 @@ class RunDirectory:
             )
         return None
 
-    def append_metrics(self, row: Mapping[str, float]) -> None:
-        """Adds a row to ``metrics.csv``; the first row fixes the columns.
-
-        Raises:
-            ValueError: If the row has other columns than the file.
-        """
-        new = not self.metrics.exists()
-        with writing(self.metrics), self.metrics.open("a+", newline="") as file:
-            if not new:
-                file.seek(0)
-                columns = next(csv.reader(file), [])
-                if columns != list(row):
-                    raise ValueError(f"{self.metrics}: got columns {list(row)}, expected {columns}")
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-
-    def read_metrics(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``; a row that a crash cut short is left out."""
-        if not self.metrics.exists():
-            return []
-        with self.metrics.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
-        return [{key: float(value) for key, value in row.items()} for row in rows if "" not in row.values()]
-
-    def truncate_metrics(self, step: int) -> None:
-        """Drops the rows after ``step``, which a resumed training will write again."""
-        if not self.metrics.exists():
-            return
-        with self.metrics.open(newline="") as file:
-            header, *rows = [*csv.reader(file)] or [[]]
-        if not header or step < 1:
-            self.metrics.unlink()
-            return
-        column = header.index("step")
-        kept = [row for row in rows if len(row) == len(header) and float(row[column]) <= step]
-        with atomic_path(self.metrics) as temporary, temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *kept])
-
     def write_provenance(self, record: Mapping[str, Any]) -> None:
         """Writes ``provenance.json``: versions, machine, command, and what the caller knows.
 
@@ -251,6 +210,19 @@ class RunDirectory:
         known = {"versions": versions(), "machine": platform.platform(), "command": sys.argv}
         text = json.dumps({**known, **record, "earlier_sessions": earlier}, indent=2)
         atomic_write(self.provenance, text + "\n")
+
+    def read_slow_atoms(self) -> list[int]:
+        """The slow atoms that the training wrote down, 0-based indices.
+
+        Raises:
+            CGFlowError: If ``slow_atoms.json`` is missing or damaged.
+        """
+        try:
+            return [int(i) for i in json.loads(self.slow_atoms.read_text())["slow"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CGFlowError(
+                f"{self.slow_atoms}: cannot be read, restore it: {type(error).__name__}: {error}"
+            ) from error
 
     def stage(self, number: int) -> Path:
         """The model of a stage, finished or not."""

@@ -22,7 +22,6 @@ __all__ = [
     "check_trajectory_path",
     "colvar_columns",
     "colvar_constants",
-    "peptide_torsions",
     "read_colvar",
     "write_colvar",
     "write_trajectory",
@@ -97,23 +96,9 @@ def _replace_dcd_title(path: Path) -> None:
         file.write(b"REMARKS independent samples, their time is an index".ljust(80))
 
 
-def peptide_torsions(trajectory: mdtraj.Trajectory) -> dict[str, np.ndarray]:
-    """φ and ψ of every residue that has both, radians: ``phi_ALA2``, ``psi_ALA2``, ... each of shape (n_frames,)."""
-    # MDTraj fits the torsions to the residue that holds N, CA and C; atom 1 of φ and atom 0 of ψ are its N.
-    phi_atoms, phi = mdtraj.compute_phi(trajectory, periodic=False)
-    psi_atoms, psi = mdtraj.compute_psi(trajectory, periodic=False)
-    psi_of = {int(atoms[0]): psi[:, k] for k, atoms in enumerate(psi_atoms)}
-    result = {}
-    for k, atoms in enumerate(phi_atoms):
-        nitrogen = int(atoms[1])
-        if nitrogen in psi_of:
-            residue = trajectory.topology.atom(nitrogen).residue
-            result[f"phi_{residue.name}{residue.resSeq}"] = phi[:, k]
-            result[f"psi_{residue.name}{residue.resSeq}"] = psi_of[nitrogen]
-    return result
-
-
-def colvar_columns(samples: SamplesLike, names: Sequence[str]) -> dict[str, np.ndarray]:
+def colvar_columns(
+    samples: SamplesLike, names: Sequence[str], torsions: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The columns of ``samples.colvar``, each of shape (n,).
 
     ``log_q``, ``log_weight`` (after training on a potential of mean force), ``energy`` (kJ/mol), φ and ψ of peptides
@@ -122,10 +107,11 @@ def colvar_columns(samples: SamplesLike, names: Sequence[str]) -> dict[str, np.n
     Arguments:
         samples: From :meth:`openmm_cgflow.model.cg_model.CGModel.sample`.
         names: Of the features of z, as in ``coordinates.names``.
+        torsions: φ and ψ, as :func:`openmm_cgflow.analysis.states.peptide_torsions` names them, each of shape (n,).
     """
     z = {"z." + "_".join(name.split()): samples.z[:, k] for k, name in enumerate(names)}
     weight = {} if samples.log_weight is None else {"log_weight": samples.log_weight}
-    return {"log_q": samples.log_q, **weight, "energy": samples.energy, **peptide_torsions(samples.trajectory), **z}
+    return {"log_q": samples.log_q, **weight, "energy": samples.energy, **torsions, **z}
 
 
 def write_colvar(path: Path, columns: Mapping[str, np.ndarray], constants: Mapping[str, float] | None = None) -> None:

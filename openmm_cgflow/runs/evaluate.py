@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def evaluate(
     config = load_config(run.config)
     if config.system is not None and config.system.target is not None:
         raise CGFlowError(f"{run.path}: a run on a synthetic target; evaluate_exactly compares it with what is known")
-    structure, slow = load_structure(run.topology), _slow_atoms(run)
+    structure, slow = load_structure(run.topology), run.read_slow_atoms()
     available = residues_with_maps(structure)
     if residue is not None and residue not in available:
         listed = ", ".join(available) or "none"
@@ -118,13 +117,6 @@ def evaluate(
     )
     write_evaluation(evaluation, run.evaluation if output is None else Path(output))
     return evaluation
-
-
-def _slow_atoms(run: RunDirectory) -> list[int]:
-    try:
-        return [int(i) for i in json.loads(run.slow_atoms.read_text())["slow"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CGFlowError(f"{run.slow_atoms}: cannot be read, restore it: {type(error).__name__}: {error}") from error
 
 
 def _grid(reference: GridReference, residues: list[str]) -> Grid:

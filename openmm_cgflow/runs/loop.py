@@ -19,6 +19,7 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.files.atomic import atomic_path
+from openmm_cgflow.files.metrics import append_row
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.estimator import EngineEnergies, MolecularMeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms
@@ -114,7 +115,7 @@ class TrainingLoop:
                 while not trainer.stage_done:
                     ended = trainer.ended_by
                     row = trainer.step()
-                    self.run.append_metrics(row)
+                    append_row(self.run.metrics, row)
                     self._show(bar, row)
                     if trainer.ended_by != ended:
                         logger.info(trainer.ended_by)

@@ -23,11 +23,11 @@ from openmm_cgflow.engines.platforms import keep_platform
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write
 from openmm_cgflow.files.log import held_back
+from openmm_cgflow.files.metrics import drop_rows_after, read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.files.trajectory import colvar_columns, peptide_torsions, write_colvar, write_trajectory
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.model.cg_model import CGModel
-from openmm_cgflow.model.sampling import Samples, draw_samples
+from openmm_cgflow.model.sampling import draw_samples
 from openmm_cgflow.molecule.force_fields import read_system_xml
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
@@ -36,9 +36,10 @@ from openmm_cgflow.networks.flow import one_torch_thread
 from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
 from openmm_cgflow.runs.load import load_model_state, load_state
 from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests
+from openmm_cgflow.runs.samples import plot_samples, save_samples
 from openmm_cgflow.runs.verify import verify
 
-__all__ = ["load", "save_samples", "train"]
+__all__ = ["load", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def train(
             fast_atoms.follow = trainer.response.follow
         if saved is not None:
             trainer.load_state_dict(saved["trainer"])
-        run.truncate_metrics(trainer.n_steps)
+        drop_rows_after(run.metrics, trainer.n_steps)
         if saved is None:
             _write_inputs(run, molecular_system, partition)
         earlier = saved["wall_time"] if saved else 0.0
@@ -174,11 +175,7 @@ def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
     )
     if molecular_system.fingerprint() != state["fingerprint"]:
         raise CGFlowError(f"{run.system_xml}: is not the System that {path} was trained on; restore that file")
-    try:
-        slow = json.loads(run.slow_atoms.read_text())["slow"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CGFlowError(f"{run.slow_atoms}: cannot be read, restore it: {type(error).__name__}: {error}") from error
-    partition = Partition.resolve(molecular_system, slow)
+    partition = Partition.resolve(molecular_system, run.read_slow_atoms())
     try:
         geometry = build_geometry(config, molecular_system, partition, saved=state["geometry"])
         return CGModel.from_state(state, config, molecular_system, partition, geometry)
@@ -187,14 +184,6 @@ def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
             f"{path}: does not fit the settings in {run.config}, which must stay as the training wrote them; restore "
             f"that file. {str(error).splitlines()[0]}"
         ) from error
-
-
-def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | None = None) -> list[Path]:
-    """Writes a trajectory, its COLVAR table and, if asked, its topology side by side; returns their paths."""
-    colvar = path.with_suffix(".colvar")
-    write_trajectory(samples.trajectory, path, topology=topology)
-    write_colvar(colvar, colvar_columns(samples, model.coordinates.names), {"temperature_K": model.temperature})
-    return [path, colvar, *([topology] if topology else [])]
 
 
 def _describe(system: MolecularSystem, partition: Partition, geometry: Geometry, engine: Engine) -> None:
@@ -223,7 +212,7 @@ def _write_inputs(run: RunDirectory, system: MolecularSystem, partition: Partiti
 def _finish(run: RunDirectory, model: CGModel, engine: Engine, config: Config, must_stop: Callable[[], bool]) -> bool:
     """Samples and plots of a finished training; False if stopped before their end."""
     if config.samples.plots:
-        plots.save(plots.convergence(run.read_metrics()), run.plots / "convergence.png")
+        plots.save(plots.convergence(read_rows(run.metrics)), run.plots / "convergence.png")
     if model.pmf is not None and model.coordinates.n_circular and config.samples.n_verified and not must_stop():
         _verify(run, model, engine, config)
     if model.joint is not None:
@@ -239,7 +228,7 @@ def _finish(run: RunDirectory, model: CGModel, engine: Engine, config: Config, m
     paths = save_samples(model, samples, run.samples)
     logger.info("wrote %s", ", ".join(map(str, paths)))
     if config.samples.plots:
-        _plot_samples(run, model, samples)
+        plot_samples(model, samples, run.plots)
     return True
 
 
@@ -271,18 +260,3 @@ def _verify(run: RunDirectory, model: CGModel, engine: Engine, config: Config) -
             abs(found.pmf[worst] - found.switching[worst]),
             deviations[worst],
         )
-
-
-def _plot_samples(run: RunDirectory, model: CGModel, samples: Samples) -> None:
-    torsions = peptide_torsions(samples.trajectory)
-    for name in torsions:
-        if name.startswith("phi_"):
-            residue = name.removeprefix("phi_")
-            figure = plots.ramachandran(
-                torsions[name], torsions[f"psi_{residue}"], temperature=model.temperature, title=residue
-            )
-            plots.save(figure, run.plots / f"ramachandran_{residue}.png")
-    n = model.coordinates.n_circular
-    if n:
-        names = [name.removeprefix("dihedral ") for name in model.coordinates.names[:n]]
-        plots.save(plots.torsion_marginals(names, samples.z[:, :n]), run.plots / "torsions.png")

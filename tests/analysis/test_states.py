@@ -220,3 +220,10 @@ def test_refusals(alanine, butane):
     loose = molecule("CCC", [(0, 1)])
     with pytest.raises(CGFlowError, match=r"join only 2 of its 3 atoms.*CONECT"):
         states.rotamers(loose)
+
+
+def test_peptide_torsions(alanine, butane):
+    torsions = states.peptide_torsions(alanine)
+    assert list(torsions) == ["phi_ALA2", "psi_ALA2"]
+    assert np.allclose(np.degrees([torsions["phi_ALA2"][0], torsions["psi_ALA2"][0]]), [-80, 80], atol=0.5)
+    assert states.peptide_torsions(butane) == {}

@@ -7,6 +7,7 @@ import pytest
 from openmm_cgflow.config import free_settings
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write
+from openmm_cgflow.files.metrics import append_row
 from openmm_cgflow.files.run_directory import RunDirectory, config_differences
 
 _CONFIG = "temperature: 300.0\nflow:\n  n_layers: 6\nsamples:\n  n_samples: 10\n"
@@ -63,7 +64,7 @@ def test_foreign_directories_are_left_alone(tmp_path, flags):
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(run):
-    run.append_metrics({"step": 1})
+    append_row(run.metrics, {"step": 1})
     run.save_checkpoint(_save("old"))
     run.samples.touch()
     precious = run.path / "notes.txt"
@@ -204,30 +205,6 @@ def test_a_refusal_of_the_loader_is_not_damage(run):
     run.save_checkpoint(_save("2"))
     with pytest.raises(CGFlowError, match="another molecule"):
         run.load_checkpoint(refuse)
-
-
-def test_metrics_are_exact_and_truncated(run):
-    rows = [{"step": k, "value": 0.1 * k, "odd": float("nan") if k == 2 else 1e-300} for k in range(1, 6)]
-    for row in rows:
-        run.append_metrics(row)
-    assert repr(run.read_metrics()) == repr([{key: float(value) for key, value in row.items()} for row in rows])
-    whole = run.metrics.read_bytes()
-    with run.metrics.open("a") as file:
-        file.write("6,0.")  # a crash in the middle of a row
-    assert len(run.read_metrics()) == 5
-    run.truncate_metrics(3)
-    assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
-    for row in rows[3:]:
-        run.append_metrics(row)
-    assert run.metrics.read_bytes() == whole
-    run.truncate_metrics(0)
-    assert run.read_metrics() == []
-
-
-def test_metrics_columns_are_fixed(run):
-    run.append_metrics({"step": 1, "a": 2})
-    with pytest.raises(ValueError, match="columns"):
-        run.append_metrics({"step": 2, "b": 2})
 
 
 def test_provenance_keeps_earlier_sessions(run):

@@ -2,13 +2,12 @@ import mdtraj
 import numpy as np
 import pytest
 
-from openmm_cgflow.analysis import plots
+from openmm_cgflow.analysis.states import peptide_torsions
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.trajectory import (
     check_trajectory_path,
     colvar_columns,
     colvar_constants,
-    peptide_torsions,
     read_colvar,
     write_colvar,
     write_trajectory,
@@ -110,13 +109,6 @@ def test_colvar_refusals(tmp_path):
         colvar_constants(path)
 
 
-def test_peptide_torsions(peptide, systems):
-    torsions = peptide_torsions(peptide)
-    assert list(torsions) == ["phi_ALA2", "psi_ALA2"]
-    assert np.allclose(np.degrees([torsions["phi_ALA2"][0], torsions["psi_ALA2"][0]]), [-80, 80], atol=0.5)
-    assert peptide_torsions(mdtraj.load(str(systems / "butane" / "butane.pdb"))) == {}
-
-
 class Samples:
     """What a model returns, with or without importance weights."""
 
@@ -127,78 +119,13 @@ class Samples:
 
 
 def test_colvar_columns(trajectory):
-    columns = colvar_columns(Samples(trajectory), ["dihedral A-B", "bond C"])
+    columns = colvar_columns(Samples(trajectory), ["dihedral A-B", "bond C"], peptide_torsions(trajectory))
     assert list(columns) == ["log_q", "energy", "phi_ALA2", "psi_ALA2", "z.dihedral_A-B", "z.bond_C"]
     assert np.array_equal(columns["z.bond_C"], np.arange(1.0, 40.0, 2))
 
 
 def test_importance_weights_are_a_column_where_there_are_any(trajectory):
     weights = np.linspace(-2, 1, 20)
-    columns = colvar_columns(Samples(trajectory, weights), ["dihedral A-B", "bond C"])
+    columns = colvar_columns(Samples(trajectory, weights), ["dihedral A-B", "bond C"], {})
     assert list(columns)[:3] == ["log_q", "log_weight", "energy"]
     assert np.array_equal(columns["log_weight"], weights)
-
-
-def test_torsion_density_normalises_and_wraps():
-    rng = np.random.default_rng(1)
-    angles = rng.uniform(-10, 10, 1000)
-    weights = rng.uniform(0, 1, 1000)
-    density, centres = plots.torsion_density(angles, weights=weights, n_bins=36)
-    assert np.isclose(density.sum() * 2 * np.pi / 36, 1)
-    assert np.allclose(plots.torsion_density(angles + 2 * np.pi, weights=weights, n_bins=36)[0], density)
-    spike, _ = plots.torsion_density(np.full(5, centres[3] + 4 * np.pi), n_bins=36)
-    assert spike.argmax() == 3
-
-
-def test_free_energy_map_normalises_weighs_and_keeps_its_axes():
-    phi, psi = np.array([-2.0, -2.0, 1.0]), np.array([0.5, 0.5, 2.0])
-    density, energy = plots.free_energy_map(phi, psi, weights=np.array([1.0, 1.0, 2 * np.exp(-1.5)]), n_bins=60)
-    assert np.isclose(density.sum() * (2 * np.pi / 60) ** 2, 1)
-    index = [int((angle + np.pi) / (2 * np.pi) * 60) for angle in (-2.0, 0.5, 1.0, 2.0)]
-    assert energy[index[0], index[1]] == 0
-    assert np.isclose(energy[index[2], index[3]], 1.5)
-    assert np.isinf(energy).sum() == 3598
-
-
-def _rows(n):
-    constant = {"temperature": 900.0, "noise": 0.1, "energy": float("nan"), "gradient_norm": 2.0, "invalid": 0}
-    return [{"step": k + 1, "stage": k // 5, "residual": 1.0 / (k + 1), **constant} for k in range(n)]
-
-
-def _pmf_rows(n):
-    """Rounds, then the flow alone, where nothing is measured."""
-    nan = float("nan")
-    rows = []
-    for k in range(n):
-        last = k >= n - 2
-        row = {"step": k + 1, "stage": 0, "temperature": 300.0, "gamma": 0.08, "ess": 1 - 1 / (k + 2), "energy": -70.0}
-        row |= {"held_out": nan if last else 1 + 1 / (k + 1), "misfit": nan if last else 1.0, "invalid": 0}
-        rows.append(row | {"free_energy_error": 1 / (k + 1), "moved": nan if last or k < 3 else 0.2})
-    return rows
-
-
-@pytest.mark.parametrize(
-    "figure",
-    [
-        lambda: plots.convergence(_rows(12)),
-        lambda: plots.convergence(_pmf_rows(9)),
-        lambda: plots.convergence(_pmf_rows(2)),
-        lambda: plots.convergence(_rows(1)),
-        lambda: plots.convergence([]),
-        lambda: plots.ramachandran(np.linspace(-3, 3, 50), np.linspace(-3, 3, 50), temperature=300, title="ALA2"),
-        lambda: plots.torsion_marginals(["a", "b", "c", "d"], np.random.default_rng(0).normal(size=(50, 4))),
-    ],
-    ids=["convergence", "rounds", "two rounds", "one step", "no step", "ramachandran", "marginals"],
-)
-def test_figures_are_pictures(tmp_path, figure):
-    path = tmp_path / "figure.png"
-    plots.save(figure(), path)
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG")
-    assert len(data) > 3000
-    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
-
-
-def test_marginals_want_one_name_a_torsion():
-    with pytest.raises(ValueError, match="expected"):
-        plots.torsion_marginals(["a"], np.zeros((3, 2)))

@@ -8,7 +8,8 @@ import mdtraj
 import numpy as np
 import pytest
 
-from openmm_cgflow.files.trajectory import peptide_torsions, read_colvar
+from openmm_cgflow.analysis.states import RAMACHANDRAN, peptide_torsions, ramachandran_basin
+from openmm_cgflow.files.trajectory import read_colvar
 
 # alphaR, beta, PPII and phi > 0 by umbrella sampling and WHAM with the same force field at 300 K.
 REFERENCE = (0.406, 0.316, 0.258, 0.0203)
@@ -21,14 +22,11 @@ def test_basins_of_alanine_dipeptide(systems, tmp_path):
     run = tmp_path / "ala2"
     subprocess.run([sys.executable, "-m", "openmm_cgflow", "train", str(config), "-o", str(run)], check=True)
     trajectory = mdtraj.load(str(run / "samples.dcd"), top=str(run / "topology.pdb"))
-    phi, psi = (np.degrees(torsion) for torsion in peptide_torsions(trajectory).values())
-    alpha = (phi < 0) & (psi > -120) & (psi < 50)
-    beta = (phi < -100) & ~alpha
-    ppii = (phi < 0) & ~alpha & ~beta
+    basin = ramachandran_basin(*peptide_torsions(trajectory).values())
     log_weight = read_colvar(run / "samples.colvar")["log_weight"]
-    for weights in (np.zeros(len(phi)), log_weight):
+    for weights in (np.zeros(len(basin)), log_weight):
         weights = np.exp(weights - weights.max())
-        populations = [np.average(mask, weights=weights) for mask in (alpha, beta, ppii, phi >= 0)]
+        populations = [np.average(basin == k, weights=weights) for k in range(len(RAMACHANDRAN))]
         away = np.abs(np.subtract(populations, REFERENCE))
         assert away.max() < 0.03, populations
         assert abs(np.log(populations[3] / REFERENCE[3])) < 0.5, populations

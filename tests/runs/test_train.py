@@ -20,6 +20,7 @@ from openmm_cgflow import (
     load_config,
     train,
 )
+from openmm_cgflow.files.metrics import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.files.trajectory import read_colvar
 from openmm_cgflow.molecule.sanitize import energy_and_forces
@@ -83,7 +84,7 @@ def test_run_directory_holds_everything(either):
     record = json.loads((finished / "provenance.json").read_text())
     assert record["status"] == "finished"
     assert record["method"] == config.training.method
-    rows = RunDirectory(finished).read_metrics()
+    rows = read_rows(RunDirectory(finished).metrics)
     assert record["n_steps"] == len(rows)
     assert record["energy_evaluations"] > rows[-1]["evaluations"] > 0
     assert len(list((finished / "models").iterdir())) == len(record["temperatures_K"])
@@ -106,7 +107,7 @@ def test_the_pmf_is_learned_at_the_target_temperature_and_the_end_is_named(finis
     assert record["ended_by"] in log
     assert any("effective sample size" in text for text in record["unmet"])
     assert "not met: " + "; ".join(record["unmet"]) in log
-    rows = RunDirectory(finished).read_metrics()
+    rows = read_rows(RunDirectory(finished).metrics)
     assert len(rows) == 3 + 1 + 1 + 2
     assert [np.isfinite(row["held_out"]) for row in rows] == [True] * 3 + [False] * 4
     assert [np.isfinite(row["value_misfit"]) for row in rows] == [False] * 3 + [True] * 4
