@@ -101,7 +101,6 @@ KNOWN: dict[str, set[str]] = {
     "modules_are_short": {
         "cli",
         "engines.lattice",
-        "files.run_directory",
         "model.cg_model",
         "molecule.readers",
         "paper.exact",
