@@ -49,7 +49,9 @@ class Config(Section):
 
     system: Free[SystemSettings | None] = None
     temperature: Shown[Temperature] = Field(300.0, gt=0)
-    """Temperature of the samples and of the free energy."""
+    """Temperature of the samples and of the free energy.
+
+    With training.method reverse_kl and joint, the last one of the ladder."""
     seed: Shown[int] = Field(2025, ge=0, lt=2**31)
     """Seed of all random numbers: on a CPU the same seed gives the same run, bit for bit."""
     partition: PartitionSettings = PartitionSettings()
@@ -80,9 +82,9 @@ class Config(Section):
         if self.training.method == "pmf" and self.chains.n_frames < 2:
             raise ValueError("chains.n_frames: training.method pmf needs at least 2, their spread is the noise")
         if self.training.method == "joint" and self.joint.map == "linear" and self.coordinates.kind != "box":
-            raise ValueError("joint.map linear goes with coordinates.kind box, that is with a system.target")
+            raise ValueError("joint.map: linear goes with coordinates.kind box, that is with a system.target")
         if self.system is not None and (self.system.target is not None) != (self.coordinates.kind == "box"):
-            raise ValueError("coordinates.kind box goes with system.target, and the other way round")
+            raise ValueError("coordinates.kind: box goes with system.target, and the other way round")
         return self
 
 
@@ -153,7 +155,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, every number in the unit named at the top."""
-    header = "# Resolved configuration. Units: K, ps, 1/ps, Da, kJ/mol/nm; checkpoint_interval in s.\n"
+    units = dict.fromkeys(setting.unit for setting in describe(Config) if setting.unit not in ("", "s"))
+    header = f"# Resolved configuration. Units: {', '.join(units)}; checkpoint_interval in s.\n"
     return header + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

@@ -124,21 +124,23 @@ def commented_yaml(root: type[Section], given: Mapping[str, Any], heading: Seque
         heading: Lines of comment at the top.
     """
     lines = [f"# {line}" for line in heading]
-    settings = [setting for setting in describe(root) if setting.path.count(".") < 2]
+    settings = list(describe(root))
     shown = {setting.path for setting in settings if Mark.SHOWN in setting.marks or _given(given, setting.path)}
+    previous = ""
     for setting in settings:
-        if setting.is_section:
-            if any(path.startswith(f"{setting.path}.") for path in shown):
-                lines += ["", *_commented(f"{setting.path}:", setting.summary, 0)]
-        elif setting.path in shown:
-            value = _given(given, setting.path)
-            inside = "." in setting.path
-            if not inside and (not lines or lines[-1].startswith((" ", "#"))):
-                lines.append("")
-            text = setting.default if value is None else _text(value, setting.unit)
-            entry = f"{setting.name}: {text}" if text else f"# {setting.name}: {setting.example}"
-            words = f"{setting.summary} {setting.details}" if setting.is_choice else setting.summary
-            lines += _commented(entry, words.strip(), 2 if inside else 0)
+        if not any(f"{path}.".startswith(f"{setting.path}.") for path in shown):
+            continue
+        text, words = "", setting.summary
+        if not setting.is_section:
+            text = _given(given, setting.path, setting.unit) or setting.default
+            words = f"{words} {setting.details}".strip() if setting.is_choice else words
+        if "." not in setting.path and (setting.is_section or "." in previous or not previous):
+            lines.append("")
+        entry = f"{setting.name}: {text}".strip()
+        if not (text or setting.is_section):
+            entry = f"# {setting.name}: {setting.example}"
+        lines += _commented(entry, words, 2 * setting.path.count("."))
+        previous = setting.path
     return "\n".join(lines) + "\n"
 
 
@@ -208,7 +210,7 @@ def _unit(field: FieldInfo) -> str:
 
 def _text(value: Any, unit: str) -> str:
     """A value as YAML, as one would write it by hand."""
-    if isinstance(value, float) and not isinstance(value, bool):
+    if isinstance(value, float):
         if unit == "ps" and value < 1:
             value, unit = round(1000 * value, 9), "fs"
         number = str(int(value)) if value.is_integer() else repr(value)
@@ -219,11 +221,12 @@ def _text(value: Any, unit: str) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _given(tree: Mapping[str, Any], path: str) -> Any:
+def _given(tree: Mapping[str, Any], path: str, unit: str = "") -> str:
+    """What a tree has at a path, as YAML; empty where it has nothing."""
     node: Any = tree
     for name in path.split("."):
         node = node.get(name) if isinstance(node, Mapping) else None
-    return node
+    return "" if node in (None, [], {}) else _text(node, unit)
 
 
 def _commented(entry: str, comment: str, indent: int) -> list[str]:

@@ -230,11 +230,13 @@ class ChainSettings(Section):
     Then n_replicas is the largest number, and n_equilibration and n_frames the smallest ones. With training.method
     reverse_kl they are as given."""
     n_replicas: Shown[int] = Field(1024, ge=1)
-    """Replicas in a step, each at slow coordinates of its own; small molecules need fewer."""
+    """Replicas in a step, each at slow coordinates of its own; small molecules need fewer.
+
+    With adaptive, the first rounds have a quarter of them."""
     timestep: Shown[Time] = Field(0.002, gt=0)
     """Time step; right for the default hydrogen_mass, as the fast atoms have no constraints."""
     friction: Shown[Friction] = Field(50.0, gt=0)
-    """Friction of the Langevin dynamics."""
+    """Friction of the Langevin dynamics; averages over conformations do not depend on it."""
     hydrogen_mass: Shown[Mass] = Field(4.0, gt=0)
     """Mass of fast hydrogens; averages over conformations do not depend on it."""
     n_pool: int = Field(256, ge=1)
@@ -277,7 +279,9 @@ class ChainSettings(Section):
     contexts: one after the other in worker processes; lattice: all at once, as copies in one System; auto: lattice on
     a GPU or with a potential that takes all replicas in one call, contexts otherwise."""
     n_workers: Shown[Free[int]] = Field(0, ge=0)
-    """Worker processes on the CPU; 0 = one per core."""
+    """Worker processes on the CPU; 0 = one per core.
+
+    Results do not depend on their number."""
 
     @property
     def chain_evaluations(self) -> int:

@@ -1,5 +1,6 @@
 import math
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -275,6 +276,13 @@ def test_template_shows_what_is_given_besides():
     config = validate(yaml.safe_load(text))
     assert (config.tempering.start, config.tempering.max_kl) == (900, 0.1)
     assert "  start: 900 K " in text
+    potential = {"openmmml": "mace", "files": {"modelPath": "m"}, "options": {"charge": 0}}
+    text = template(
+        {"system": {"structure": "a", "potential": potential}, "chains": {"n_pool_steps": 0, "adaptive": False}}
+    )
+    config = validate(yaml.safe_load(text))
+    assert config.system.potential.model_dump(exclude_defaults=True) == potential | {"files": {"modelPath": Path("m")}}
+    assert (config.chains.n_pool_steps, config.chains.adaptive) == (0, False)
 
 
 def test_every_setting_is_described():

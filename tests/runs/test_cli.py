@@ -833,6 +833,19 @@ def test_a_damaged_run(name, damage, run, refused):
         assert not (run / "new.dcd").exists()
 
 
+def test_a_run_of_version_0_1(butane, run, tmp_path, refused):
+    now = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(now.replace("\nchains:", "\nsampler:").replace("\n  half_edge:", "\n  box:"))
+    renamed = ["config.yaml", "sampler: written for version 0.1; the name is now chains", "now coordinates.half_edge"]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused("train", butane, "-o", run, "--resume", says=renamed)
+    refused("sample", run, "-n", 1, "-o", tmp_path / "new.dcd", says=renamed)
+    refused("evaluate", run, "-o", tmp_path / "evaluation", says=renamed)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for item in ("sampler.n_replicas=8", "sampling.n_samples=3", "coordinates.box=6"):
+        refused("check", butane, "--set", item, says=[f"--set {item}", "the name is now"])
+
+
 def test_the_stage_before_a_lost_one_is_sampled(ladder, tmp_path, capsys):
     run = Path(shutil.copytree(ladder, tmp_path / "run"))
     (run / "models" / "stage_01.pt").unlink()
