@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from openmm_cgflow._version import __version__
+
 if TYPE_CHECKING:
     from openmm_cgflow.config import Config, load_config
     from openmm_cgflow.errors import CGFlowError, ReplicaError
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from openmm_cgflow.molecule.system import MolecularSystem
     from openmm_cgflow.runs.evaluate import Evaluation, evaluate
     from openmm_cgflow.runs.train import load, train
-
-__version__ = "0.2.0"
 
 # Imported on first use: worker processes and `--help` need neither torch nor a Context.
 _HOME = {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openmm_cgflow import __version__
+from openmm_cgflow._version import __version__
 from openmm_cgflow.errors import CGFlowError
 
 if TYPE_CHECKING:

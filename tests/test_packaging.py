@@ -81,7 +81,7 @@ def test_metadata(setup, root):
     metadata = setup["metadata"]
     assert metadata["license"] == "MIT"
     assert "openmm_cgflow developers" in (root / "LICENSE").read_text()
-    assert metadata["version"] == "attr: openmm_cgflow.__version__"
+    assert metadata["version"] == "attr: openmm_cgflow._version.__version__"
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", openmm_cgflow.__version__)
     assert "## [Unreleased]" in (root / "CHANGELOG.md").read_text()
 

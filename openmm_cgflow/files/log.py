@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from openmm_cgflow import __version__
+from openmm_cgflow._version import __version__
 from openmm_cgflow.files.atomic import writing
 
 __all__ = ["console_logging", "file_logging", "held_back", "versions"]
@@ -80,16 +79,18 @@ def held_back() -> Iterator[Callable[[], None]]:
 @contextmanager
 def console_logging() -> Iterator[None]:
     """Sends the logger ``openmm_cgflow`` to standard error, above a progress bar if there is one."""
-    handler = _ConsoleHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    with _attached(handler):
+    handler = logging.StreamHandler()  # of standard error as it is now
+    handler.setFormatter(_ConsoleFormatter("%(message)s"))
+    with _attached(handler), logging_redirect_tqdm([_logger]):
         yield
 
 
-class _ConsoleHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
+class _ConsoleFormatter(logging.Formatter):
+    """The message alone, after its level where that is a warning or more."""
+
+    def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(prefix + self.format(record), file=sys.stderr)
+        return prefix + super().format(record)
 
 
 @contextmanager

@@ -132,12 +132,11 @@ def write_colvar(path: Path, columns: Mapping[str, np.ndarray], constants: Mappi
     wrong = [name for name in columns if len(name.split()) != 1 or name == "time"]
     if wrong:
         raise ValueError(f"got column names {wrong}, expected names without white space, other than time")
-    table = np.column_stack([np.asarray(values, dtype=np.float64) for values in columns.values()])
+    table = np.column_stack([np.arange(len(next(iter(columns.values())))), *columns.values()])
     with atomic_path(path) as temporary, temporary.open("w") as file:
         file.write(_FIELDS + " ".join(["time", *columns]) + "\n")
         file.writelines(f"{_SET}{name} {value:.10g}\n" for name, value in (constants or {}).items())
-        for index, row in enumerate(table):
-            file.write(" ".join([str(index), *(f"{value:.10g}" for value in row)]) + "\n")
+        np.savetxt(file, table, ["%d", *["%.10g"] * len(columns)])
 
 
 def colvar_constants(path: Path) -> dict[str, float]:
@@ -161,18 +160,22 @@ def read_colvar(path: Path) -> dict[str, np.ndarray]:
     """The columns of a COLVAR file, ``time`` included, each of shape (n,).
 
     Raises:
-        CGFlowError: If it cannot be read or its first line names no fields.
+        CGFlowError: If it cannot be read, its first line names no fields, or a row has other numbers than these.
     """
     try:
         with path.open() as file:
             header = file.readline()
-            rows = [line.split() for line in file if not line.startswith("#")]
+            rows = [line for line in file if not line.startswith("#")]
     except OSError as error:
         raise CGFlowError(f"{path}: cannot read: {error.strerror}") from error
     if not header.startswith(_FIELDS):
         raise CGFlowError(f"{path}: not a COLVAR file: its first line must begin with '{_FIELDS.strip()}'")
     names = header.removeprefix(_FIELDS).split()
-    if any(len(row) != len(names) for row in rows):
-        raise CGFlowError(f"{path}: not every row has the {len(names)} columns that its first line names")
-    table = np.array(rows, dtype=np.float64).reshape(len(rows), len(names))
-    return {name: table[:, k] for k, name in enumerate(names)}
+    columns = [(name, np.float64) for name in names]
+    try:
+        table = np.loadtxt(rows, columns, ndmin=1) if rows else np.empty(0, columns)
+    except ValueError as error:
+        raise CGFlowError(
+            f"{path}: not every row has the {len(names)} numbers that its first line names: {error}"
+        ) from error
+    return {name: table[name] for name in names}

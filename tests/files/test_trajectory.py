@@ -100,7 +100,11 @@ def test_colvar_refusals(tmp_path):
             write_colvar(path, columns)
     with pytest.raises(CGFlowError, match="cannot read"):
         read_colvar(path)
-    for text, word in (("1 2\n", "not a COLVAR"), ("#! FIELDS time a\n0 1\n1\n", "not every row")):
+    for text, word in (
+        ("1 2\n", "not a COLVAR"),
+        ("#! FIELDS time a\n0 1\n1\n", "not every row"),
+        ("#! FIELDS time a\n0 warm\n", "numbers"),
+    ):
         path.write_text(text)
         with pytest.raises(CGFlowError, match=word):
             read_colvar(path)
@@ -129,3 +133,9 @@ def test_importance_weights_are_a_column_where_there_are_any(trajectory):
     columns = colvar_columns(Samples(trajectory, weights), ["dihedral A-B", "bond C"], {})
     assert list(columns)[:3] == ["log_q", "log_weight", "energy"]
     assert np.array_equal(columns["log_weight"], weights)
+
+
+def test_a_table_without_rows(tmp_path):
+    path = tmp_path / "a.colvar"
+    write_colvar(path, {"a": np.empty(0)})
+    assert {name: values.shape for name, values in read_colvar(path).items()} == {"time": (0,), "a": (0,)}
