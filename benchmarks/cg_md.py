@@ -25,7 +25,7 @@ from openmm_cgflow.analysis.distances import circle_histogram, compare
 from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.torch_force import python_force
-from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.networks.threads import one_torch_thread
 
 _CONNECTED = len(RAMACHANDRAN) - 1
 

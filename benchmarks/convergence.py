@@ -25,10 +25,11 @@ from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
 from openmm_cgflow.files.metrics import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.estimator import ChainParts
-from openmm_cgflow.networks.flow import one_torch_thread
-from openmm_cgflow.networks.pmf import PMF, MeanForceBuffer, PMFFitter, new_pmf
-from openmm_cgflow.networks.response import ResponseFitter, new_response
+from openmm_cgflow.networks.pmf import PMF, new_pmf
+from openmm_cgflow.networks.response import new_response
+from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.runs.load import load_state
+from openmm_cgflow.training.pmf.fits import MeanForceBuffer, PMFFitter, ResponseFitter
 
 _N_SAMPLES = 100_000
 _N_BLOCKS = 10  # of updates with one learning rate

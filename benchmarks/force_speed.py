@@ -25,7 +25,7 @@ import openmm_cgflow as cgf
 from openmm_cgflow.model.force import traced, traced_with_forces
 from openmm_cgflow.model.free_energy import FreeEnergy
 from openmm_cgflow.molecule.torch_force import python_force
-from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.networks.threads import one_torch_thread
 
 _TIMESTEP = 0.001  # ps
 

@@ -46,10 +46,7 @@ KNOWN: dict[str, set[str]] = {
         "cli imports paper",
         "model.cg_model imports config",
         "model.force imports files",
-        "model.sampling imports training",
         "molecule.system imports config",
-        "networks.pmf imports training",
-        "networks.response imports training",
         "paper.exact imports runs",
         "training.joint imports config",
         "training.ladder imports config",
@@ -61,7 +58,6 @@ KNOWN: dict[str, set[str]] = {
         "model.cg_model model.sampling",
     },
     "no_cycle_of_folders": {
-        "networks training",
         "paper runs",
     },
     "whole_config_at_the_top": {

@@ -26,10 +26,11 @@ from openmm_cgflow.model.sampling import Samples, draw_samples
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_to_table
-from openmm_cgflow.networks.flow import CGFlow, new_flow, one_torch_thread
+from openmm_cgflow.networks.flow import CGFlow, new_flow
 from openmm_cgflow.networks.joint import JointFlow, new_joint
 from openmm_cgflow.networks.pmf import PMF, new_pmf
 from openmm_cgflow.networks.response import FastResponse, new_response
+from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 

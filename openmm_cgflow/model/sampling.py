@@ -15,10 +15,9 @@ from torch import Tensor
 
 from openmm_cgflow.engines.engine import Engine, Schedule
 from openmm_cgflow.errors import CGFlowError, ReplicaError
-from openmm_cgflow.networks.weights import RejectionControl
+from openmm_cgflow.networks.weights import RejectionControl, weighted_samples
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.settings import SampleSettings
-from openmm_cgflow.training.pmf.flow_fit import weighted_samples
 from openmm_cgflow.units import thermal_beta
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ of torsions in the paper's synthetic systems.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +30,7 @@ from openmm_cgflow.networks.layers import (
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.settings import FlowSettings
 
-__all__ = ["CGFlow", "ConditionalFlow", "new_flow", "one_torch_thread"]
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Runs torch on one thread, then as before.
-
-    Measured at 256 samples on two cores: one thread is 15 % slower than two where nothing else runs, and 2.5 times
-    faster where both cores are busy; and its sums are the same each time, which a resumed run relies on.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+__all__ = ["CGFlow", "ConditionalFlow", "SlowDensity", "new_flow"]
 
 
 class ConditionalFlow(nn.Module):
@@ -120,6 +105,32 @@ class ConditionalFlow(nn.Module):
         """log q(r | c), shapes (n, n_features) and (n, n_context) -> (n,); -inf outside the support."""
         normals, ladj = self.inverse(r, context)
         return ladj + self.log_base(normals)
+
+
+class SlowDensity(Protocol):
+    """What training and sampling ask of a flow: first features, such as torsions, then bounded ones given these."""
+
+    @property
+    def features(self) -> SlowFeatures:
+        """What z is."""
+
+    def sample(self, n: int, generator: torch.Generator, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """Independent samples and their log density, float64, shapes (n, n_features) and (n,)."""
+
+    def log_prob(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+        """log q(z | gamma), shape (n, n_features) -> (n,); -inf outside the support."""
+
+    def log_prob_torsions(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+        """log q(torsions | gamma), shape (n, n_features) -> (n,)."""
+
+    def log_prob_bounded(self, z: Tensor) -> Tensor:
+        """log q(bounded | torsions), shape (n, n_features) -> (n,)."""
+
+    def map_bounded(self, angles: Tensor, normals: Tensor) -> Tensor:
+        """Bounded features from their base samples at given torsions, shapes (n, n_circular) and (n, n_bounded)."""
+
+    def double(self) -> Self:
+        """In float64, in place."""
 
 
 class CGFlow(nn.Module):

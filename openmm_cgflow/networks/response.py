@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +24,11 @@ from openmm_cgflow.forces.estimator import ChainParts
 from openmm_cgflow.forces.statistics import mean_and_variance
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.settings import PMFSettings
-from openmm_cgflow.training.optimisers import RunningAverage
 
-__all__ = ["FastResponse", "ResponseFitter", "new_response"]
+__all__ = ["FastResponse", "new_response"]
 
 _LARGEST = 3.0  # thermal widths, of a displacement that is acted on
-_SMALLEST_NOISE = 0.1  # kT per unit of z; less does not matter
 _LARGEST_BALANCE = 10.0  # kT per thermal width, root mean square over a chain's fast coordinates
-_LEARNING_RATE = 3e-3
-_AVERAGING = 0.99  # of the running average, per update
-_BATCH_SIZE = 256  # chains of one update
 
 
 class FastResponse(nn.Module):
@@ -109,61 +103,6 @@ class FastResponse(nn.Module):
         """
         shift = (self(end) - self(start)).clamp(-_LARGEST, _LARGEST) * self.widths
         return y + shift.to(y.dtype).unflatten(-1, (-1, 3))
-
-
-class ResponseFitter:
-    """Adam on what fluctuates within a chain: the parts of a chain must give the same force.
-
-    Arguments:
-        response: Fitted in place; the running average of what Adam trains.
-    """
-
-    def __init__(self, response: FastResponse) -> None:
-        self.networks = RunningAverage(response, _AVERAGING)
-        self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=_LEARNING_RATE)
-
-    def fit(
-        self, z: Tensor, parts: ChainParts, n_updates: int, generator: torch.Generator, final: bool = False
-    ) -> float:
-        """Continues the fit; returns the share of the noise that is left.
-
-        Arguments:
-            z: Slow coordinates of all chains, shape (n, n_features).
-            parts: Of the chains at z.
-            n_updates: Steps of Adam.
-            generator: Source of all randomness.
-            final: Lets the learning rate fall to zero.
-        """
-        thermal = self.networks.trained.thermal(parts.fast)
-        if not thermal.any():  # all in close contact, as the first and flat torsions of a long chain may be
-            return 1.0
-        z, *usual = (tensor[thermal] for tensor in (z, *parts))
-        slow, fast = (part.float() - part.float().mean(1, keepdim=True) for part in usual)
-        own = slow.square().mean(1, keepdim=True)
-        # Chains in close contact, with a hundred times the usual noise, count as one like any other; features without
-        # noise do not count.
-        weight = 1 / (own + own.median(0, keepdim=True).values + _SMALLEST_NOISE**2)
-        before = after = 0.0
-        for k in range(n_updates):
-            rows = torch.randint(len(z), (min(_BATCH_SIZE, len(z)),), generator=generator)
-            residual = slow[rows] + self.networks.trained.correction(z[rows], fast[rows], create_graph=True)
-            loss = (weight[rows] * residual.square()).mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            for group in self.optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * (1 - k / n_updates if final else 1.0)
-            self.optimizer.step()
-            self.networks.update()
-            before += float((weight[rows] * slow[rows].square()).mean())
-            after += float(loss.detach())
-        return after / max(before, 1e-30)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.networks.load_state_dict(state["networks"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def new_response(settings: PMFSettings, geometry: Geometry, temperature: float, seed: int) -> FastResponse:

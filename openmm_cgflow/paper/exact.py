@@ -22,12 +22,12 @@ from openmm_cgflow.files.atomic import atomic_write, writing
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.networks.joint import JointFlow
+from openmm_cgflow.networks.weights import relative_ess
 from openmm_cgflow.paper.linear_map import along_x
 from openmm_cgflow.paper.targets import Target, new_target
 from openmm_cgflow.runs.evaluate import read_samples
 from openmm_cgflow.runs.train import load
 from openmm_cgflow.seeds import derive_seed
-from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
 __all__ = ["ExactEvaluation", "Mode", "evaluate_exactly"]

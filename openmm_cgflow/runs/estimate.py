@@ -14,7 +14,7 @@ from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
 from openmm_cgflow.runs.loop import new_method
 from openmm_cgflow.settings import ChainSettings, TemperingSettings

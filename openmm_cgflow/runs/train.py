@@ -32,7 +32,7 @@ from openmm_cgflow.molecule.force_fields import read_system_xml
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table
-from openmm_cgflow.networks.flow import one_torch_thread
+from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
 from openmm_cgflow.runs.load import load_model_state, load_state
 from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests

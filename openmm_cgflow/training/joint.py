@@ -23,11 +23,10 @@ from openmm_cgflow.forces.estimator import EnergyAndForces
 from openmm_cgflow.forces.statistics import shortened
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.joint import JointFlow
+from openmm_cgflow.networks.weights import clipped_softmax, relative_ess
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES, Ladder
 from openmm_cgflow.training.optimisers import RunningAverage
-from openmm_cgflow.training.pmf.flow_fit import clipped_softmax
 from openmm_cgflow.training.reverse_kl import GradientGuard
-from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
 __all__ = ["JointTraining"]

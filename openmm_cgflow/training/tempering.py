@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -10,24 +9,14 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.networks.weights import kl_increase, relative_ess
 from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.units import thermal_beta
 
 _SHRINK = 0.6  # of a step that would increase the KL too much (the paper's second version)
 _SMALLEST_STEP = 1e-9  # of all that is left
 
-__all__ = ["kl_increase", "log_weights", "next_temperature", "relative_ess", "start_temperature"]
-
-
-def relative_ess(log_weights: Tensor) -> float:
-    """Kish's effective sample size divided by the number of samples, from log weights of shape (n,)."""
-    weights = torch.softmax(log_weights, dim=0)
-    return float(1.0 / (len(weights) * weights.square().sum()))
-
-
-def kl_increase(log_weights: Tensor) -> float:
-    """KL(p_old || p_new) in nats, estimated from log weights of shape (n,) of samples of p_old."""
-    return float(torch.logsumexp(log_weights, 0) - math.log(len(log_weights)) - log_weights.mean())
+__all__ = ["log_weights", "next_temperature", "start_temperature"]
 
 
 def log_weights(energy: Tensor, energy_variance: Tensor, delta_beta: float) -> Tensor:

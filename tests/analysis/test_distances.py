@@ -18,7 +18,7 @@ from openmm_cgflow.analysis.distances import (
     mean_of,
     sampling_floor,
 )
-from openmm_cgflow.training.tempering import relative_ess
+from openmm_cgflow.networks.weights import relative_ess
 
 
 def alanine_like(n_bins=36):

@@ -11,7 +11,8 @@ from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.estimator import ChainParts, comoving_gradients
 from openmm_cgflow.forces.statistics import mean_and_variance
-from openmm_cgflow.networks.response import FastResponse, ResponseFitter
+from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.training.pmf.fits import ResponseFitter
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0

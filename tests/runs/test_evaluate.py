@@ -16,8 +16,8 @@ from openmm_cgflow.analysis.states import peptide_bonds
 from openmm_cgflow.cli import main
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.trajectory import read_colvar
+from openmm_cgflow.networks.weights import relative_ess
 from openmm_cgflow.runs.evaluate import evaluate
-from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
 TRUTH = {"alphaR": 0.40, "beta": 0.32, "PPII": 0.25, "phi > 0": 0.03}

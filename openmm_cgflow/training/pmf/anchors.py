@@ -14,8 +14,9 @@ from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForceEstimator
 from openmm_cgflow.forces.switching import Differences, Switches, slower
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.networks.pmf import PMF, AnchorValues
+from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.training.pmf.fits import AnchorValues
 from openmm_cgflow.training.pmf.paths import low_paths
 
 __all__ = ["Anchors"]

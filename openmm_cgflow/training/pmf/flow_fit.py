@@ -8,7 +8,7 @@ gradient. The noise of both gradients vanishes at the optimum.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,56 +16,19 @@ from torch import Tensor
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.statistics import shortened
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.networks.pmf import PMF
+from openmm_cgflow.networks.pmf import SlowFreeEnergy
+from openmm_cgflow.networks.weights import clipped_softmax, relative_ess
 from openmm_cgflow.training.optimisers import RunningAverage
-from openmm_cgflow.training.tempering import relative_ess
 
-__all__ = ["FlowFitter", "WeightedSamples", "clipped_softmax", "weighted_samples"]
+__all__ = ["FlowFitter"]
 
 _FROM_SAME = 0.7  # fraction of the updates whose proposals have the gamma that is trained
-_LARGEST_WEIGHT = 30.0  # over the mean weight
 _LARGEST_NORM = 10.0  # of the gradient
 _AVERAGING = 0.98  # of the running average of the flow, per update
 _FIRST_REACH, _SMALLEST_REACH = 0.02, 0.001  # gamma that the training starts with, and where it may fall to
 _RISE = 1.15  # of the reach in an update, or its inverse
 _ENOUGH, _TOO_FEW = 0.3, 0.1  # relative effective sample sizes of a batch at which the reach rises or falls
 _LARGEST_FORCE = 5.0  # over the batch's median
-
-
-class WeightedSamples(NamedTuple):
-    """Samples of the flow with what the PMF says of them.
-
-    Attributes:
-        z: Shape (n, n_features).
-        log_q: log q(z | gamma), shape (n,).
-        energy: Phi(z) - log J(z) of the ensemble's mean, shape (n,); infinite outside the coordinates' range.
-        members: The same of every member, shape (n_members, n).
-    """
-
-    z: Tensor
-    log_q: Tensor
-    energy: Tensor
-    members: Tensor
-
-    @property
-    def log_weights(self) -> Tensor:
-        """Of the target against the flow, unnormalised, shape (n,) (paper eq. 18, at the coarse-grained level)."""
-        return -self.energy - self.log_q
-
-    @property
-    def ess(self) -> float:
-        """Relative effective sample size."""
-        return relative_ess(self.log_weights)
-
-
-@torch.no_grad()
-def weighted_samples(
-    flow: CGFlow, pmf: PMF, coordinates: Coordinates, n: int, generator: torch.Generator, gamma: float = 1.0
-) -> WeightedSamples:
-    """Draws n samples of the flow and weighs them."""
-    z, log_q = flow.sample(n, generator, gamma)
-    members = pmf.each(z) - coordinates.log_volume(z)
-    return WeightedSamples(z, log_q, members.mean(0), members)
 
 
 class FlowFitter:
@@ -92,7 +55,7 @@ class FlowFitter:
 
     def update(
         self,
-        pmf: PMF,
+        pmf: SlowFreeEnergy,
         generator: torch.Generator,
         scale: float = 1.0,
         at_one: float = 0.6,
@@ -181,12 +144,3 @@ class FlowFitter:
         self.networks.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.reach = state["reach"]
-
-
-def clipped_softmax(log_weights: Tensor) -> Tensor:
-    """Weights of sum one, cut at ``_LARGEST_WEIGHT`` times their mean and then brought back to that sum.
-
-    A few large ones lose most of what they have over the others; a single one that has nearly all keeps it.
-    """
-    weights = torch.softmax(log_weights, dim=0).clamp(max=_LARGEST_WEIGHT / len(log_weights))
-    return weights / weights.sum()

@@ -25,10 +25,19 @@ from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.estimator import ChainParts, MeanForceEstimator
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.networks.pmf import PMF, AnchorValues, MeanForceBuffer, PMFFitter, held_out_error, squared_aim
-from openmm_cgflow.networks.response import FastResponse, ResponseFitter
+from openmm_cgflow.networks.pmf import PMF
+from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.networks.weights import WeightedSamples, weighted_samples
 from openmm_cgflow.training.pmf.anchors import Anchors
-from openmm_cgflow.training.pmf.flow_fit import FlowFitter, WeightedSamples, weighted_samples
+from openmm_cgflow.training.pmf.fits import (
+    AnchorValues,
+    MeanForceBuffer,
+    PMFFitter,
+    ResponseFitter,
+    held_out_error,
+    squared_aim,
+)
+from openmm_cgflow.training.pmf.flow_fit import FlowFitter
 
 __all__ = ["PMFTraining", "state_populations"]
 

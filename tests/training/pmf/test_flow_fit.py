@@ -12,10 +12,10 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.networks.weights import WeightedSamples, relative_ess, weighted_samples
 from openmm_cgflow.paper.box import BoxCoordinates
-from openmm_cgflow.training.pmf.flow_fit import FlowFitter, WeightedSamples, weighted_samples
+from openmm_cgflow.training.pmf.flow_fit import FlowFitter
 from openmm_cgflow.training.reverse_kl import ReverseKL
-from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
 BOUND = 5.0

@@ -26,9 +26,10 @@ from openmm_cgflow.forces.statistics import mean_and_variance
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.networks.weights import WeightedSamples, weighted_samples
 from openmm_cgflow.training.pmf import flow_fit as distillation
 from openmm_cgflow.training.pmf import method as pmf_training
-from openmm_cgflow.training.pmf.flow_fit import FlowFitter, WeightedSamples, weighted_samples
+from openmm_cgflow.training.pmf.flow_fit import FlowFitter
 from openmm_cgflow.training.pmf.method import PMFTraining, state_populations
 from openmm_cgflow.units import thermal_beta
 

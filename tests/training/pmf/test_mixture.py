@@ -11,12 +11,11 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.networks.weights import relative_ess, weighted_samples
 from openmm_cgflow.paper.box import BoxCoordinates, BoxFeatures
 from openmm_cgflow.paper.targets import GaussianMixture
 from openmm_cgflow.training.pmf import method as pmf_training
-from openmm_cgflow.training.pmf.flow_fit import weighted_samples
 from openmm_cgflow.training.pmf.method import PMFTraining
-from openmm_cgflow.training.tempering import relative_ess
 from openmm_cgflow.units import thermal_beta
 
 HALF_EDGE = 2.0
