@@ -19,7 +19,7 @@ from md import exit_code
 import openmm_cgflow as cgf
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
-from openmm_cgflow.forces.estimator import comoving_gradients, frame_gradients
+from openmm_cgflow.forces.gradients import comoving_gradients, frame_gradients
 from openmm_cgflow.units import thermal_beta
 
 

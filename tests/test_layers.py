@@ -96,12 +96,10 @@ KNOWN: dict[str, set[str]] = {
     },
     "modules_are_short": {
         "cli",
-        "engines.lattice",
         "model.cg_model",
         "molecule.readers",
         "paper.exact",
         "settings",
-        "training.joint",
         "training.pmf.method",
     },
     "tables": {"model.density"},

@@ -9,21 +9,22 @@ from typing import Self
 import numpy as np
 import openmm
 
-from openmm_cgflow.engines.batch import BatchEvaluator
 from openmm_cgflow.engines.context import ReplicaContext, clear, is_divergence, state_arrays
 from openmm_cgflow.engines.copies import Lattice, plan_lattice
 from openmm_cgflow.engines.engine import Dynamics, Evaluator, Frames, Schedule
 from openmm_cgflow.engines.frozen import FrozenMolecule
 from openmm_cgflow.engines.platforms import PlatformChoice, fastest_platform, platform_choice
 from openmm_cgflow.engines.workers import ContextsEngine, check_structures, number_of_workers
+from openmm_cgflow.molecule.python_forces import BatchedEnergy
 from openmm_cgflow.seeds import derive_seed
 
-__all__ = ["LatticeBuilder", "LatticeEngine"]
+__all__ = ["BatchEvaluator", "LatticeBuilder", "LatticeEngine"]
 
 logger = logging.getLogger(__name__)
 
 # Where one replica in a thousand diverges, two rounds of three of a thousand copies have one that does.
 _MAX_ATTEMPTS = 8
+_CHUNK = 1024  # structures of one call of a batched energy; more would only take more memory
 
 
 class LatticeEngine:
@@ -203,6 +204,40 @@ def _last_positions(context: ReplicaContext, giant: np.ndarray) -> np.ndarray:
         return context.positions()
     except openmm.OpenMMException:
         return np.full(giant.shape, np.nan)
+
+
+class BatchEvaluator:
+    """Energies and forces of many structures, those of batched energies in one call: an :class:`Evaluator`.
+
+    Arguments:
+        energies: Their sum counts.
+        rest: Evaluates all other forces, structure by structure; None where there are none.
+    """
+
+    def __init__(self, energies: Sequence[BatchedEnergy], rest: Evaluator | None) -> None:
+        self._energies, self._rest = energies, rest
+        self.n_energy_evaluations = 0
+        self.description = "one call for all" + (f", other forces by {rest.description}" if rest else "")
+
+    def evaluate(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Energies and forces; see ``Engine.evaluate``."""
+        if self._rest is None:
+            energy, forces = np.zeros(len(xyz)), np.zeros(xyz.shape)
+        else:
+            energy, forces = self._rest.evaluate(xyz)
+        for batched in self._energies:
+            for first in range(0, len(xyz), _CHUNK):
+                part = slice(first, first + _CHUNK)
+                more_energy, more_forces = batched.evaluate(xyz[part])
+                energy[part] += more_energy
+                forces[part] += more_forces
+        self.n_energy_evaluations += len(xyz)
+        return energy, forces
+
+    def close(self) -> None:
+        """Closes the evaluator of the other forces."""
+        if self._rest is not None:
+            self._rest.close()
 
 
 class LatticeBuilder:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from openmm_cgflow.coordinates.all_atom import AllAtomMap
-from openmm_cgflow.engines.engine import Evaluator, Frames, Schedule
+from openmm_cgflow.engines.engine import Evaluator, Schedule
 from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.forces.gradients import comoving_gradients, frame_gradients
 from openmm_cgflow.forces.statistics import LARGEST_SPREAD, mean_and_variance, part_means
 from openmm_cgflow.forces.switching import switch
 from openmm_cgflow.seeds import derive_seed
@@ -29,8 +29,6 @@ __all__ = [
     "MeanForce",
     "MeanForceEstimator",
     "MolecularMeanForce",
-    "comoving_gradients",
-    "frame_gradients",
 ]
 
 _LARGEST_DRIFT = 4.0  # standard errors, of the energy within chains
@@ -134,44 +132,6 @@ class EvaluationCounter:
     @total.setter
     def total(self, total: int) -> None:
         self._earlier = total - self._engine.n_energy_evaluations
-
-
-def frame_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames[Tensor], beta: float, estimator: str) -> Tensor:
-    """d(beta U)/dz of every frame, shape (B, n_frames, n_features).
-
-    ``comoving`` holds the fast atoms' internal coordinates and contracts the forces on all atoms; ``cartesian``, the
-    paper's, holds their positions and contracts the forces on the slow atoms alone. Both average to the mean force.
-    """
-    if estimator == "comoving":
-        return comoving_gradients(all_atom, z, frames, beta)[0]
-    repeated = _repeated(z, frames)
-    built = all_atom.coordinates.to_xyz(repeated)
-    (gradient,) = torch.autograd.grad(built, repeated, _reduced(frames, beta)[..., list(all_atom.slow), :])
-    return torch.where(frames.valid[:, None, None], gradient, 0.0)
-
-
-def comoving_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames[Tensor], beta: float) -> tuple[Tensor, Tensor]:
-    """d(beta U)/dz and the force balance of the fast coordinates y, beta dU/dy - d ln J/dy, of every frame.
-
-    J is the volume element of y. At every z, the balance averages to zero over the fast atoms.
-
-    Returns:
-        Shapes (B, n_frames, n_features) and (B, n_frames, 3 n_fast).
-    """
-    repeated, y = _repeated(z, frames), all_atom.read_fast(frames.xyz).requires_grad_()
-    slow, fast = torch.autograd.grad(all_atom.build(repeated, y), (repeated, y), _reduced(frames, beta))
-    (volume,) = torch.autograd.grad(all_atom.log_volume_fast(y).sum(), y)
-    valid = frames.valid[:, None, None]
-    return torch.where(valid, slow, 0.0), torch.where(valid, (fast - volume).flatten(2), 0.0)
-
-
-def _repeated(z: Tensor, frames: Frames[Tensor]) -> Tensor:
-    return z.detach()[:, None].expand(-1, frames.energy.shape[1], -1).clone().requires_grad_()
-
-
-def _reduced(frames: Frames[Tensor], beta: float) -> Tensor:
-    """d(beta U)/dx. Invalid replicas hold zeros that rebuild to nan: masked before anything is multiplied."""
-    return torch.where(frames.valid[:, None, None, None], -beta * frames.forces, 0.0)
 
 
 class MolecularMeanForce:

@@ -18,8 +18,9 @@ from analytic import (
 )
 
 from openmm_cgflow.engines.engine import Frames, Schedule
-from openmm_cgflow.forces.estimator import MolecularMeanForce, frame_gradients
+from openmm_cgflow.forces.estimator import MolecularMeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.forces.gradients import frame_gradients
 from openmm_cgflow.forces.statistics import mean_and_variance
 from openmm_cgflow.units import thermal_beta
 

@@ -9,8 +9,8 @@ from openmm import unit
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
-from openmm_cgflow.forces.estimator import frame_gradients
 from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.forces.gradients import frame_gradients
 from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.units import thermal_beta
 
