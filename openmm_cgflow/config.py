@@ -235,8 +235,6 @@ def _explain(problem: Any) -> tuple[str, str]:
     elif message.startswith("Input should be "):
         unit = f" {setting.unit}" if setting and setting.unit else ""
         message = f"{got} {message.removeprefix('Input should be ')}{unit}"
-    elif problem["type"] == "string_pattern_mismatch":
-        message = f"{got} text such as {setting.example if setting else ''}"
     return name, f"{name}: {message}{'' if message.endswith(')') else about}"
 
 

@@ -185,7 +185,7 @@ def _type_of_one(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {len(arguments)} {_type(arguments[0])}s"
     if origin is dict:
-        return f"mapping of names to {_type(arguments[1])}"
+        return f"mapping of names to {_type(arguments[1])}s"
     return _TYPES.get(annotation, str(annotation))
 
 

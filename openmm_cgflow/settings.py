@@ -183,7 +183,7 @@ class CoordinatesSettings(Section):
 
     keep: each stays as in the input structure; sample: they are slow torsions, and the hydrogens on their nitrogens
     are slow as well."""
-    bound: float = Field(6.0, gt=1.0)
+    bound: float = Field(6.0, gt=1)
     """Half-width of the intervals of bond lengths and angles, in thermal widths of each.
 
     The model ends there. For the joint density of a target it is half of the box, in thermal widths of the
@@ -270,7 +270,7 @@ class ChainSettings(Section):
     platform: Shown[str | None] = Field(None, examples=["CUDA"])
     """OpenMM platform, such as CUDA or CPU; left out, the fastest in a short probe.
 
-    Left out, the environment variable OPENMM_DEFAULT_PLATFORM comes before the probe."""
+    The environment variable OPENMM_DEFAULT_PLATFORM comes before the probe."""
     precision: Literal["single", "mixed", "double"] = "mixed"
     """Arithmetic precision of the OpenMM platform, where it has a choice, as GPU platforms do."""
     engine: Literal["auto", "contexts", "lattice"] = "auto"

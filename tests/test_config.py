@@ -106,7 +106,7 @@ def test_units_reach_the_settings():
         (_with(stopping={"free_energy_error": "0.1 kJ/mol"}), ["stopping.free_energy_error", "quantity in kT"]),
         (
             {"system": {"structure": "m.pdb", "potential": {"python": "a"}}},
-            ["got 'a', expected text such as my_module:"],
+            ["system.potential.python", "written as module:function"],
         ),
         ({"system": {"structure": "m.pdb", "potential": {"pyton": "a:b"}}}, ["system.potential.pyton", "'python'"]),
         ({"system": {"structure": "m.pdb", "forcefield": ["a"], "system_xml": "b"}}, ["exactly one of forcefield"]),
@@ -321,7 +321,7 @@ def test_descriptions_for_the_documentation():
     assert found["tempering.temperatures"].unit == "K"
     assert found["coordinates.reference_atoms"].type == "list of 3 whole numbers"
     assert found["system.structure"].default == ""
-    assert found["system.potential.files"].type == "mapping of names to path"
+    assert found["system.potential.files"].type == "mapping of names to paths"
     assert found["chains"].is_section
     assert found["chains"].summary.startswith("Langevin dynamics")
 
