@@ -4,14 +4,19 @@
     python benchmarks/same_numbers.py compare FOLDER    # after it
 
 The same seed gives the same numbers on one machine with the same versions of torch and OpenMM; elsewhere the last
-digits differ, and chains of molecular dynamics amplify that.
+digits differ, and chains of molecular dynamics amplify that. A record holds the fingerprint of where it was made.
+tests/test_same_numbers.py holds the records in tests/data against the code.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
+import importlib.metadata
+import json
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +26,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import mdtraj  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 from openmm_cgflow import load_config, train  # noqa: E402
 
@@ -82,6 +88,28 @@ def numbers(case: str, folder: Path) -> dict[str, np.ndarray]:
     return columns | {"frames": frames.xyz}
 
 
+def fingerprint() -> dict[str, str]:
+    """What the last digits depend on: the processor with what it can do, and versions."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = " ".join(sorted(facts.get("flags", facts.get("Features", "")).split()))
+    return {
+        "processor": facts.get("model name", platform.processor() or platform.machine()),
+        "flags": hashlib.sha256(flags.encode()).hexdigest()[:12],
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        **{name: importlib.metadata.version(name) for name in ("torch", "openmm", "numpy", "scipy")},
+    }
+
+
+def read_record(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Numbers and fingerprint of a record."""
+    with np.load(path) as archive:
+        columns = dict(archive)
+    return columns, json.loads(str(columns.pop("fingerprint", "{}")))
+
+
 def differences(old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> list[str]:
     """What is not the same to the last bit, a line each; nan is equal to nan."""
     lines = [f"{name}: only in one of the two" for name in sorted(old.keys() ^ new.keys())]
@@ -107,11 +135,10 @@ def main() -> int:
         for case in CASES:
             new, path = numbers(case, Path(temporary)), options.folder / f"{case}.npz"
             if options.what == "record":
-                np.savez_compressed(path, **new)
+                np.savez_compressed(path, fingerprint=np.array(json.dumps(fingerprint())), **new)
                 print(f"{case}: {len(new['metrics step'])} steps and {len(new['frames'])} frames recorded in {path}")
                 continue
-            with np.load(path) as archive:
-                found = differences(dict(archive), new)
+            found = differences(read_record(path)[0], new)
             failed += bool(found)
             print("\n  ".join([f"{case}: {'the same' if not found else 'NOT THE SAME'}", *found]))
     return int(failed > 0)
