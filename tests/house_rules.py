@@ -23,7 +23,6 @@ MAY_IMPORT = {
     "settings": "",
     "describe": "",
     "config": "",
-    "template": "config",
     "molecule": "",
     "coordinates": "molecule",
     "engines": "molecule",
@@ -36,7 +35,7 @@ MAY_IMPORT = {
     "paper": "molecule coordinates engines forces networks training model files analysis",
     "runs": "config molecule coordinates engines forces networks training model files analysis paper",
     "openmmml_plugin": "molecule model runs",
-    "cli": "config template molecule files analysis model runs",
+    "cli": "config molecule files analysis model runs",
     "__main__": "cli",
     "__init__": "",
 }
@@ -45,9 +44,7 @@ _NEURAL, _MOLECULAR, _PLOTS = {"torch", "zuko"}, {"openmm", "parmed"}, {"matplot
 _HEAVY = _NEURAL | _MOLECULAR | _PLOTS | {"mdtraj"}
 # What a folder, or one of its modules where it is named as well, must not import itself, also not inside a function.
 DIRECT = {
-    **dict.fromkeys(
-        ["_version", "errors", "seeds", "settings", "describe", "config", "template", "__init__", "__main__"], _HEAVY
-    ),
+    **dict.fromkeys(["_version", "errors", "seeds", "settings", "describe", "config", "__init__", "__main__"], _HEAVY),
     "cli": _HEAVY | {"numpy"},
     "openmmml_plugin": _HEAVY - {"openmm"},
     "units": _HEAVY - {"openmm"},
@@ -69,7 +66,7 @@ DIRECT = {
 }
 # What it must not reach through the package either.
 REACHED = {
-    **dict.fromkeys(["errors", "seeds", "units", "settings", "config", "template", "__init__"], _HEAVY - {"openmm"}),
+    **dict.fromkeys(["errors", "seeds", "units", "settings", "config", "__init__"], _HEAVY - {"openmm"}),
     "molecule": _NEURAL,
     "molecule.bonds": _HEAVY,
     "molecule.potentials": set(),
@@ -87,7 +84,7 @@ REACHED = {
 DOORS = {"units", "molecule.potentials"}
 
 # Where the whole of the settings may be seen: everything below takes its own section.
-WHOLE_CONFIG = {"config", "template", "runs", "cli", "__init__"}
+WHOLE_CONFIG = {"config", "runs", "cli", "__init__"}
 # Where the kind of coordinates, the method, or a synthetic target may be asked for.
 DECIDE = {"runs.build", "settings", "config"}
 _WORDS = {
