@@ -15,13 +15,9 @@ from openmm_cgflow.cli import main
 from openmm_cgflow.config import Config, validate
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.molecule.partition import Partition
-from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.paper import exact
-from openmm_cgflow.paper.box import BoxCoordinates, BoxMap
 from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target, target_system
-from openmm_cgflow.runs.build import build_geometry, load_molecule
-from openmm_cgflow.settings import TargetSettings
+from openmm_cgflow.settings import SystemSettings, TargetSettings
 
 pytestmark = pytest.mark.usefixtures("few_tests")
 
@@ -109,76 +105,6 @@ def test_a_mixture_is_the_same_whatever_the_seed_of_the_run():
     assert not np.array_equal(first.means, other.means)
 
 
-# ---------------------------------------------------------------- coordinates and geometry
-
-
-def test_box_coordinates_end_at_walls():
-    coordinates = BoxCoordinates((0, 2), ("a", "b", "c"), 5.0)
-    z = torch.tensor([[-3.0, 0.1], [2.0, -math.pi]], dtype=torch.float64)
-    xyz = coordinates.to_xyz(z)
-    assert xyz.shape == (2, 2, 3)
-    assert float(xyz[0, 0, 0]) == pytest.approx(-3.0 * 5 / math.pi) and (xyz[..., 1:] == 0).all()
-    torch.testing.assert_close(coordinates.from_xyz(xyz), z)
-    beyond = xyz + torch.tensor([10.0, 0, 0])
-    torch.testing.assert_close(coordinates.from_xyz(beyond), z + 2 * math.pi)
-    flow = CGFlow(coordinates.features, 6.0, 2, 1, 6, [8])
-    assert (flow.log_prob(coordinates.from_xyz(beyond)) == -math.inf).all() and flow.log_prob(z).isfinite().all()
-    torch.testing.assert_close(coordinates.log_volume(z), torch.full((2,), 2 * math.log(5 / math.pi)).double())
-    assert coordinates.n_circular == coordinates.n_features == 2 and coordinates.names == ("x a", "x c")
-
-
-def test_particles_are_put_where_they_belong():
-    all_atom = BoxMap(BoxCoordinates((1, 3), ("a", "b", "c", "d"), 5.0), (0, 2))
-    generator = torch.Generator().manual_seed(0)
-    z = math.pi * (2 * torch.rand((3, 2), generator=generator, dtype=torch.float64) - 1)
-    y = torch.randn((3, 2, 3), generator=generator, dtype=torch.float64)
-    xyz = all_atom.build(z, y)
-    torch.testing.assert_close(xyz[:, [1, 3], 0], z * 5 / math.pi)
-    torch.testing.assert_close(xyz[:, [0, 2]], y)
-    torch.testing.assert_close(all_atom.read_fast(xyz), y)
-    torch.testing.assert_close(all_atom.read_slow(xyz), z)
-    assert all_atom.same_handedness(xyz).all() and (all_atom.log_volume_fast(y) == 0).all()
-
-
-@pytest.mark.parametrize("dimensions", [2, 4])
-def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
-    config = _config({"name": "gaussian_mixture", "dimensions": dimensions}, list(range(dimensions)))
-    system = load_molecule(config)
-    partition = Partition.resolve(system, config.partition.slow)
-    with create_engine(system, partition.slow, config.chains) as engine:
-        geometry = build_geometry(config, system, partition, engine.evaluate)
-    expected = torch.full((dimensions, 3), 0.1, dtype=torch.float64)
-    torch.testing.assert_close(geometry.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
-    torch.testing.assert_close(geometry.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
-    again = build_geometry(config, system, partition, saved=geometry.saved_arrays())
-    torch.testing.assert_close(again.fast_widths(UNIT), geometry.fast_widths(UNIT))
-    y = geometry.draw_fast(torch.zeros(4000, dimensions), 4 * UNIT, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(y.std(0), 2 * expected, rtol=0.1, atol=0)
-
-
-def test_widths_where_the_start_is_the_top_of_a_barrier():
-    """x1 of the double well: a quartic that holds far more than its curvature says."""
-    config = _config("double_well", [1])
-    system = load_molecule(config)
-    partition = Partition.resolve(system, config.partition.slow)
-    with create_engine(system, partition.slow, config.chains) as engine:
-        geometry = build_geometry(config, system, partition, engine.evaluate)
-    for beta in (1.0, 0.01):
-        exact = math.sqrt(6 + math.sqrt(36 + 2 / beta))  # where x^4/4 - 3 x^2 is half of kT
-        assert float(geometry.fast_widths(UNIT / beta)[0, 0]) == pytest.approx(exact, rel=0.06)
-
-
-def _config(target, slow, **sections):
-    return Config(
-        system={"target": target},
-        temperature=UNIT,
-        partition={"slow": slow},
-        coordinates={"kind": "box", "half_edge": 6},
-        chains={"platform": "Reference", "n_workers": 1},
-        **sections,
-    )
-
-
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
@@ -264,6 +190,5 @@ def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys, 
 
 
 def test_a_target_is_no_file():
-    config = _config("double_well", [1])
     with pytest.raises(CGFlowError, match="target_system builds it"):
-        MolecularSystem.from_files(config.system)
+        MolecularSystem.from_files(SystemSettings(target="double_well"))
