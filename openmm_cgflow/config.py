@@ -82,9 +82,9 @@ class Config(Section):
         if self.training.method == "pmf" and self.chains.n_frames < 2:
             raise ValueError("chains.n_frames: training.method pmf needs at least 2, their spread is the noise")
         if self.training.method == "joint" and self.joint.map == "linear" and self.coordinates.kind != "box":
-            raise ValueError("joint.map: linear goes with coordinates.kind box, that is with a system.target")
+            raise ValueError("joint.map linear goes with coordinates.kind box, that is with a system.target")
         if self.system is not None and (self.system.target is not None) != (self.coordinates.kind == "box"):
-            raise ValueError("coordinates.kind: box goes with system.target, and the other way round")
+            raise ValueError("coordinates.kind box goes with system.target, and the other way round")
         return self
 
 
