@@ -28,7 +28,7 @@ _HOME = {
     "ReplicaError": "errors",
     "Samples": "model.sampling",
     "evaluate": "runs.evaluate",
-    "evaluate_exactly": "paper.exact",
+    "evaluate_exactly": "runs.exact",
     "load": "runs.train",
     "load_config": "config",
     "train": "runs.train",

@@ -17,7 +17,6 @@ from openmm_cgflow.errors import CGFlowError
 
 if TYPE_CHECKING:
     from openmm_cgflow.config import Config
-    from openmm_cgflow.molecule.system import MolecularSystem
 
 __all__ = ["main"]
 
@@ -50,68 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    import yaml
-
-    from openmm_cgflow.config import load_config, template, validate
-    from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
-    from openmm_cgflow.files.atomic import atomic_write, writing
-    from openmm_cgflow.molecule.bonds import bond_graph
-    from openmm_cgflow.molecule.partition import Partition
-    from openmm_cgflow.molecule.system import MolecularSystem
-    from openmm_cgflow.units import parse_quantity
-
-    output: Path = options.output
-    if output.exists() and not options.overwrite:
-        raise CGFlowError(f"{output}: exists already; choose another name, or give --overwrite")
-    try:
-        temperature = parse_quantity(options.temperature, "K")
-    except ValueError as error:
-        raise CGFlowError(f"--temperature: {error}") from None
-    folder = output.resolve().parent
-
-    def beside(path: str) -> str:
-        # A force field's name stays a name for OpenMM to find unless it is a file here.
-        return os.path.relpath(Path(path).resolve(), folder) if Path(path).is_file() else path
+    from openmm_cgflow.runs.start import new_configuration
 
     names = ("structure", "forcefield", "topology", "parameters", "system_xml", "implicit_solvent", "include_dir")
-    given = {name: getattr(options, name) for name in names}
-    given = {name: value for name, value in given.items() if value not in (None, [])}
-    here = validate({"system": given, "temperature": temperature}, source="options")
-    assert here.system is not None
-    molecular_system = MolecularSystem.from_files(here.system)
-    slow = options.slow or _preset(molecular_system)
-    partition = Partition.resolve(molecular_system, slow)
-    slow_zmatrix(bond_graph(molecular_system.n_atoms, molecular_system.bonds), partition.slow)
-    written = {
-        name: [beside(item) for item in value] if isinstance(value, list) else beside(value)
-        for name, value in given.items()
-    }
-    if "include_dir" in written:
-        written["include_dir"] = os.path.relpath(Path(options.include_dir).resolve(), folder)
-    command = shlex.join([_PROGRAM, "init", *options.words])
-    chosen = {"system": written, "temperature": temperature, "partition": {"slow": slow}}
-    text = template(chosen, command)
-    validate(yaml.safe_load(text), source=str(output))
-    with writing(output):
-        folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(output, text)
-    load_config(output)
+    molecular_system, partition = new_configuration(
+        options.output,
+        {name: getattr(options, name) for name in names if getattr(options, name)},
+        temperature=options.temperature,
+        slow=options.slow,
+        overwrite=options.overwrite,
+        command=shlex.join([_PROGRAM, "init", *options.words]),
+    )
     for note in molecular_system.notes:
         print(f"note: {note}")
     print(partition.describe(molecular_system))
-    print(f"wrote {output}. Next:\n  {_PROGRAM} check {_quoted(output)}")
-    print(f"  {_PROGRAM} train {_quoted(output)} -o {_quoted(Path('runs') / output.stem)}")
+    print(f"wrote {options.output}. Next:\n  {_PROGRAM} check {_quoted(options.output)}")
+    print(f"  {_PROGRAM} train {_quoted(options.output)} -o {_quoted(Path('runs') / options.output.stem)}")
     return 0
-
-
-def _preset(molecular_system: MolecularSystem) -> str:
-    from openmm_cgflow.molecule.partition import Partition
-
-    try:
-        Partition.resolve(molecular_system, "backbone")
-    except CGFlowError:
-        return "heavy"
-    return "backbone"
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -174,24 +128,13 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from openmm_cgflow.analysis.report import format_table
-    from openmm_cgflow.config import load_config
     from openmm_cgflow.files.run_directory import RunDirectory
     from openmm_cgflow.runs.evaluate import evaluate
 
     run = RunDirectory.open(options.run_directory)
     output = run.evaluation if options.output is None else options.output
-    system = load_config(run.config).system
-    if system is not None and system.target is not None:
-        if options.reference or options.topology or options.weights or options.residue:
-            raise CGFlowError("a synthetic target is compared with its exact answers: leave out the reference")
-        from openmm_cgflow.paper.exact import evaluate_exactly  # with torch, which other evaluations do without
-
-        print(evaluate_exactly(run.path, options.samples, output).table())
-        print(f"\nwrote {output}: evaluation.json and evaluation.txt")
-        return 0
     evaluation = evaluate(
-        options.run_directory,
+        run.path,
         options.reference,
         topology=options.topology,
         weights=options.weights,
@@ -200,8 +143,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         residue=options.residue,
         seed=options.seed,
     )
-    print(format_table(evaluation))
-    print(f"\nwrote {output}: evaluation.json, evaluation.txt, histograms.npz and plots")
+    print(f"{evaluation.table()}\n\nwrote {output}: evaluation.json, evaluation.txt and what goes with them")
     return 0
 
 
@@ -237,39 +179,12 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from openmm_cgflow.files.metrics import read_rows
     from openmm_cgflow.files.run_directory import RunDirectory
+    from openmm_cgflow.runs.summary import summarise
 
     run = RunDirectory.open(options.run_directory)
-    record = run.read_provenance()
-    print(f"{run.path}: {record.get('status', 'not started')}")
-    for key, label in (
-        ("started", "last started"),
-        ("ended", "last ended"),
-        ("wall_time_s", "wall time (s)"),
-        ("seed", "seed"),
-        ("engine", "engine"),
-        ("energy_evaluations", "energy evaluations"),
-        ("ended_by", "training ended by"),
-    ):
-        if record.get(key) not in (None, ""):
-            print(f"{label}: {record[key]}")
-    if record.get("unmet"):
-        print("not met: " + "; ".join(record["unmet"]))
-    if "versions" in record:
-        print("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
-    rows = read_rows(run.metrics)
-    if rows:
-        known = {name: value for name, value in rows[-1].items() if value == value}  # nan: no such value
-        print("last step: " + ", ".join(f"{name} {value:.6g}" for name, value in known.items()))
-    models = run.stages()
-    temperatures = record.get("temperatures_K", [])
-    for stage, path in models.items():
-        print(f"stage {stage}: " + (f"{temperatures[stage]:.1f} K, " if stage < len(temperatures) else "") + path.name)
-    present = [path for path in (run.samples, run.colvar, *sorted(run.plots.glob("*.png"))) if path.exists()]
-    for path in present:
-        print(path)
-    if models:
+    print("\n".join(summarise(run)))
+    if run.stages():
         print(f"sample it with:\n  {_PROGRAM} sample {_quoted(run.path)} -n 10000 -o samples.dcd")
         if run.samples.exists():
             print(f"compare it with a reference:\n  {_PROGRAM} evaluate {_quoted(run.path)} --reference FILE")

@@ -65,6 +65,11 @@ class Config(Section):
     tempering: TemperingSettings = TemperingSettings()
     samples: Free[SampleSettings] = SampleSettings()
 
+    @property
+    def has_exact_answers(self) -> bool:
+        """Whether what is simulated is a synthetic target instead of a molecule."""
+        return self.system is not None and self.system.target is not None
+
     @model_validator(mode="before")
     @classmethod
     def _old_names(cls, value: Any) -> Any:
@@ -83,7 +88,7 @@ class Config(Section):
             raise ValueError("chains.n_frames: training.method pmf needs at least 2, their spread is the noise")
         if self.training.method == "joint" and self.joint.map == "linear" and self.coordinates.kind != "box":
             raise ValueError("joint.map linear goes with coordinates.kind box, that is with a system.target")
-        if self.system is not None and (self.system.target is not None) != (self.coordinates.kind == "box"):
+        if self.system is not None and self.has_exact_answers != (self.coordinates.kind == "box"):
             raise ValueError("coordinates.kind box goes with system.target, and the other way round")
         return self
 

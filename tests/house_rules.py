@@ -80,8 +80,8 @@ REACHED = {
     "runs.evaluate": _NEURAL,
 }
 # `units` is the door for openmm.unit and leads nowhere else; `potentials` is the one to torch for configurations that
-# ask for it.
-DOORS = {"units", "molecule.potentials"}
+# ask for it, `runs.exact` the one for evaluations of synthetic targets.
+DOORS = {"units", "molecule.potentials", "runs.exact"}
 
 # Where the whole of the settings may be seen: everything below takes its own section.
 WHOLE_CONFIG = {"config", "runs", "cli", "__init__"}

@@ -42,12 +42,9 @@ PACKAGE = read(Path(__file__).resolve().parent.parent)
 KNOWN: dict[str, set[str]] = {
     "down_only": {
         "analysis.states imports coordinates",
-        "cli imports coordinates",
-        "cli imports paper",
         "model.cg_model imports config",
         "model.force imports files",
         "molecule.system imports config",
-        "paper.exact imports runs",
         "training.joint imports config",
         "training.ladder imports config",
         "training.pmf.anchors imports config",
@@ -56,9 +53,6 @@ KNOWN: dict[str, set[str]] = {
     },
     "no_cycle_of_modules": {
         "model.cg_model model.sampling",
-    },
-    "no_cycle_of_folders": {
-        "paper runs",
     },
     "whole_config_at_the_top": {
         "model.cg_model",
@@ -69,15 +63,9 @@ KNOWN: dict[str, set[str]] = {
         "training.pmf.method",
         "training.reverse_kl",
     },
-    "paper_from_runs_alone": {
-        "cli",
-    },
     "decisions_in_one_place": {
-        "cli: target is None",
         "molecule.system: target is None",
-        "paper.exact: target is None",
         "runs.estimate: method compared",
-        "runs.evaluate: target is None",
         "runs.loop: method compared",
     },
     "kinds_of_density_in_one_file": {

@@ -18,7 +18,7 @@ from openmm_cgflow.analysis.comparison import Density, Size, State
 from openmm_cgflow.analysis.distances import Distances
 from openmm_cgflow.files.atomic import atomic_path, atomic_write, writing
 
-__all__ = ["Evaluation", "format_table", "write_evaluation"]
+__all__ = ["Evaluation", "write_evaluation"]
 
 _DISTANCES = tuple(field.name for field in dataclasses.fields(Distances))
 _UNITS = {
@@ -65,6 +65,11 @@ class Evaluation:
         found = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {**found, "units": dict(_UNITS)}
 
+    def table(self) -> str:
+        """The evaluation as text."""
+        blocks = [_heading(self), _distances(self), _basins(self), _sizes(self), _states(self)]
+        return "\n\n".join(block for block in blocks if block)
+
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
@@ -87,7 +92,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write(folder / "evaluation.json", text + "\n")
-    atomic_write(folder / "evaluation.txt", format_table(evaluation) + "\n")
+    atomic_write(folder / "evaluation.txt", evaluation.table() + "\n")
     compared: dict[str, Density | Size] = {**evaluation.maps, **evaluation.torsions, **evaluation.sizes}
     arrays: dict[str, Any] = {
         f"{name}/{key}": array for name, found in compared.items() for key, array in found.probabilities.items()
@@ -105,18 +110,6 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         plots.save(plots.compared_histograms(panels, "degrees"), folder / "torsions.png")
     panels = {name: (size.edges_nm, size.probabilities) for name, size in evaluation.sizes.items()}
     plots.save(plots.compared_histograms(panels, "nm"), folder / "rg_rmsd.png")
-
-
-def format_table(evaluation: Evaluation) -> str:
-    """The evaluation as text."""
-    blocks = [
-        _heading(evaluation),
-        _distances(evaluation),
-        _basins(evaluation),
-        _sizes(evaluation),
-        _states(evaluation),
-    ]
-    return "\n\n".join(block for block in blocks if block)
 
 
 def _heading(evaluation: Evaluation) -> str:

@@ -1,13 +1,11 @@
-"""``openmm-cgflow evaluate`` for the synthetic targets: the samples and the model itself against exact answers."""
+"""The synthetic targets' exact answers, and the samples and the models of a run held against them."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,21 +14,15 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from openmm_cgflow.analysis.distances import compare
-from openmm_cgflow.analysis.reference import load_structure
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.files.atomic import atomic_write, writing
-from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.networks.weights import relative_ess
 from openmm_cgflow.paper.linear_map import along_x
-from openmm_cgflow.paper.targets import Target, new_target
-from openmm_cgflow.runs.evaluate import read_samples
-from openmm_cgflow.runs.train import load
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.paper.targets import Target
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["ExactEvaluation", "Mode", "evaluate_exactly"]
+__all__ = ["ExactEvaluation", "Mode", "compare_exactly"]
 
 _N_DRAWS = 100_000
 _N_MARGINAL = 1_000_000  # draws for histograms, over all slow coordinates; those of single ones on so many bins:
@@ -85,7 +77,7 @@ class Level:
 
 @dataclass(frozen=True)
 class ExactEvaluation:
-    """What :func:`evaluate_exactly` found.
+    """What :func:`openmm_cgflow.evaluate_exactly` found.
 
     Attributes:
         run: The run directory.
@@ -144,52 +136,46 @@ class ExactEvaluation:
         return "\n".join([*lines, *self.learned_map])
 
 
-def evaluate_exactly(
-    run_directory: str | Path, samples: str | Path | None = None, output: str | Path | None = None
+def compare_exactly(
+    target: Target,
+    models: Sequence[CGModel],
+    x: np.ndarray,
+    log_weight: np.ndarray | None,
+    rng: np.random.Generator,
+    *,
+    run: str,
+    file: str,
+    energy_evaluations: int,
 ) -> ExactEvaluation:
-    """Compares the samples and the model of a run on a synthetic target with the exact answers.
+    """Compares samples, and the models of a run on a target, with the exact answers.
 
     Arguments:
-        run_directory: What :func:`openmm_cgflow.train` wrote for a ``system.target``.
-        samples: Trajectory of the samples; the run's by default.
-        output: Folder for ``evaluation.json`` and ``evaluation.txt``; ``evaluation`` in the run directory by default.
+        target: The target.
+        models: Of all stages of the run, the last one being what the samples are of.
+        x: Samples of (z, y), nm, shape (n_frames, n_slow + n_fast).
+        log_weight: Logarithms of their importance weights up to a constant, shape (n_frames,), if they have any.
+        rng: For exact samples.
+        run: The run directory, for the record, as the next two are.
+        file: The samples' file.
+        energy_evaluations: Of the run.
 
     Raises:
-        CGFlowError: If a file is missing or cannot be read, the run is not on a synthetic target, or the target has
-            no density in the model's box.
+        CGFlowError: If the target has no density in a model's box.
     """
-    run = RunDirectory.open(run_directory)
-    model = load(run.path)
-    config = model.config
-    record = run.read_provenance()
-    if config.system is None or config.system.target is None:
-        raise CGFlowError(f"{run.path}: not a run on a synthetic target; evaluate compares it with a reference")
-    if "energy_evaluations" not in record:
-        raise CGFlowError(f"{run.provenance}: missing, or without the number of energy evaluations; restore it")
-    target = new_target(config.system.target)
-    rng = np.random.default_rng(derive_seed(config.seed, 8))
-    path = run.samples if samples is None else Path(samples)
-    frames, log_weight = read_samples(run, path, load_structure(run.topology))
-    x = frames.xyz[..., 0].astype(float)
+    model = models[-1]
     slow, beta = x[:, : target.n_slow], thermal_beta(model.temperature)
     weights = None if log_weight is None else np.exp(log_weight - log_weight.max())
-    levels = {f"{one.beta:.4g}": _level(target, one, rng) for one in _densities(run, model, target)}
-    found = ExactEvaluation(
-        str(run.path),
-        {"file": str(path), "n_frames": len(x)},
+    levels = {f"{one.beta:.4g}": _level(target, one, rng) for one in _densities(models, target)}
+    return ExactEvaluation(
+        run,
+        {"file": file, "n_frames": len(x)},
         _modes(target, slow, np.ones(len(slow)), beta, rng),
         {} if weights is None else _modes(target, slow, weights, beta, rng),
         *_joint(target, x, beta, rng),
         levels,
         model.describe_map(),
-        int(record["energy_evaluations"]),
+        energy_evaluations,
     )
-    folder = run.evaluation if output is None else Path(output)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "evaluation.json", json.dumps(found.to_dict(), indent=2) + "\n")
-    atomic_write(folder / "evaluation.txt", found.table() + "\n")
-    return found
 
 
 @dataclass(frozen=True)
@@ -209,14 +195,14 @@ class _Density:
     log_target: Callable[[np.ndarray], np.ndarray] | None
 
 
-def _densities(run: RunDirectory, model: CGModel, target: Target) -> list[_Density]:
+def _densities(models: Sequence[CGModel], target: Target) -> list[_Density]:
     """From hot to the target: stages of a ladder, or gammas of one model.
 
     With a potential of mean force the model at gamma has exp(-gamma beta A): the target's density at gamma beta, where
     the entropy of the fast coordinates does not depend on the slow ones, as in these systems.
     """
+    model = models[-1]
     if model.pmf is None and model.joint is None:
-        models = [load(run.path, stage) for stage in range(model.stage + 1)]
         return [_slow_density(one, thermal_beta(one.temperature), 1.0) for one in models]
     beta, gammas = thermal_beta(model.temperature), (*_FRACTIONS, 1.0)
     if model.joint is not None:

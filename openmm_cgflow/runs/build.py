@@ -9,10 +9,10 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.paper.box import BoxGeometry
-from openmm_cgflow.paper.targets import new_target, target_system
+from openmm_cgflow.paper.targets import Target, new_target, target_system
 from openmm_cgflow.training.tempering import start_temperature
 
-__all__ = ["build_geometry", "choose_partition", "hottest_temperature", "load_molecule"]
+__all__ = ["build_geometry", "choose_partition", "exact_target", "hottest_temperature", "load_molecule"]
 
 
 def load_molecule(config: Config) -> MolecularSystem:
@@ -23,9 +23,15 @@ def load_molecule(config: Config) -> MolecularSystem:
     """
     if config.system is None:
         raise CGFlowError("the configuration has no system section, and no molecular_system was given")
-    if config.system.target is not None:
-        return target_system(new_target(config.system.target))
-    return MolecularSystem.from_files(config.system)
+    target = exact_target(config)
+    return target_system(target) if target is not None else MolecularSystem.from_files(config.system)
+
+
+def exact_target(config: Config) -> Target | None:
+    """The synthetic system that ``system.target`` names; None for a molecule."""
+    if config.system is None or config.system.target is None:
+        return None
+    return new_target(config.system.target)
 
 
 def choose_partition(config: Config, molecular_system: MolecularSystem) -> Partition:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mdtraj
 import numpy as np
 
 from openmm_cgflow.analysis.basins import compare_basins
@@ -16,17 +14,20 @@ from openmm_cgflow.analysis.observables import measure, residues_with_maps
 from openmm_cgflow.analysis.reference import (
     GridReference,
     TrajectoryReference,
-    load_frames,
     load_reference,
     load_structure,
 )
 from openmm_cgflow.analysis.report import Evaluation, write_evaluation
+from openmm_cgflow.analysis.samples import read_samples
 from openmm_cgflow.config import load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.files.trajectory import colvar_constants, read_colvar
+from openmm_cgflow.files.trajectory import colvar_constants
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
+
+if TYPE_CHECKING:
+    from openmm_cgflow.paper.exact import ExactEvaluation
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -43,8 +44,11 @@ def evaluate(
     output: str | Path | None = None,
     residue: str | None = None,
     seed: int | None = None,
-) -> Evaluation:
+) -> Evaluation | ExactEvaluation:
     """Compares the samples of a run with a reference, and writes tables, arrays and plots.
+
+    A run on a synthetic target needs no reference: it is compared with the exact answers, as
+    :func:`openmm_cgflow.evaluate_exactly` does.
 
     Arguments:
         run_directory: What :func:`openmm_cgflow.train` wrote.
@@ -58,13 +62,16 @@ def evaluate(
         seed: Of bootstrap and noise floors; the configuration's by default.
 
     Raises:
-        CGFlowError: If a file is missing, cannot be read or does not fit the others, or the run is on a synthetic
-            target, which has :func:`openmm_cgflow.evaluate_exactly`.
+        CGFlowError: If a file is missing, cannot be read or does not fit the others.
     """
     run = RunDirectory.open(run_directory)
     config = load_config(run.config)
-    if config.system is not None and config.system.target is not None:
-        raise CGFlowError(f"{run.path}: a run on a synthetic target; evaluate_exactly compares it with what is known")
+    if config.has_exact_answers:
+        if any(given is not None for given in (reference, topology, weights, residue)):
+            raise CGFlowError("a synthetic target is compared with its exact answers: leave out the reference")
+        from openmm_cgflow.runs.exact import evaluate_exactly  # with torch, which other evaluations do without
+
+        return evaluate_exactly(run.path, samples, output, seed=seed)
     structure, slow = load_structure(run.topology), run.read_slow_atoms()
     available = residues_with_maps(structure)
     if residue is not None and residue not in available:
@@ -127,35 +134,6 @@ def _grid(reference: GridReference, residues: list[str]) -> Grid:
     if len(residues) > 1:
         raise CGFlowError(f"{reference.path}: of which residue is this grid? Give --residue, of {', '.join(residues)}")
     return Grid(residues[0], reference)
-
-
-def read_samples(
-    run: RunDirectory, path: Path, structure: mdtraj.Trajectory
-) -> tuple[mdtraj.Trajectory, np.ndarray | None]:
-    """The frames, and the logarithms of their importance weights if the COLVAR table has them.
-
-    Raises:
-        CGFlowError: If a file is missing, cannot be read or does not fit.
-    """
-    if not path.is_file():
-        raise CGFlowError(
-            f"{path}: no such file, so there are no samples to evaluate. Draw some with\n"
-            f"  openmm-cgflow sample {shlex.quote(str(run.path))} -n 10000 -o {shlex.quote(str(path))}"
-        )
-    trajectory = load_frames(path, structure)
-    colvar = path.with_suffix(".colvar")
-    if not colvar.is_file():
-        raise CGFlowError(f"{colvar}: no such file; `openmm-cgflow sample` writes it beside {path.name}, restore it")
-    columns = read_colvar(colvar)
-    n_rows = len(columns["time"]) if "time" in columns else len(next(iter(columns.values()), []))
-    if n_rows != trajectory.n_frames:
-        raise CGFlowError(
-            f"{colvar}: has {n_rows} rows, {path} has {trajectory.n_frames} frames; give files of one sampling"
-        )
-    log_weight = columns.get("log_weight")
-    if log_weight is not None and not (np.isfinite(log_weight.max()) and not np.isnan(log_weight).any()):
-        raise CGFlowError(f"{colvar}: log_weight must be numbers, -inf for no weight, and not all -inf")
-    return trajectory, log_weight
 
 
 def _describe_samples(path: Path, ensembles: dict[str, Ensemble]) -> dict[str, Any]:

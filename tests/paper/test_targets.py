@@ -161,6 +161,7 @@ def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_
             assert level["weighted"] == pytest.approx(level["exact"], abs=0.15)
     if method == "joint":  # nothing is said of temperatures that it was not trained at
         assert min(map(float, found["levels"])) > 0.999 * UNIT / 500
+    assert evaluate(run).to_dict() == found
     (run / "provenance.json").unlink()
     with pytest.raises(CGFlowError, match=r"provenance\.json: missing"):
         evaluate_exactly(run)
@@ -168,8 +169,8 @@ def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_
     samples = model.sample(20, seed=1)
     read = torch.as_tensor(model.read(samples.trajectory.xyz))
     torch.testing.assert_close(read, torch.as_tensor(samples.z), rtol=1e-5, atol=1e-5)
-    with pytest.raises(CGFlowError, match="evaluate_exactly"):
-        evaluate(run)
+    with pytest.raises(CGFlowError, match="exact answers"):
+        evaluate(run, "x.dcd")
     assert main(["evaluate", str(run), "--reference", "x.dcd"]) == 2
     assert "exact answers" in capsys.readouterr().err
 
