@@ -21,13 +21,15 @@ def linear(n_slow=1, n_fast=1, mixing=0.0, learned=True, roughness=0.0, seed=0, 
     if widths is None:
         widths = torch.linspace(0.3, 0.9, n_slow + n_fast).double()
     box = BoxCoordinates(slow, labels, 10.0)
-    thermal_map = LinearMap(box, fast, centre, lambda gamma: widths / math.sqrt(gamma), REACH, mixing, learned)
+    thermal_map = LinearMap(
+        box, fast, centre, lambda beta_ratio: widths / math.sqrt(beta_ratio), REACH, mixing, learned
+    )
     shaken(thermal_map, roughness, seed)
     return thermal_map
 
 
 def internal(all_atom, centre, widths):
-    return InternalThermalMap(all_atom, centre, lambda gamma: widths / math.sqrt(gamma))
+    return InternalThermalMap(all_atom, centre, lambda beta_ratio: widths / math.sqrt(beta_ratio))
 
 
 def shaken(module, roughness, seed=0):
@@ -50,6 +52,6 @@ def joint_flow(thermal_map, n_circular=1, n_bounded=0, n_layers=0, roughness=0.1
     return JointFlow(flow, conditional, thermal_map)
 
 
-def drawn(joint, n, gamma=1.0, seed=3):
+def drawn(joint, n, beta_ratio=1.0, seed=3):
     with torch.no_grad():
-        return joint(joint.draw_base(n, torch.Generator().manual_seed(seed)), gamma)
+        return joint(joint.draw_base(n, torch.Generator().manual_seed(seed)), beta_ratio)

@@ -116,7 +116,7 @@ class Geometry(ABC):
             settings: The ``joint`` section of the configuration.
         """
         return InternalThermalMap(
-            self.all_atom, self.fast_centre(), lambda gamma: self.fast_widths(temperature / gamma)
+            self.all_atom, self.fast_centre(), lambda beta_ratio: self.fast_widths(temperature / beta_ratio)
         )
 
     @abstractmethod

@@ -58,13 +58,13 @@ class FlowPotential(nn.Module):
     harmonic well does. The splines are the identity outside their interval and join with slope one.
     """
 
-    def __init__(self, flow: CGFlow, coordinates: Coordinates, gamma: float) -> None:
+    def __init__(self, flow: CGFlow, coordinates: Coordinates, barrier_scale: float) -> None:
         super().__init__()
-        self.flow, self.coordinates, self.gamma = copy.deepcopy(flow).double(), coordinates, gamma
+        self.flow, self.coordinates, self.barrier_scale = copy.deepcopy(flow).double(), coordinates, barrier_scale
 
     def forward(self, z: Tensor) -> Tensor:
         """Shape (n, n_features) -> (n,)."""
-        base, ladj = self.flow.inverse(z, self.gamma)
+        base, ladj = self.flow.inverse(z, self.barrier_scale)
         normals = base[..., self.flow.n_circular :]
         return self.coordinates.log_volume(z) + 0.5 * normals.square().sum(-1) - ladj
 

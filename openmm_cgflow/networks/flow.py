@@ -1,13 +1,13 @@
-"""The flow q(z | gamma): torsions on the circle first, then the bounded coordinates given the torsions.
+"""The flow q(z | scale): torsions on the circle first, then the bounded coordinates given the torsions.
 
-log q(z | gamma) = log q(torsions | gamma) + log q(bounded | torsions). gamma = 1 is the model; gamma = 0 has flat
-torsions, and in between lies the geometric path from there, along which free energy barriers between torsions are
-gamma times as high while bonds and angles stay at the target temperature. Each block is a stack of zuko coupling layers
-of rational-quadratic splines (Durkan et al. 2019): circular ones on a uniform base (Rezende et al. 2020) for torsions,
-and splines on [-bound, bound] on a truncated normal base (paper section 2.4) for bounded coordinates, followed by a
-linear map whose shift and triangular matrix depend on the torsions: bonds and angles are nearly harmonic, so that
-alone is nearly exact, and the splines add what is not. Other kinds of first features (``SlowFeatures``) take the place
-of torsions in the paper's synthetic systems.
+log q(z | scale) = log q(torsions | scale) + log q(bounded | torsions). The *barrier scale* is how high free energy
+barriers between torsions are over those of the model, while bonds and angles stay at the target temperature: 1 is the
+model, 0 has flat torsions, and in between lies the geometric path from there. Each block is a stack of zuko coupling
+layers of rational-quadratic splines (Durkan et al. 2019): circular ones on a uniform base (Rezende et al. 2020) for
+torsions, and splines on [-bound, bound] on a truncated normal base (paper section 2.4) for bounded coordinates,
+followed by a linear map whose shift and triangular matrix depend on the torsions: bonds and angles are nearly harmonic,
+so that alone is nearly exact, and the splines add what is not. Other kinds of first features (``SlowFeatures``) take
+the place of torsions in the paper's synthetic systems.
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ class SlowDensity(Protocol):
     def features(self) -> SlowFeatures:
         """What z is."""
 
-    def sample(self, n: int, generator: torch.Generator, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, generator: torch.Generator, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """Independent samples and their log density, float64, shapes (n, n_features) and (n,)."""
 
-    def log_prob(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-        """log q(z | gamma), shape (n, n_features) -> (n,); -inf outside the support."""
+    def log_prob(self, z: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """log q(z | scale), shape (n, n_features) -> (n,); -inf outside the support."""
 
-    def log_prob_torsions(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-        """log q(torsions | gamma), shape (n, n_features) -> (n,)."""
+    def log_prob_torsions(self, z: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """log q(torsions | scale), shape (n, n_features) -> (n,)."""
 
     def log_prob_bounded(self, z: Tensor) -> Tensor:
         """log q(bounded | torsions), shape (n, n_features) -> (n,)."""
@@ -134,7 +134,7 @@ class SlowDensity(Protocol):
 
 
 class CGFlow(nn.Module):
-    """The density of the slow coordinates, q(z | gamma); without gamma, the model q(z) = q(z | 1).
+    """The density of the slow coordinates, q(z | scale); the model is q(z) = q(z | 1).
 
     Its parameters may be float32, as in training, or float64; inputs are cast to them.
 
@@ -206,22 +206,22 @@ class CGFlow(nn.Module):
         """What bounded features see of torsions, shape (n, n_circular) -> (n, n_context)."""
         return self.features.see_first(torsions)
 
-    def gamma_features(self, gamma: float | Tensor, n: int) -> Tensor:
-        """gamma in the scales on which a density changes with it, for n rows, shape (n, 4)."""
-        return self.features.scale_features(torch.as_tensor(gamma, dtype=self.dtype).expand(n))
+    def scale_features(self, scale: float | Tensor, n: int) -> Tensor:
+        """What networks see of a barrier scale, for n rows, shape (n, 4)."""
+        return self.features.scale_features(torch.as_tensor(scale, dtype=self.dtype).expand(n))
 
-    def forward(self, base: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(self, base: Tensor, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """The flow map z = f(base) and log |det df|, shapes (n, n_features) and (n,) (paper eq. 7).
 
         Arguments:
             base: Shape (n, n_features).
-            gamma: One number, or one for each row, shape (n,).
+            scale: Of barriers: one number, or one for each row, shape (n,).
         """
         base = base.to(self.dtype)
         angles, normals = base[..., : self.n_circular], base[..., self.n_circular :]
         ladj = base.new_zeros(base.shape[:-1])
         if self.n_circular:
-            c = self.gamma_features(gamma, len(base))
+            c = self.scale_features(scale, len(base))
             for layer in self.torsions:
                 angles, change = layer(c).call_and_ladj(angles)
                 ladj = ladj + change.sum(-1)
@@ -232,27 +232,27 @@ class CGFlow(nn.Module):
         """Bounded features from their base samples at given torsions, shapes (n, n_circular) and (n, n_bounded)."""
         return self.conditional(normals.to(self.dtype), self.context(angles.to(self.dtype)))[0]
 
-    def _invert_torsions(self, angles: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
+    def _invert_torsions(self, angles: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         ladj = angles.new_zeros(angles.shape[:-1])
         if self.n_circular:
-            c = self.gamma_features(gamma, len(angles))
+            c = self.scale_features(scale, len(angles))
             for layer in reversed(self.torsions):
                 angles, change = inverse_and_ladj(layer(c), angles)
                 ladj = ladj + change.sum(-1)
         return angles, ladj
 
-    def inverse(self, z: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """base = f^-1(z) and log |det df^-1|, shapes (n, n_features) and (n,)."""
         z = z.to(self.dtype)
         angles, bounded = z[..., : self.n_circular], z[..., self.n_circular :]
         normals, ladj_bounded = self.conditional.inverse(bounded, self.context(angles))
-        angles, ladj_torsions = self._invert_torsions(angles, gamma)
+        angles, ladj_torsions = self._invert_torsions(angles, scale)
         return torch.cat((angles, normals), dim=-1), ladj_torsions + ladj_bounded
 
-    def log_prob_torsions(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-        """log q(torsions | gamma), shape (n, n_features) -> (n,); -inf beyond what they can be."""
+    def log_prob_torsions(self, z: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """log q(torsions | scale), shape (n, n_features) -> (n,); -inf beyond what they can be."""
         torsions = z[..., : self.n_circular].to(self.dtype)
-        _, ladj = self._invert_torsions(torsions, gamma)
+        _, ladj = self._invert_torsions(torsions, scale)
         return torch.where(self.features.outside(torsions), -math.inf, ladj) + self._log_base_torsions()
 
     def log_prob_bounded(self, z: Tensor) -> Tensor:
@@ -260,15 +260,15 @@ class CGFlow(nn.Module):
         z = z.to(self.dtype)
         return self.conditional.log_prob(z[..., self.n_circular :], self.context(z[..., : self.n_circular]))
 
-    def log_prob(self, z: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-        """log q(z | gamma), shape (n, n_features) -> (n,); -inf outside the support."""
-        return self.log_prob_torsions(z, gamma) + self.log_prob_bounded(z)
+    def log_prob(self, z: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """log q(z | scale), shape (n, n_features) -> (n,); -inf outside the support."""
+        return self.log_prob_torsions(z, scale) + self.log_prob_bounded(z)
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, generator: torch.Generator, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """Independent samples and their log density, float64, shapes (n, n_features) and (n,)."""
         base = self.draw_base(n, generator).to(self.dtype)
-        z, ladj = self(base, gamma)
+        z, ladj = self(base, scale)
         return z.double(), (self.log_base(base) - ladj).double()
 
 

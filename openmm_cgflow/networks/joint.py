@@ -2,7 +2,8 @@
 
 Slow coordinates z have the flow, fast ones a Gaussian or a spline flow whose parameters depend on z. Together with the
 map x = f(z, y) this is a density of positions: no chain of the fast atoms is needed, and importance weights are exact.
-Here gamma is the whole energy's: q(z, y | gamma) is the density at the temperature T / gamma, T the target.
+It is conditional on ``beta_ratio``, beta over that of the target: the density at the temperature T / beta_ratio, T the
+target. The flow takes it in place of its barrier scale.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ __all__ = ["JointFlow", "new_joint"]
 
 
 class JointFlow(nn.Module):
-    """q(z | gamma) q(r | z, gamma) with the map to positions. gamma is one number, or one for each row, shape (n,).
+    """q(z | b) q(r | z, b) with the map to positions; b, the ``beta_ratio``, is one number or one a row, shape (n,).
 
     Arguments:
-        flow: q(z | gamma).
-        conditional: q(r | z, gamma).
-        chart: The map; its parameters, if any, are trained along.
+        flow: q(z | b).
+        conditional: q(r | z, b).
+        thermal_map: The map; its parameters, if any, are trained along.
     """
 
     def __init__(self, flow: CGFlow, conditional: ConditionalFlow, thermal_map: ThermalMap) -> None:
         super().__init__()
         self.flow, self.conditional, self.thermal_map = flow, conditional, thermal_map
 
-    def context(self, z: Tensor, gamma: float | Tensor) -> Tensor:
-        """What q(r | z, gamma) sees, shape (n, n_features) -> (n, n_context)."""
+    def context(self, z: Tensor, beta_ratio: float | Tensor) -> Tensor:
+        """What q(r | z, b) sees, shape (n, n_features) -> (n, n_context)."""
         of_z = self.flow.features(z.to(self.flow.dtype))
-        return torch.cat((of_z, self.flow.gamma_features(gamma, len(z))), dim=-1)
+        return torch.cat((of_z, self.flow.scale_features(beta_ratio, len(z))), dim=-1)
 
     def draw_base(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Base samples of z and r."""
@@ -44,33 +45,33 @@ class JointFlow(nn.Module):
         uniform = torch.rand((n, self.conditional.n_features), generator=generator, dtype=torch.float64)
         return base, self.conditional.draw_base(uniform)
 
-    def forward(self, base: tuple[Tensor, Tensor], gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(self, base: tuple[Tensor, Tensor], beta_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """z and r, float64, shapes (n, n_features) and (n, n_fast_features)."""
-        z, _ = self.flow(base[0], gamma)
-        r, _ = self.conditional(base[1].to(z.dtype), self.context(z, gamma))
+        z, _ = self.flow(base[0], beta_ratio)
+        r, _ = self.conditional(base[1].to(z.dtype), self.context(z, beta_ratio))
         return z.double(), r.double()
 
-    def build(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+    def build(self, z: Tensor, r: Tensor, beta_ratio: float | Tensor = 1.0) -> Tensor:
         """All-atom positions, nm, shape (n, n_atoms, 3)."""
-        return self.thermal_map.build(z, r, gamma)
+        return self.thermal_map.build(z, r, beta_ratio)
 
-    def read(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def read(self, xyz: Tensor, beta_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """z and r of all-atom positions."""
-        return self.thermal_map.read(xyz, gamma)
+        return self.thermal_map.read(xyz, beta_ratio)
 
-    def log_prob(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-        """log q(z, r | gamma), float64, shape (n,)."""
-        log_fast = self.conditional.log_prob(r.to(self.flow.dtype), self.context(z, gamma))
-        return (self.flow.log_prob(z, gamma) + log_fast).double()
+    def log_prob(self, z: Tensor, r: Tensor, beta_ratio: float | Tensor = 1.0) -> Tensor:
+        """log q(z, r | b), float64, shape (n,)."""
+        log_fast = self.conditional.log_prob(r.to(self.flow.dtype), self.context(z, beta_ratio))
+        return (self.flow.log_prob(z, beta_ratio) + log_fast).double()
 
-    def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+    def log_volume(self, z: Tensor, r: Tensor, beta_ratio: float | Tensor = 1.0) -> Tensor:
         """log |dx/d(z, r)|, rigid motions included, shape (n,)."""
-        return self.thermal_map.log_volume(z, r, gamma)
+        return self.thermal_map.log_volume(z, r, beta_ratio)
 
-    def log_prob_xyz(self, xyz: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
+    def log_prob_xyz(self, xyz: Tensor, beta_ratio: float | Tensor = 1.0) -> Tensor:
         """log density of positions, nm, shape (n, n_atoms, 3) -> (n,)."""
-        z, r = self.read(xyz, gamma)
-        return self.log_prob(z, r, gamma) - self.log_volume(z, r, gamma)
+        z, r = self.read(xyz, beta_ratio)
+        return self.log_prob(z, r, beta_ratio) - self.log_volume(z, r, beta_ratio)
 
 
 def new_joint(
@@ -84,7 +85,7 @@ def new_joint(
     """An untrained joint density around a flow: y given z is as wide as the energy at the start says.
 
     Arguments:
-        flow: q(z | gamma).
+        flow: q(z | b).
         settings: The ``joint`` section of the configuration.
         flow_settings: The ``flow`` section.
         geometry: Of the molecule.

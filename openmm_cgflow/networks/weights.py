@@ -50,7 +50,7 @@ class WeightedSamples(NamedTuple):
 
     Attributes:
         z: Shape (n, n_features).
-        log_q: log q(z | gamma), shape (n,).
+        log_q: log q(z | scale), shape (n,).
         energy: Phi(z) - log J(z) of the ensemble's mean, shape (n,); infinite outside the coordinates' range.
         members: The same of every member, shape (n_members, n).
     """
@@ -78,10 +78,10 @@ def weighted_samples(
     coordinates: Coordinates,
     n: int,
     generator: torch.Generator,
-    gamma: float = 1.0,
+    scale: float = 1.0,
 ) -> WeightedSamples:
     """Draws n samples of the flow and weighs them."""
-    z, log_q = flow.sample(n, generator, gamma)
+    z, log_q = flow.sample(n, generator, scale)
     members = pmf.each(z) - coordinates.log_volume(z)
     return WeightedSamples(z, log_q, members.mean(0), members)
 

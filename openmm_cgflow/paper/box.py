@@ -185,7 +185,7 @@ class BoxGeometry(Geometry):
             self.coordinates,
             self.fast,
             torch.tensor(self.molecule.positions[:, 0]),
-            lambda gamma: self._widths(temperature / gamma)[:, 0],
+            lambda beta_ratio: self._widths(temperature / beta_ratio)[:, 0],
             self.settings.bound,
             settings.mixing,
             settings.map == "linear",

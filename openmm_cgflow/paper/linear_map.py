@@ -24,13 +24,13 @@ def along_x(x: Tensor) -> Tensor:
 
 
 class _Frame(NamedTuple):
-    """Of pseudo-particles, one row for each gamma.
+    """Of pseudo-particles, one row for each temperature.
 
     Attributes:
-        scale: Of z: slow pseudo-particles in it are in [-pi, pi], shape (n_gammas, n_slow).
-        mean: Of slow and fast ones, as distances from the start, shape (n_gammas, n).
-        gain: Regression of the fast ones on the slow ones, shape (n_gammas, n_fast, n_slow).
-        root: Cholesky factor of the covariance that is left, shape (n_gammas, n_fast, n_fast).
+        scale: Of z: slow pseudo-particles in it are in [-pi, pi], shape (n_ratios, n_slow).
+        mean: Of slow and fast ones, as distances from the start, shape (n_ratios, n).
+        gain: Regression of the fast ones on the slow ones, shape (n_ratios, n_fast, n_slow).
+        root: Cholesky factor of the covariance that is left, shape (n_ratios, n_fast, n_fast).
     """
 
     scale: Tensor
@@ -87,14 +87,14 @@ class LinearMap(ThermalMap):
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         n = len(self.centre)
-        self._log_gammas = state.get("log_gammas", torch.zeros(0, dtype=torch.float64))
+        self._log_ratios = state.get("log_ratios", torch.zeros(0, dtype=torch.float64))
         self._means = state.get("means", torch.zeros((0, n), dtype=torch.float64))
         self._covariances = state.get("covariances", torch.zeros((0, n, n), dtype=torch.float64))
         self._extents = state.get("extents", torch.zeros((0, n), dtype=torch.float64))
 
     def get_extra_state(self) -> dict[str, Tensor]:
         return {
-            "log_gammas": self._log_gammas,
+            "log_ratios": self._log_ratios,
             "means": self._means,
             "covariances": self._covariances,
             "extents": self._extents,
@@ -126,32 +126,32 @@ class LinearMap(ThermalMap):
         rows = self.pseudo_particles
         return 0.5 * rows.square().sum() - torch.linalg.slogdet(rows)[1]
 
-    def measure(self, gamma: float, xyz: Tensor, weights: Tensor) -> None:
+    def measure(self, beta_ratio: float, xyz: Tensor, weights: Tensor) -> None:
         away = xyz[..., 0] - self.centre
         mean = weights @ away
         covariance = (weights[:, None] * (away - mean)).T @ (away - mean)
-        self._log_gammas = torch.cat((self._log_gammas, torch.tensor([math.log(gamma)], dtype=torch.float64)))
+        self._log_ratios = torch.cat((self._log_ratios, torch.tensor([math.log(beta_ratio)], dtype=torch.float64)))
         self._means = torch.cat((self._means, mean[None]))
         self._covariances = torch.cat((self._covariances, covariance[None]))
         extent = _MARGIN * away[weights > _NOTHING * weights.max()].abs().amax(0)
         self._extents = torch.cat((self._extents, extent[None]))
 
-    def _measured(self, gammas: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, covariance and extent of all particles, linear in log gamma between where they were measured."""
-        n = len(self._log_gammas)
+    def _measured(self, ratios: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, covariance and extent of all particles, linear in the log ratio between where they were measured."""
+        n = len(self._log_ratios)
         if not n:
             return torch.zeros_like(widths), torch.diag_embed(widths.square()), self.reach * widths
-        after = torch.searchsorted(self._log_gammas, gammas.log()).clamp(max=n - 1)
+        after = torch.searchsorted(self._log_ratios, ratios.log()).clamp(max=n - 1)
         before = (after - 1).clamp(min=0)
-        low, high = self._log_gammas[before], self._log_gammas[after]
-        share = torch.where(high > low, (gammas.log() - low) / (high - low), 0.0).clamp(0.0, 1.0)
+        low, high = self._log_ratios[before], self._log_ratios[after]
+        share = torch.where(high > low, (ratios.log() - low) / (high - low), 0.0).clamp(0.0, 1.0)
         mean = torch.lerp(self._means[before], self._means[after], share[:, None])
         covariance = torch.lerp(self._covariances[before], self._covariances[after], share[:, None, None])
         return mean, covariance, torch.lerp(self._extents[before], self._extents[after], share[:, None])
 
-    def _frame(self, gamma: float | Tensor) -> _Frame:
-        gammas, widths, which = at_levels(self.widths, gamma)
-        mean, covariance, extent = self._measured(gammas, widths)
+    def _frame(self, beta_ratio: float | Tensor) -> _Frame:
+        ratios, widths, which = at_levels(self.widths, beta_ratio)
+        mean, covariance, extent = self._measured(ratios, widths)
         rows, n = self.pseudo_particles, self.n_slow
         # An ellipsoid of the covariance's shape, stretched along every particle's axis to how far that gets.
         stretched = rows[:n] * extent[:, None] / covariance.diagonal(dim1=-2, dim2=-1)[:, None].sqrt()
@@ -162,22 +162,22 @@ class LinearMap(ThermalMap):
         root = torch.linalg.cholesky(covariance[:, n:, n:] - gain @ cross)
         return _Frame(scale[which], (mean @ rows.T)[which], gain[which], root[which])
 
-    def build(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
-        frame, n = self._frame(gamma), self.n_slow
+    def build(self, z: Tensor, r: Tensor, beta_ratio: float | Tensor) -> Tensor:
+        frame, n = self._frame(beta_ratio), self.n_slow
         slow = frame.scale * z
         away = (frame.gain @ (slow - frame.mean[..., :n])[..., None] + frame.root @ r[..., None])[..., 0]
         pseudo = torch.cat((slow, frame.mean[..., n:] + away), dim=-1)
         return along_x(self.centre + pseudo @ self.matrix.T)
 
-    def read(self, xyz: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
-        frame, n = self._frame(gamma), self.n_slow
+    def read(self, xyz: Tensor, beta_ratio: float | Tensor) -> tuple[Tensor, Tensor]:
+        frame, n = self._frame(beta_ratio), self.n_slow
         pseudo = (xyz[..., 0] - self.centre) @ self.pseudo_particles.T
         away = (pseudo - frame.mean)[..., None]
         left = away[..., n:, :] - frame.gain @ away[..., :n, :]
         r = torch.linalg.solve_triangular(frame.root, left, upper=False)[..., 0]
         return pseudo[..., :n] / frame.scale, r
 
-    def log_volume(self, z: Tensor, r: Tensor, gamma: float | Tensor) -> Tensor:
-        frame = self._frame(gamma)
+    def log_volume(self, z: Tensor, r: Tensor, beta_ratio: float | Tensor) -> Tensor:
+        frame = self._frame(beta_ratio)
         volume = frame.scale.log().sum(-1) + frame.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return volume - torch.linalg.slogdet(self.pseudo_particles)[1]

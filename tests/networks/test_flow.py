@@ -12,7 +12,7 @@ from openmm_cgflow.paper.box import BoxFeatures
 
 BOUND = 4.0
 SIZES = [(1, 0), (0, 1), (1, 1), (2, 0), (0, 3), (1, 3), (3, 2), (4, 11)]
-GAMMAS = [0.0, 0.3, 1.0, "rows"]
+SCALES = [0.0, 0.3, 1.0, "rows"]
 
 
 def covariance_of(n, seed=3):
@@ -35,7 +35,7 @@ def make(n_circular, n_bounded, roughness=0.3, n_layers=4, n_bounded_layers=4, l
     return flow
 
 
-def gamma_of(kind, n):
+def scale_of(kind, n):
     """A number, or another one for each row."""
     return kind if kind != "rows" else torch.linspace(0, 1, n, dtype=torch.float64)
 
@@ -66,49 +66,49 @@ def assert_same(flow, a, b, atol):
     torch.testing.assert_close(a[:, n:], b[:, n:], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("kind", GAMMAS)
+@pytest.mark.parametrize("kind", SCALES)
 def test_round_trip(flow, kind, generator):
-    gamma = gamma_of(kind, 200)
+    scale = scale_of(kind, 200)
     base = flow.draw_base(200, generator)
-    z, ladj = flow(base, gamma)
-    again, back = flow.inverse(z, gamma)
+    z, ladj = flow(base, scale)
+    again, back = flow.inverse(z, scale)
     assert_same(flow, again, base, 1e-8)
     torch.testing.assert_close(back, -ladj, rtol=0, atol=1e-7)
-    assert_same(flow, flow(again, gamma)[0], z, 1e-8)
+    assert_same(flow, flow(again, scale)[0], z, 1e-8)
     assert float((z - base).detach().abs().max()) > 0.05  # not the identity
 
 
-@pytest.mark.parametrize("kind", GAMMAS)
+@pytest.mark.parametrize("kind", SCALES)
 def test_ladj_is_the_jacobian(flow, kind, generator):
-    gamma = gamma_of(kind, 5)
+    scale = scale_of(kind, 5)
     base = flow.draw_base(5, generator)
-    _, ladj = flow(base, gamma)
+    _, ladj = flow(base, scale)
     for k, (point, expected) in enumerate(zip(base, ladj, strict=True)):
-        own = gamma[k : k + 1] if kind == "rows" else gamma
+        own = scale[k : k + 1] if kind == "rows" else scale
         jacobian = torch.autograd.functional.jacobian(lambda b, own=own: flow(b[None], own)[0][0], point)
         torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", GAMMAS)
+@pytest.mark.parametrize("kind", SCALES)
 def test_log_prob_is_base_minus_ladj(flow, kind, generator):
-    gamma = gamma_of(kind, 100)
+    scale = scale_of(kind, 100)
     base = flow.draw_base(100, generator)
-    z, ladj = flow(base, gamma)
-    torch.testing.assert_close(flow.log_prob(z, gamma), flow.log_base(base) - ladj, rtol=0, atol=1e-7)
+    z, ladj = flow(base, scale)
+    torch.testing.assert_close(flow.log_prob(z, scale), flow.log_base(base) - ladj, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", GAMMAS)
+@pytest.mark.parametrize("kind", SCALES)
 def test_log_prob_is_that_of_torsions_and_of_bounded_features_given_them(flow, kind, generator):
-    gamma = gamma_of(kind, 100)
-    z, log_q = flow.sample(100, generator, gamma)
-    parts = flow.log_prob_torsions(z, gamma) + flow.log_prob_bounded(z)
+    scale = scale_of(kind, 100)
+    z, log_q = flow.sample(100, generator, scale)
+    parts = flow.log_prob_torsions(z, scale) + flow.log_prob_bounded(z)
     torch.testing.assert_close(parts.detach(), log_q, rtol=0, atol=1e-7)
     n = flow.n_circular
     if n:  # the density of torsions does not see the others
         elsewhere = torch.cat((z[:, :n], 0.3 * torch.ones_like(z[:, n:])), dim=1)
-        assert torch.equal(flow.log_prob_torsions(elsewhere, gamma), flow.log_prob_torsions(z, gamma))
+        assert torch.equal(flow.log_prob_torsions(elsewhere, scale), flow.log_prob_torsions(z, scale))
     else:
-        assert (flow.log_prob_torsions(z, gamma) == 0).all()
+        assert (flow.log_prob_torsions(z, scale) == 0).all()
 
 
 def test_gamma_changes_torsions_and_nothing_else(generator):
@@ -119,16 +119,16 @@ def test_gamma_changes_torsions_and_nothing_else(generator):
         difference = flow.log_prob(z, first) - flow.log_prob(z, second)
         torsions = flow.log_prob_torsions(z, first) - flow.log_prob_torsions(z, second)
         torch.testing.assert_close(difference, torsions, rtol=0, atol=1e-10)
-    torch.testing.assert_close(flow.log_prob(z), flow.log_prob(z, 1.0), rtol=0, atol=0)  # the model is gamma = 1
+    torch.testing.assert_close(flow.log_prob(z), flow.log_prob(z, 1.0), rtol=0, atol=0)  # the model is scale = 1
 
 
 def test_each_row_has_its_own_gamma(generator):
     flow = make(2, 1, linear=True)
-    gamma = torch.tensor([0.0, 0.3, 1.0, 0.02], dtype=torch.float64)
+    scale = torch.tensor([0.0, 0.3, 1.0, 0.02], dtype=torch.float64)
     base = flow.draw_base(4, generator)
-    z, ladj = flow(base, gamma)
+    z, ladj = flow(base, scale)
     for k in range(4):
-        one, change = flow(base[k : k + 1], float(gamma[k]))
+        one, change = flow(base[k : k + 1], float(scale[k]))
         torch.testing.assert_close(one[0], z[k], rtol=0, atol=1e-12)
         torch.testing.assert_close(change[0], ladj[k], rtol=0, atol=1e-11)
 
@@ -241,7 +241,7 @@ def test_slopes_along_the_path_of_samples_are_right_where_the_energy_jumps_at_th
 @pytest.mark.parametrize("kind", [{}, {"linear": True}, {"of": BoxFeatures}], ids=str)
 @torch.no_grad()
 def test_density_integrates_to_one_on_a_grid(kind):
-    """At every gamma; and the parts, the torsion's density and the other's given it, do so as well."""
+    """At every scale; and the parts, the torsion's density and the other's given it, do so as well."""
     linear = "linear" in kind
     flow = make(1, 1, roughness=0.2, **kind)
     n = 1000 if "of" in kind else 500  # splines in a box may be steeper
@@ -252,10 +252,10 @@ def test_density_integrates_to_one_on_a_grid(kind):
 
     grid = torch.cartesian_prod(math.pi * middles(n), reach * middles(m))
     of_torsions, of_bounded = 2 * math.pi / n, 2 * reach / m
-    for gamma in (0.0, 0.3, 1.0):
-        mass = flow.log_prob(grid, gamma).exp().sum() * of_torsions * of_bounded
+    for scale in (0.0, 0.3, 1.0):
+        mass = flow.log_prob(grid, scale).exp().sum() * of_torsions * of_bounded
         assert abs(float(mass) - 1) < 5e-4
-        density = flow.log_prob_torsions(grid[::m], gamma).exp()
+        density = flow.log_prob_torsions(grid[::m], scale).exp()
         assert abs(float(density.sum() * of_torsions) - 1) < 5e-4
         assert float(density.max() / density.min()) > 1.2  # something was integrated
     given = flow.log_prob_bounded(grid).exp().reshape(n, m).sum(1) * of_bounded
@@ -439,19 +439,19 @@ def test_shift_and_covariance_can_depend_on_the_torsions(generator):
 # ---------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("kind", GAMMAS)
+@pytest.mark.parametrize("kind", SCALES)
 @torch.no_grad()
 def test_single_and_double_precision_agree(kind):
     """Training is single, everything after it double: the same samples, the same densities, and double at the door."""
     double, single = make(2, 3, roughness=0.15, linear=True), make(2, 3, roughness=0.15, linear=True).float()
     assert (double.dtype, single.dtype) == (torch.float64, torch.float32)
-    gamma = gamma_of(kind, 500)
+    scale = scale_of(kind, 500)
     (z, log_q), (coarse, coarse_log_q) = (
-        flow.sample(500, torch.Generator().manual_seed(4), gamma) for flow in (double, single)
+        flow.sample(500, torch.Generator().manual_seed(4), scale) for flow in (double, single)
     )
     assert coarse.dtype == coarse_log_q.dtype == torch.float64
     assert_same(double, coarse, z, 1e-4)
     torch.testing.assert_close(coarse_log_q, log_q, rtol=0, atol=1e-3)
-    torch.testing.assert_close(single.log_prob(z, gamma).double(), double.log_prob(z, gamma), rtol=0, atol=1e-3)
-    base, _ = single.inverse(z, gamma)
-    assert_same(double, base.double(), double.inverse(z, gamma)[0], 1e-4)
+    torch.testing.assert_close(single.log_prob(z, scale).double(), double.log_prob(z, scale), rtol=0, atol=1e-3)
+    base, _ = single.inverse(z, scale)
+    assert_same(double, base.double(), double.inverse(z, scale)[0], 1e-4)

@@ -37,17 +37,19 @@ def test_mixing_takes_each_pseudo_particle_to_the_mean():
     )
 
 
-@pytest.mark.parametrize("gamma", [0.4, torch.tensor([0.1, 1.0, 0.4, 0.4, 1.0, 0.1]).double()], ids=["one", "rows"])
-def test_linear_map_and_back(gamma):
+@pytest.mark.parametrize(
+    "beta_ratio", [0.4, torch.tensor([0.1, 1.0, 0.4, 0.4, 1.0, 0.1]).double()], ids=["one", "rows"]
+)
+def test_linear_map_and_back(beta_ratio):
     thermal_map = linear(2, 3, 0.3, roughness=0.1)
     z, r = 2 * torch.rand(6, 2).double() - 1, torch.randn(6, 3).double()
-    for found, expected in zip(thermal_map.read(thermal_map.build(z, r, gamma), gamma), (z, r), strict=True):
+    for found, expected in zip(thermal_map.read(thermal_map.build(z, r, beta_ratio), beta_ratio), (z, r), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def jacobian_volume(thermal_map, z, r, gamma):
+def jacobian_volume(thermal_map, z, r, beta_ratio):
     def positions(flat):
-        return thermal_map.build(flat[None, : len(z)], flat[None, len(z) :], gamma)[0, :, 0]
+        return thermal_map.build(flat[None, : len(z)], flat[None, len(z) :], beta_ratio)[0, :, 0]
 
     return float(torch.linalg.slogdet(torch.autograd.functional.jacobian(positions, torch.cat((z, r))))[1])
 
@@ -55,9 +57,9 @@ def jacobian_volume(thermal_map, z, r, gamma):
 def test_volume_of_the_linear_map_is_that_of_autograd():
     thermal_map = linear(2, 3, 0.3, roughness=0.1)
     z, r = torch.tensor([0.3, -0.5]).double(), torch.randn(3).double()
-    for gamma in (1.0, 0.2):
-        found = float(thermal_map.log_volume(z[None], r[None], gamma).detach())
-        assert found == pytest.approx(jacobian_volume(thermal_map, z, r, gamma))
+    for beta_ratio in (1.0, 0.2):
+        found = float(thermal_map.log_volume(z[None], r[None], beta_ratio).detach())
+        assert found == pytest.approx(jacobian_volume(thermal_map, z, r, beta_ratio))
 
 
 def test_a_turn_of_the_map_leaves_gaussians_of_the_thermal_widths_as_they_are():
@@ -77,9 +79,9 @@ def test_a_turn_of_the_map_leaves_gaussians_of_the_thermal_widths_as_they_are():
         torch.testing.assert_close(covariance, torch.eye(3).double(), atol=0.02, rtol=0)
 
 
-def correlated(n, gamma, seed=0):
+def correlated(n, beta_ratio, seed=0):
     """Positions of three particles that are Gaussian, not independent and not where the chart starts."""
-    root = torch.tensor([[0.5, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.3, 0.2, 0.9]]).double() / math.sqrt(gamma)
+    root = torch.tensor([[0.5, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.3, 0.2, 0.9]]).double() / math.sqrt(beta_ratio)
     noise = torch.randn((n, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = torch.zeros((n, 3, 3), dtype=torch.float64)
     x[..., 0] = torch.tensor([0.2, -0.5, 0.1]) + noise @ root.T
@@ -91,13 +93,13 @@ def test_what_is_left_of_the_fast_ones_knows_nothing_of_the_slow_ones(measured):
     """Of Gaussians whose covariance was measured, whatever the map; without it, it does."""
     thermal_map = linear(1, 2, 0.4, roughness=0.2, widths=torch.tensor([2.0, 3.0, 2.0]).double())
     if measured:
-        for gamma in (0.1, 0.25, 1.0):
-            x = correlated(100_000, gamma)
-            thermal_map.measure(gamma, x, torch.full((len(x),), 1 / len(x)).double())
+        for beta_ratio in (0.1, 0.25, 1.0):
+            x = correlated(100_000, beta_ratio)
+            thermal_map.measure(beta_ratio, x, torch.full((len(x),), 1 / len(x)).double())
     means = []
-    for gamma in (0.1, 1.0):
+    for beta_ratio in (0.1, 1.0):
         with torch.no_grad():
-            z, r = thermal_map.read(correlated(100_000, gamma, seed=1), gamma)
+            z, r = thermal_map.read(correlated(100_000, beta_ratio, seed=1), beta_ratio)
         assert float(z.abs().max()) < 3.0  # nothing is beyond the circle
         found = torch.cat((z / z.std(), r), dim=-1).T.cov()
         expected = torch.eye(3).double()
@@ -128,21 +130,21 @@ def test_the_circle_holds_what_was_seen_and_no_more():
     assert torch.isfinite(log_q[1:]).all() and log_q[0] == -math.inf
 
 
-@pytest.mark.parametrize("gamma", [0.05, 0.2, 0.5, 1.0])
-def test_map_and_volume_between_what_was_measured(gamma):
+@pytest.mark.parametrize("beta_ratio", [0.05, 0.2, 0.5, 1.0])
+def test_map_and_volume_between_what_was_measured(beta_ratio):
     thermal_map = linear(1, 2, 0.3, roughness=0.1)
     for measured in (0.1, 0.3, 0.8):
         x = correlated(1000, measured)
         thermal_map.measure(measured, x, torch.full((len(x),), 1e-3).double())
     z, r = torch.tensor([[0.3]]).double(), torch.tensor([[0.5, -1.0]]).double()
-    xyz = thermal_map.build(z, r, gamma)
-    torch.testing.assert_close(torch.cat(thermal_map.read(xyz, gamma), dim=-1), torch.cat((z, r), dim=-1))
-    assert float(thermal_map.log_volume(z, r, gamma).detach()) == pytest.approx(
-        jacobian_volume(thermal_map, z[0], r[0], gamma)
+    xyz = thermal_map.build(z, r, beta_ratio)
+    torch.testing.assert_close(torch.cat(thermal_map.read(xyz, beta_ratio), dim=-1), torch.cat((z, r), dim=-1))
+    assert float(thermal_map.log_volume(z, r, beta_ratio).detach()) == pytest.approx(
+        jacobian_volume(thermal_map, z[0], r[0], beta_ratio)
     )
     again = linear(1, 2)
     again.load_state_dict(thermal_map.state_dict())
-    torch.testing.assert_close(again.build(z, r, gamma), xyz)
+    torch.testing.assert_close(again.build(z, r, beta_ratio), xyz)
 
 
 def test_what_y_is_made_of_changes_nothing():

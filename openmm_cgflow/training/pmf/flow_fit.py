@@ -1,9 +1,9 @@
 """Training of the flow on a potential of mean force: no OpenMM in this loop.
 
 Torsions see values, by forward KL with self-normalised importance weights: proposals come from the flow itself at a
-smaller gamma, where it reaches across barriers, so no basin is forgotten and the relative weights of separated basins
-are learned. Bounded coordinates given the torsions have one mode, so there the reverse KL is right, with the path
-gradient. The noise of both gradients vanishes at the optimum.
+smaller barrier scale, where it gets across barriers, so no basin is forgotten and the relative weights of separated
+basins are learned. Bounded coordinates given the torsions have one mode, so there the reverse KL is right, with the
+path gradient. The noise of both gradients vanishes at the optimum.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from openmm_cgflow.training.optimisers import RunningAverage
 
 __all__ = ["FlowFitter"]
 
-_FROM_SAME = 0.7  # fraction of the updates whose proposals have the gamma that is trained
+_FROM_SAME = 0.7  # fraction of the updates whose proposals have the scale that is trained
 _LARGEST_NORM = 10.0  # of the gradient
 _AVERAGING = 0.98  # of the running average of the flow, per update
-_FIRST_REACH, _SMALLEST_REACH = 0.02, 0.001  # gamma that the training starts with, and where it may fall to
+_FIRST_REACH, _SMALLEST_REACH = 0.02, 0.001  # barrier scale that the training starts with, and where it may fall to
 _RISE = 1.15  # of the reach in an update, or its inverse
 _ENOUGH, _TOO_FEW = 0.3, 0.1  # relative effective sample sizes of a batch at which the reach rises or falls
 _LARGEST_FORCE = 5.0  # over the batch's median
@@ -43,21 +43,21 @@ class FlowFitter:
         batch_size: Samples of one update.
 
     Attributes:
-        reach: The largest gamma that is trained. It rises to 1 while the flow's samples there are like the target's:
-            far from it a handful of a batch would have all the weight, and there would be nothing to learn from.
+        reach: The largest barrier scale that is trained. It rises to 1 while the flow's samples there are like the
+            target's: far from it a handful of a batch would have all the weight, and nothing could be learned from it.
     """
 
     def __init__(self, flow: CGFlow, coordinates: Coordinates, learning_rate: float, batch_size: int) -> None:
         self.networks, self.coordinates = RunningAverage(flow, _AVERAGING), coordinates
         self.learning_rate, self.batch_size = learning_rate, batch_size
-        self.reach = _FIRST_REACH if flow.n_circular else 1.0  # gamma is that of torsions
+        self.reach = _FIRST_REACH if flow.n_circular else 1.0  # it is that of torsions
         self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
 
     def update(
         self,
         pmf: SlowFreeEnergy,
         generator: torch.Generator,
-        scale: float = 1.0,
+        rate: float = 1.0,
         at_one: float = 0.6,
     ) -> None:
         """One update.
@@ -65,14 +65,14 @@ class FlowFitter:
         Arguments:
             pmf: What to train on.
             generator: Source of all randomness.
-            scale: Multiplies the learning rate.
-            at_one: Probability that it trains the largest gamma, in the end the model itself.
+            rate: Multiplies the learning rate.
+            at_one: Probability that it trains the largest scale, in the end the model itself.
         """
-        gamma, gamma_from = self._draw_gammas(generator, at_one)
+        scale, scale_from = self._draw_scales(generator, at_one)
         flow = self.networks.trained
         base = flow.draw_base(self.batch_size, generator).to(flow.dtype)
         with torch.no_grad():
-            z, _ = flow(base, gamma_from)
+            z, _ = flow(base, scale_from)
         phi, gradient = pmf.value_and_gradient(z.double())
         at = z.detach().requires_grad_()
         log_volume, log_bounded = self.coordinates.log_volume(at), flow.log_prob_bounded(at)
@@ -82,21 +82,21 @@ class FlowFitter:
             loss = loss + self._reverse_kl_of_bounded(base, z, gradient.to(flow.dtype), own)
         if flow.n_circular:
             free_energy = phi - log_volume.detach() + log_bounded.detach()
-            loss = loss + self._forward_kl_of_torsions(z, free_energy, gamma, gamma_from)
+            loss = loss + self._forward_kl_of_torsions(z, free_energy, scale, scale_from)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), _LARGEST_NORM)
         if torch.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = scale * self.learning_rate
+                group["lr"] = rate * self.learning_rate
             self.optimizer.step()
             self.networks.update()
 
-    def _draw_gammas(self, generator: torch.Generator, at_one: float) -> tuple[float, float]:
+    def _draw_scales(self, generator: torch.Generator, at_one: float) -> tuple[float, float]:
         uniform = torch.rand(4, generator=generator).tolist()
-        # Densities change fastest near gamma = 0.
-        gamma = self.reach * (1.0 if uniform[0] < at_one else uniform[1] ** 2)
-        return gamma, gamma * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
+        # Densities change fastest near 0.
+        scale = self.reach * (1.0 if uniform[0] < at_one else uniform[1] ** 2)
+        return scale, scale * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
 
     def _reverse_kl_of_bounded(self, base: Tensor, z: Tensor, gradient: Tensor, own: Tensor) -> Tensor:
         """Surrogate whose gradient is that of KL(q(bounded | torsions) || p(bounded | torsions))."""
@@ -108,11 +108,11 @@ class FlowFitter:
         bounded = self.networks.trained.map_bounded(z[:, :n], base[:, n:])
         return (bounded * residual).sum() / len(z)
 
-    def _forward_kl_of_torsions(self, z: Tensor, free_energy: Tensor, gamma: float, gamma_from: float) -> Tensor:
-        """Surrogate whose gradient is that of KL(p(torsions | gamma) || q(torsions | gamma)).
+    def _forward_kl_of_torsions(self, z: Tensor, free_energy: Tensor, scale: float, scale_from: float) -> Tensor:
+        """Surrogate whose gradient is that of KL(p(torsions | scale) || q(torsions | scale)).
 
-        It is - sum of (w - r) log q, with w proportional to exp(-gamma F) / q(torsions | gamma_from) and r to
-        q(torsions | gamma) / q(torsions | gamma_from). The expected gradient of the part with r is zero, and where the
+        It is - sum of (w - r) log q, with w proportional to exp(-scale F) / q(torsions | scale_from) and r to
+        q(torsions | scale) / q(torsions | scale_from). The expected gradient of the part with r is zero, and where the
         flow is right w = r, so the noise vanishes at the optimum: on alanine dipeptide, after the same updates, the KL
         to the target fell from 0.010 to 0.006.
 
@@ -120,11 +120,11 @@ class FlowFitter:
         energy of the torsions: exactly where q(bounded | torsions) is exact, otherwise its geometric path ends there.
         """
         flow = self.networks.trained
-        log_new = flow.log_prob_torsions(z, gamma)
+        log_new = flow.log_prob_torsions(z, scale)
         with torch.no_grad():
-            log_old = log_new if gamma == gamma_from else flow.log_prob_torsions(z, gamma_from)
-            log_weights = -gamma * free_energy - log_old.double()
-            if gamma == gamma_from == self.reach:
+            log_old = log_new if scale == scale_from else flow.log_prob_torsions(z, scale_from)
+            log_weights = -scale * free_energy - log_old.double()
+            if scale == scale_from == self.reach:
                 self._move_reach(relative_ess(log_weights))
             target = clipped_softmax(log_weights)
             own = clipped_softmax((log_new - log_old).double())

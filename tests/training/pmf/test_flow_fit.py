@@ -157,9 +157,9 @@ def test_weights_give_the_normalisation(samples):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gamma", [0.3, 0.6])
-def test_weights_are_right_wherever_the_samples_come_from(trained, gamma):
-    samples = weighted_samples(trained, TARGET, SPACE, 60000, torch.Generator().manual_seed(3), gamma)
+@pytest.mark.parametrize("scale", [0.3, 0.6])
+def test_weights_are_right_wherever_the_samples_come_from(trained, scale):
+    samples = weighted_samples(trained, TARGET, SPACE, 60000, torch.Generator().manual_seed(3), scale)
     assert samples.ess < 0.8
     weights = samples.log_weights.exp()
     n, own = len(weights), population(samples.z)
@@ -170,15 +170,15 @@ def test_weights_are_right_wherever_the_samples_come_from(trained, gamma):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gamma", [0.05, 0.3])
-def test_gamma_lowers_the_free_energy_of_torsions_and_nothing_else(trained, gamma):
-    """q(torsions | gamma) is near exp(-gamma F), normalised; that is what explores."""
-    z, _ = trained.sample(30000, torch.Generator().manual_seed(4), gamma)
-    log_q = trained.log_prob_torsions(z, gamma).detach().double()
-    assert relative_ess(gamma * log_of_torsions(z[:, :2]) - log_q) > 0.8
+@pytest.mark.parametrize("scale", [0.05, 0.3])
+def test_a_barrier_scale_lowers_the_free_energy_of_torsions_and_nothing_else(trained, scale):
+    """q(torsions | scale) is near exp(-scale F), normalised; that is what explores."""
+    z, _ = trained.sample(30000, torch.Generator().manual_seed(4), scale)
+    log_q = trained.log_prob_torsions(z, scale).detach().double()
+    assert relative_ess(scale * log_of_torsions(z[:, :2]) - log_q) > 0.8
     middle = (torch.arange(200, dtype=torch.float64) + 0.5) / 100 * math.pi - math.pi
     grid = torch.cartesian_prod(middle, middle)
-    exact = torch.softmax(gamma * log_of_torsions(grid), 0)
+    exact = torch.softmax(scale * log_of_torsions(grid), 0)
     assert float(population(z).mean()) == pytest.approx(float((exact * population(grid)).sum()), abs=0.05)
     barrier = z[:, 0].abs() < 0.4
     model, _ = trained.sample(30000, torch.Generator().manual_seed(4))
@@ -228,7 +228,7 @@ def sharp(z):
 @pytest.mark.slow
 @pytest.mark.parametrize("rises", [True, False])
 def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
-    """Trained at gamma = 1 from the start, batches have no weight worth the name, and the flow stays where it was."""
+    """Trained at scale = 1 from the start, batches have no weight worth the name, and the flow stays where it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flow = CGFlow(Torsions(4, 0), BOUND, 6, 2, 8, (32, 32), torch.zeros((0, 0))).float()
@@ -251,7 +251,7 @@ def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
 
 
 def test_the_reach_falls_where_even_its_start_is_too_far():
-    """Energies of thousands of kT, as in ten dimensions: a flat flow has no weight at the gamma of the start."""
+    """Energies of thousands of kT, as in ten dimensions: a flat flow has no weight at the scale of the start."""
     steep = Known(lambda z: -400 * z.square().sum(-1), BoxCoordinates(range(4), "abcd", math.pi))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -349,20 +349,20 @@ def test_an_exact_conditional_stays_where_it_is(steepness):
     assert float((after[1] - before[1]).abs().max()) > 1e-4
 
 
-def gradients_of_torsions(flow, target, gamma, gamma_from, n_draws, expected):
+def gradients_of_torsions(flow, target, scale, scale_from, n_draws, expected):
     """Of the surrogate, with or without what the flow expects of its own samples, shape (n_draws, n_parameters)."""
     space, rows = Everywhere(), []
     fitter = FlowFitter(flow, space, 1e-3, 128)
     flow = fitter.networks.trained
     for seed in range(n_draws):
-        z, log_old = flow.sample(1000, torch.Generator().manual_seed(seed), gamma_from)
+        z, log_old = flow.sample(1000, torch.Generator().manual_seed(seed), scale_from)
         log_bounded = flow.log_prob_bounded(z).detach()
         free_energy = target(z) - space.log_volume(z) + log_bounded
         if expected:
-            loss = fitter._forward_kl_of_torsions(z, free_energy, gamma, gamma_from)
+            loss = fitter._forward_kl_of_torsions(z, free_energy, scale, scale_from)
         else:
-            weights = torch.softmax(-gamma * free_energy - (log_old - log_bounded), 0)
-            loss = -(weights * flow.log_prob_torsions(z, gamma)).sum()
+            weights = torch.softmax(-scale * free_energy - (log_old - log_bounded), 0)
+            loss = -(weights * flow.log_prob_torsions(z, scale)).sum()
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(flow.torsions.parameters()))]))
     return torch.stack(rows)
 
@@ -373,14 +373,14 @@ def test_an_exact_model_has_no_gradient_and_no_noise():
     assert float(gradients.abs().max()) < 1e-10
 
 
-@pytest.mark.parametrize(("gamma", "gamma_from"), [(1.0, 1.0), (1.0, 0.8)])
-def test_what_the_flow_expects_changes_the_noise_and_not_the_gradient(gamma, gamma_from):
+@pytest.mark.parametrize(("scale", "scale_from"), [(1.0, 1.0), (1.0, 0.8)])
+def test_what_the_flow_expects_changes_the_noise_and_not_the_gradient(scale, scale_from):
     flow = new_flow(roughness=0.1)
 
     def near(z):
         return flow.log_prob(z).detach() + 0.2 * torch.cos(z[:, 0] - 1)
 
-    arguments = (flow, Known(near, Everywhere()), gamma, gamma_from, 60)
+    arguments = (flow, Known(near, Everywhere()), scale, scale_from, 60)
     plain, less_noisy = (gradients_of_torsions(*arguments, expected) for expected in (False, True))
     assert float(plain.var(0).sum() / less_noisy.var(0).sum()) > 10
     difference = plain - less_noisy
@@ -402,7 +402,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert any(not torch.equal(value, before[name]) for name, value in flow.state_dict().items())
 
 
-def test_scale_multiplies_the_learning_rate():
+def test_the_rate_multiplies_the_learning_rate():
     fitter = FlowFitter(new_flow(), SPACE, 2e-3, 16)
     for scale in (1.0, 0.25):
         fitter.update(TARGET, torch.Generator().manual_seed(0), scale)
@@ -437,7 +437,7 @@ def test_without_torsions_the_reverse_kl_alone_trains():
         flow = CGFlow(Torsions(0, 2), BOUND, 2, 2, 4, (8,), COVARIANCE)
     space, generator = Line(), torch.Generator().manual_seed(0)
     fitter = FlowFitter(flow, space, 2e-2, 128)
-    assert fitter.reach == 1  # gamma is that of torsions: there is nowhere to get to
+    assert fitter.reach == 1  # scale is that of torsions: there is nowhere to get to
     for k in range(100):
         fitter.update(Known(log_p, space), generator, 1 - 0.95 * k / 100)
     assert weighted_samples(flow, Known(log_p, space), space, 5000, generator).ess > 0.98
