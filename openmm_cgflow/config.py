@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from openmm_cgflow.describe import commented_yaml, describe, find_setting, section_of
+from openmm_cgflow.describe import commented_yaml, describe, validated
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.settings import (
     ChainSettings,
@@ -124,12 +122,7 @@ def validate(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     Raises:
         CGFlowError: One line for each wrong setting; unknown keys name the nearest known one.
     """
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = dict(reversed([_explain(problem) for problem in error.errors()]))
-        lines = [f"  {line}" for text in reversed(problems.values()) for line in text.splitlines()]
-        raise CGFlowError("\n".join([f"{source}: {len(lines)} problem(s) in the settings:", *lines])) from None
+    return validated(Config, tree, source)
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -215,42 +208,3 @@ def _has(tree: Any, path: str) -> bool:
 
 def _renamed(old: str) -> str:
     return f"{old}: written for version 0.1; the name is now {_RENAMED[old]}"
-
-
-def _explain(problem: Any) -> tuple[str, str]:
-    """The path of the wrong setting and what is wrong with it."""
-    location = [str(part) for part in problem["loc"]]
-    setting = find_setting(Config, location)
-    name, message = ".".join(location), problem["msg"].removeprefix("Value error, ")
-    if not name:
-        return name, message
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        return name, f"{name}: unknown key; " + (
-            f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        )
-    about, got = "", f"got {reprlib.repr(problem['input'])}, expected"
-    if setting is not None and not setting.is_section:
-        about = f" ({_in_a_sentence(setting.summary)})"
-        if " or " in setting.type:  # one problem for each of its types, named after it
-            return setting.path, f"{setting.path}: {got} {setting.type}{about}"
-    if problem["type"] == "missing":
-        message = "required, but missing"
-    elif message.startswith("Input should be "):
-        unit = f" {setting.unit}" if setting and setting.unit else ""
-        message = f"{got} {message.removeprefix('Input should be ')}{unit}"
-    return name, f"{name}: {message}{'' if message.endswith(')') else about}"
-
-
-def _in_a_sentence(summary: str) -> str:
-    first = summary.partition(" ")[0]
-    plain = summary[0].lower() + summary[1:] if first[1:].islower() or len(first) == 1 else summary
-    return plain.removesuffix(".")
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    section: type[Section] | None = Config
-    for name in path:
-        section = section_of(section.model_fields[name]) if section and name in section.model_fields else None
-    return list(section.model_fields) if section else []

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
+import reprlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.settings import Mark, Section
 from openmm_cgflow.units import Unit
 
-__all__ = ["Setting", "commented_yaml", "describe", "find_setting", "section_of"]
+__all__ = ["Setting", "commented_yaml", "describe", "find_setting", "section_of", "validated"]
+
+S = TypeVar("S", bound=Section)
 
 _WIDTH = 120  # of a line of YAML
 _COMMENTS = 28  # column where comments begin, where a setting leaves room for them
@@ -144,6 +150,20 @@ def commented_yaml(root: type[Section], given: Mapping[str, Any], heading: Seque
     return "\n".join(lines) + "\n"
 
 
+def validated(root: type[S], tree: Mapping[str, Any], source: str) -> S:
+    """The settings of a tree, which is called ``source`` in messages.
+
+    Raises:
+        CGFlowError: One line for each wrong setting; unknown keys name the nearest known one.
+    """
+    try:
+        return root.model_validate(tree)
+    except ValidationError as error:
+        problems = dict(reversed([_explain(root, problem) for problem in error.errors()]))
+        lines = [f"  {line}" for text in reversed(problems.values()) for line in text.splitlines()]
+        raise CGFlowError("\n".join([f"{source}: {len(lines)} problem(s) in the settings:", *lines])) from None
+
+
 def _setting(path: str, field: FieldInfo) -> Setting:
     inner = section_of(field)
     text = field.description or cleandoc((inner and inner.__doc__) or "")
@@ -237,3 +257,42 @@ def _commented(entry: str, comment: str, indent: int) -> list[str]:
         return [line]
     above = textwrap.wrap(comment, _WIDTH, initial_indent=f"{margin}# ", subsequent_indent=f"{margin}# ")
     return [*above, f"{margin}{entry}"]
+
+
+def _explain(root: type[Section], problem: Any) -> tuple[str, str]:
+    """The path of the wrong setting and what is wrong with it."""
+    location = [str(part) for part in problem["loc"]]
+    setting = find_setting(root, location)
+    name, message = ".".join(location), problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return name, message
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(root, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        return name, f"{name}: unknown key; " + (
+            f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        )
+    about, got = "", f"got {reprlib.repr(problem['input'])}, expected"
+    if setting is not None and not setting.is_section:
+        about = f" ({_in_a_sentence(setting.summary)})"
+        if " or " in setting.type:  # one problem for each of its types, named after it
+            return setting.path, f"{setting.path}: {got} {setting.type}{about}"
+    if problem["type"] == "missing":
+        message = "required, but missing"
+    elif message.startswith("Input should be "):
+        unit = f" {setting.unit}" if setting and setting.unit else ""
+        message = f"{got} {message.removeprefix('Input should be ')}{unit}"
+    return name, f"{name}: {message}{'' if message.endswith(')') else about}"
+
+
+def _in_a_sentence(summary: str) -> str:
+    first = summary.partition(" ")[0]
+    plain = summary[0].lower() + summary[1:] if first[1:].islower() or len(first) == 1 else summary
+    return plain.removesuffix(".")
+
+
+def _known_keys(root: type[Section], path: list[str]) -> list[str]:
+    section: type[Section] | None = root
+    for name in path:
+        section = section_of(section.model_fields[name]) if section and name in section.model_fields else None
+    return list(section.model_fields) if section else []

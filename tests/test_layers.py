@@ -44,7 +44,6 @@ KNOWN: dict[str, set[str]] = {
         "analysis.states imports coordinates",
         "model.cg_model imports config",
         "model.force imports files",
-        "molecule.system imports config",
         "training.joint imports config",
         "training.ladder imports config",
         "training.pmf.anchors imports config",
@@ -56,7 +55,6 @@ KNOWN: dict[str, set[str]] = {
     },
     "whole_config_at_the_top": {
         "model.cg_model",
-        "molecule.system",
         "training.joint",
         "training.ladder",
         "training.pmf.anchors",
@@ -64,7 +62,6 @@ KNOWN: dict[str, set[str]] = {
         "training.reverse_kl",
     },
     "decisions_in_one_place": {
-        "molecule.system: target is None",
         "runs.estimate: method compared",
         "runs.loop: method compared",
     },

@@ -83,7 +83,7 @@ def _populations(
 def _free_energies(
     populations: np.ndarray, replicates: np.ndarray | None, base: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """In kT, infinite or NaN where a population is zero, and their standard errors, NaN where unknown."""
+    """Free energies in kT, infinite or NaN where a population is zero, and standard errors, NaN where unknown."""
     with np.errstate(divide="ignore", invalid="ignore"):
         energies = 0.0 - np.log(populations / populations[base])  # no -0.0 for the base
         if replicates is None:

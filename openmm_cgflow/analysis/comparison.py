@@ -126,7 +126,7 @@ class State:
 def compare_densities(
     ensembles: Mapping[str, Ensemble], grid: Grid | None, rng: np.random.Generator
 ) -> tuple[dict[str, Density], dict[str, Density]]:
-    """Maps and single torsions, by name."""
+    """Densities of maps and of single torsions, by name."""
     observables = ensembles["samples"].observables
     n_blocks = ensembles["reference"].n_blocks if "reference" in ensembles else 0
     maps = {}
@@ -171,7 +171,7 @@ def _density(
 
 
 def compare_sizes(ensembles: Mapping[str, Ensemble]) -> dict[str, Size]:
-    """Radius of gyration and RMSD."""
+    """Radius of gyration and RMSD of all ensembles, by name."""
     return {
         name: _size({key: (e.observables.sizes[name], e.weights) for key, e in ensembles.items()})
         for name in ensembles["samples"].observables.sizes

@@ -59,7 +59,10 @@ class Distances:
 
 
 def effective_size(weights: np.ndarray) -> float:
-    """Kish's effective number of samples of non-negative weights, shape (n,)."""
+    """Kish's effective number of samples of non-negative weights, shape (n,).
+
+    ``networks.weights`` has it for torch and log weights; this module does without torch.
+    """
     return float(weights.sum() ** 2 / np.square(weights).sum())
 
 
@@ -95,7 +98,7 @@ def circle_histogram(angles: np.ndarray, weights: np.ndarray, n_bins: int = N_BI
 
 
 def circle_overlap(centers: np.ndarray, intervals: np.ndarray) -> np.ndarray:
-    """Which part of each of n equal bins of a turn lies in which interval, so that rebinning keeps the mass exactly.
+    """The part of each of n equal bins of a turn that lies in each interval: rebinning with it keeps the mass exactly.
 
     Arguments:
         centers: Centres of the bins, radians, shape (n,).

@@ -69,7 +69,7 @@ def measure(
     slow: Sequence[int],
     residues: Sequence[str] | None = None,
 ) -> Observables:
-    """Reads everything that is compared.
+    """Everything that is compared, read from frames.
 
     Arguments:
         trajectory: Whole molecules, nm.

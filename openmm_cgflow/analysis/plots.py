@@ -288,7 +288,7 @@ def _wrap(angles: np.ndarray) -> np.ndarray:
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """Over a twentieth of all steps, at most 25: the few of a potential of mean force stay about as they are."""
+    """Running median over a twentieth of all steps, at most 25: the few of a PMF stay about as they are."""
     half = min(25, len(values) // 20) // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return np.array([np.median(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])

@@ -51,13 +51,13 @@ class GridReference:
     centers: np.ndarray
 
     def rebinned(self, n_bins: int = N_BINS) -> np.ndarray:
-        """On other bins by overlap of areas, which keeps the mass exactly, shape (n_bins, n_bins)."""
+        """Probabilities on other bins by overlap of areas, which keeps the mass exactly, shape (n_bins, n_bins)."""
         edges = np.linspace(-np.pi, np.pi, n_bins + 1)
         overlap = circle_overlap(self.centers, np.column_stack((edges[:-1], edges[1:])))
         return overlap @ self.probability @ overlap.T
 
     def populations(self) -> np.ndarray:
-        """Of ``states.RAMACHANDRAN``, bins on a border shared by area, shape (4,)."""
+        """Populations of ``states.RAMACHANDRAN``, bins on a border shared by area, shape (4,)."""
         phi = circle_overlap(self.centers, np.radians([*pairwise(PHI_BORDERS)]))
         alpha = circle_overlap(self.centers, np.radians([ALPHA_PSI]))[0]
         far, near, right = phi @ self.probability
@@ -82,7 +82,7 @@ class TrajectoryReference:
 def load_reference(
     path: Path, structure: mdtraj.Trajectory, *, topology: Path | None = None, weights: Path | None = None
 ) -> GridReference | TrajectoryReference:
-    """Reads a reference.
+    """Reads what samples are compared with: a grid of (φ, ψ) or a trajectory.
 
     Arguments:
         path: An ``.npz`` file with the arrays P (n, n), probability of (φ, ψ), and centers (n,) in radians; or a
@@ -177,7 +177,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _n_atoms(path: Path) -> int | None:
-    """Of the first frame, None where the file cannot tell."""
+    """Number of atoms in the first frame, None where the file cannot tell."""
     try:
         with mdtraj.open(str(path)) as file:
             read = file.read(n_frames=1)
@@ -204,7 +204,7 @@ def _refuse_other_elements(path: Path, atoms: mdtraj.Topology, expected: mdtraj.
 
 
 def _refuse_broken(path: Path, frames: mdtraj.Trajectory) -> None:
-    """Atoms in another order and molecules cut by a box have bonded atoms far apart."""
+    """Refuses atoms in another order and molecules cut by a box: bonded atoms are then far apart."""
     pairs = np.array([(a.index, b.index) for a, b in frames.topology.bonds]).reshape(-1, 2)
     lengths = mdtraj.compute_distances(frames, pairs, periodic=False)
     if lengths.max(initial=0.0) > _LONGEST_BOND:

@@ -255,7 +255,7 @@ def _graph(topology: mdtraj.Topology) -> nx.Graph:
 
 
 def _rank(topology: mdtraj.Topology) -> Callable[[int], tuple[bool, int, int]]:
-    """Which neighbour defines a torsion: the α carbon, then heavy before light, then the first."""
+    """Order in which neighbours define a torsion: the α carbon, then heavy before light, then the first."""
     return lambda i: (topology.atom(i).name != "CA", -topology.atom(i).element.number, i)
 
 
@@ -285,6 +285,6 @@ def _label(topology: mdtraj.Topology, atoms: Iterable[int]) -> str:
 
 
 def _signed_volume(xyz: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Its sign is the handedness, that of ``openmm_cgflow.coordinates.placement.signed_volumes``; shape (n_frames,)."""
+    """Volume whose sign is the handedness, as in ``openmm_cgflow.coordinates.placement``; shape (n_frames,)."""
     first, second, third, fourth = np.moveaxis(xyz[:, row].astype(np.float64), 1, 0)
     return np.einsum("ij,ij->i", np.cross(first - fourth, second - fourth), third - fourth)

@@ -76,7 +76,10 @@ def check_molecule(
 
 
 def _is_learned(force: openmm.Force) -> bool:
-    """Whether it may stand for solvent, too. What a plugin adds, such as a TorchForce, comes back as a mere Force."""
+    """Whether a force may be learned, and so stand for solvent, too.
+
+    What a plugin adds, such as a TorchForce, comes back as a mere Force.
+    """
     return type(force) in (openmm.PythonForce, openmm.Force)
 
 

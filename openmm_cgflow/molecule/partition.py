@@ -36,7 +36,7 @@ class Partition:
     def resolve(
         cls, molecular_system: MolecularSystem, selection: str | Sequence[int], sampled_amides: bool = False
     ) -> Self:
-        """Finds the slow atoms.
+        """Slow atoms by a selection, and all the others as fast ones.
 
         Arguments:
             molecular_system: The molecule.
@@ -161,7 +161,7 @@ def _main_chain(residue: Any) -> list[int]:
 
 
 def _cap(residue: Any, amino: set[int], graph: nx.Graph, elements: list[str]) -> set[int]:
-    """Of a residue joined to an amino acid by a C-N bond: the joining atom and the carbons on it.
+    """The atom of a cap that joins it to an amino acid by a C-N bond, and the carbons on it; nothing if it is no cap.
 
     So ACE gives C and CH3, FOR gives C, NME gives N and its carbon under any name, NH2 gives N.
     """

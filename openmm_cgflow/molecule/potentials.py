@@ -31,7 +31,7 @@ _SAME = 1e-4
 
 
 class ReplicaEnergy(TorchEnergy):
-    """Of a module that takes (n_replicas, n_atoms, 3) as well and gives (n_replicas,): a ``BatchedEnergy``.
+    """Energy of a torch module that takes all replicas at once, (n_replicas, n_atoms, 3) -> (n_replicas,).
 
     Arguments:
         module: See :class:`TorchEnergy`.

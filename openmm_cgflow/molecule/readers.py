@@ -88,7 +88,11 @@ def load_files(config: SystemSettings) -> Loaded:
 
 
 def _structure(config: SystemSettings) -> Path:
-    assert config.structure is not None  # validated: without it there is a target, which is no file
+    if config.structure is None:
+        raise CGFlowError(
+            "system.target names a synthetic system and no files: train takes it as it is, and "
+            "openmm_cgflow.paper.targets.target_system builds it"
+        )
     return config.structure
 
 

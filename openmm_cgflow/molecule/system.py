@@ -15,17 +15,22 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
-from openmm_cgflow.config import validate
-from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.describe import validated
 from openmm_cgflow.molecule.checks import check_molecule
 from openmm_cgflow.molecule.readers import load_files, load_parmed
 from openmm_cgflow.molecule.topology import atom_labels
-from openmm_cgflow.settings import SystemSettings
+from openmm_cgflow.settings import Section, SystemSettings
 
 if TYPE_CHECKING:
     import parmed
 
 __all__ = ["MolecularSystem"]
+
+
+class _Input(Section):
+    """The settings of a molecule, where they stand in a configuration: messages name them as there."""
+
+    system: SystemSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +93,7 @@ class MolecularSystem:
                 "include_dir": include_dir,
                 "potential": potential,
             }
-            config = validate({"system": settings}, source="MolecularSystem.from_files")
-            assert config.system is not None
-            structure = config.system
-        if structure.target is not None:
-            raise CGFlowError(
-                "system.target names a synthetic system and no files: train takes it as it is, and "
-                "openmm_cgflow.paper.targets.target_system builds it"
-            )
+            structure = validated(_Input, {"system": settings}, source="MolecularSystem.from_files").system
         return cls(*check_molecule(*load_files(structure), source=str(structure.structure)))
 
     @classmethod
@@ -133,14 +131,14 @@ class MolecularSystem:
 
     @cached_property
     def masses(self) -> np.ndarray:
-        """``(n_atoms,)`` in Da, as the System has them."""
+        """Masses of the atoms as the System has them, Da, shape ``(n_atoms,)``."""
         return np.array(
             [self.system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(self.system.getNumParticles())]
         )
 
     @cached_property
     def bonds(self) -> np.ndarray:
-        """``(n_bonds, 2)`` sorted atom indices, each bond once."""
+        """Sorted atom indices of each bond, each bond once, shape ``(n_bonds, 2)``."""
         pairs = {tuple(sorted((bond.atom1.index, bond.atom2.index))) for bond in self.topology.bonds()}
         return np.array(sorted(pairs), dtype=int).reshape(-1, 2)
 
@@ -151,12 +149,12 @@ class MolecularSystem:
 
     @cached_property
     def mdtraj_topology(self) -> mdtraj.Topology:
-        """The same topology for MDTraj."""
+        """The topology as MDTraj has it."""
         return mdtraj.Topology.from_openmm(self.topology)
 
     @cached_property
     def labels(self) -> list[str]:
-        """Of all atoms; see :meth:`atom_label`."""
+        """Readable names of all atoms; see :meth:`atom_label`."""
         return atom_labels(self.topology)
 
     def atom_label(self, index: int) -> str:

@@ -50,7 +50,7 @@ def topology_to_table(topology: app.Topology) -> dict[str, list]:
 
 
 def topology_from_table(table: dict[str, list]) -> app.Topology:
-    """Inverse of :func:`topology_to_table`, but for bond orders."""
+    """A topology from the table of :func:`topology_to_table`, but for bond orders."""
     result = app.Topology()
     atoms, fast_atoms, residues = [], {}, {}
     for chain, chain_id, residue, name, residue_id, insertion_code, atom_name, symbol, atom_id in table["atoms"]:

@@ -81,7 +81,7 @@ class TorchEnergy:
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Where its first parameter or buffer is; the CPU where it has none."""
+    """The device of a module's first parameter or buffer; the CPU where it has none."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -115,7 +115,9 @@ def torch_force(
 
 
 class _ChosenAtoms(nn.Module):
-    """On GPUs TorchForce gives positions there, and in float32 unless the Context computes in double precision.
+    """Positions of some atoms, moved to the module's device and precision, which are not always TorchForce's.
+
+    On GPUs TorchForce gives positions there, and in float32 unless the Context computes in double precision.
 
     Constants of a frozen module stay on the CPU, whatever device the module is sent to.
     """
@@ -174,7 +176,7 @@ def _openmmtorch() -> ModuleType:
 
 
 def _version(distribution: str) -> str | None:
-    """None where it did not come as a Python package: conda builds it for its own OpenMM."""
+    """Version of openmmtorch; None where it is no Python package, as with conda, which builds it for its own OpenMM."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

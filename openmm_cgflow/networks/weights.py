@@ -26,7 +26,10 @@ _LARGEST_WEIGHT = 30.0  # over the mean weight
 
 
 def relative_ess(log_weights: Tensor) -> float:
-    """Kish's effective sample size divided by the number of samples, from log weights of shape (n,)."""
+    """Kish's effective sample size divided by the number of samples, from log weights of shape (n,).
+
+    ``analysis.distances`` has it for NumPy, where torch is not loaded.
+    """
     weights = torch.softmax(log_weights, dim=0)
     return float(1.0 / (len(weights) * weights.square().sum()))
 

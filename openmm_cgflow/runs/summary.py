@@ -18,7 +18,7 @@ _LABELS = {
     "energy_evaluations": "energy evaluations",
     "ended_by": "training ended by",
 }
-"""Of provenance.json, what is told as it stands there."""
+"""Entries of provenance.json that are told as they stand there, and what they are called."""
 
 
 def summarise(run: RunDirectory) -> Iterator[str]:
