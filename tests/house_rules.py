@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "paper": "molecule coordinates engines forces networks training model files analysis",
     "runs": "config molecule coordinates engines forces networks training model files analysis paper",
     "openmmml_plugin": "molecule model runs",
-    "cli": "config molecule files analysis model runs",
+    "options": "",
+    "cli": "options config molecule files analysis model runs",
     "__main__": "cli",
     "__init__": "",
 }
@@ -44,7 +45,9 @@ _NEURAL, _MOLECULAR, _PLOTS = {"torch", "zuko"}, {"openmm", "parmed"}, {"matplot
 _HEAVY = _NEURAL | _MOLECULAR | _PLOTS | {"mdtraj"}
 # What a folder, or one of its modules where it is named as well, must not import itself, also not inside a function.
 DIRECT = {
-    **dict.fromkeys(["_version", "errors", "seeds", "settings", "describe", "config", "__init__", "__main__"], _HEAVY),
+    **dict.fromkeys(
+        ["_version", "errors", "seeds", "settings", "describe", "config", "__init__", "__main__", "options"], _HEAVY
+    ),
     "cli": _HEAVY | {"numpy"},
     "openmmml_plugin": _HEAVY - {"openmm"},
     "units": _HEAVY - {"openmm"},

@@ -43,7 +43,6 @@ KNOWN: dict[str, set[str]] = {
     "down_only": {
         "analysis.states imports coordinates",
         "model.cg_model imports config",
-        "model.force imports files",
         "training.joint imports config",
         "training.ladder imports config",
         "training.pmf.anchors imports config",
@@ -80,7 +79,6 @@ KNOWN: dict[str, set[str]] = {
         "runs.verify: pmf",
     },
     "modules_are_short": {
-        "cli",
         "model.cg_model",
         "molecule.readers",
         "paper.exact",

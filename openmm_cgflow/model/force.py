@@ -1,11 +1,9 @@
-"""A trained model outside of this package's own sampling: as an OpenMM force, a System of beads, or files."""
+"""A trained model outside of this package's own sampling: as an OpenMM force, a System of beads, or TorchScript."""
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import networkx as nx
@@ -17,8 +15,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.files.atomic import atomic_path, atomic_write, writing
-from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.model.free_energy import FreeEnergy
 from openmm_cgflow.model.torsion_table import torsion_table
 from openmm_cgflow.molecule.bonds import bond_graph
@@ -27,7 +23,7 @@ from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import copy_topology
 from openmm_cgflow.molecule.torch_force import of_all_atoms, python_force, torch_force
 
-__all__ = ["CGSystem", "Mechanism", "bead_system", "copy_model", "new_force", "save_force", "save_torchscript"]
+__all__ = ["CGSystem", "Mechanism", "bead_system", "new_force", "traced", "traced_with_forces"]
 
 Mechanism = Literal["python", "torchforce", "table"]
 """``openmm.PythonForce``; openmmtorch's ``TorchForce``, which needs the extra [torchforce]; or splines of torsions."""
@@ -131,39 +127,3 @@ def _bead_masses(molecular_system: MolecularSystem, slow: list[int]) -> np.ndarr
         if near:
             total[bead[min(near, key=distances.__getitem__)]] += masses[atom]
     return total
-
-
-def save_force(force: openmm.Force, path: Path) -> None:
-    """Writes a force as OpenMM's XML."""
-    atomic_write(path, openmm.XmlSerializer.serialize(force))
-
-
-def save_torchscript(energy: FreeEnergy, path: Path, atoms: Sequence[int] | None) -> None:
-    """Writes TorchScript that ``torch.jit.load`` reads without this package: positions, nm -> energy, kJ/mol.
-
-    Arguments:
-        energy: Of the slow atoms.
-        path: The file.
-        atoms: Indices of the slow atoms where the module shall be given the positions of all, as ``TorchForce`` does;
-            None where it shall be given those of the slow atoms alone.
-    """
-    chosen = range(len(energy.order)) if atoms is None else atoms
-    module = torch.jit.freeze(of_all_atoms(traced(energy), chosen).eval())
-    with atomic_path(path) as temporary:
-        torch.jit.save(module, str(temporary))
-
-
-def copy_model(run_directory: Path, stage: int, path: Path) -> None:
-    """Copies what ``load`` and openmm-ml's ``MLPotential("cgflow", modelPath=...)`` need of a run, and no more.
-
-    Raises:
-        CGFlowError: If the folder is there already, as a run's might be, or cannot be written.
-    """
-    if path.exists():
-        raise CGFlowError(f"{path}: exists already, and a folder is never replaced; choose another name")
-    run, copy = RunDirectory.open(run_directory), RunDirectory(path)
-    with writing(path):
-        copy.models.mkdir(parents=True)
-        for name in ("config", "system_xml", "slow_atoms", "topology", "provenance"):
-            shutil.copyfile(getattr(run, name), getattr(copy, name))
-        shutil.copyfile(run.stage(stage), copy.stage(stage))

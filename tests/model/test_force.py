@@ -14,8 +14,9 @@ from joint_models import joint_flow, linear
 
 from openmm_cgflow import CGFlowError
 from openmm_cgflow.model.cg_model import CGModel
-from openmm_cgflow.model.force import save_torchscript, traced, traced_with_forces
+from openmm_cgflow.model.force import traced, traced_with_forces
 from openmm_cgflow.molecule.torch_force import of_all_atoms
+from openmm_cgflow.runs.export import save_torchscript
 from openmm_cgflow.units import thermal_beta
 
 ENERGIES = ("pmf", "flow", "torsions")

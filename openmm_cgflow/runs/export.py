@@ -1,0 +1,116 @@
+"""``openmm-cgflow export``: the free energy of a run as a file or a folder for other programs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import openmm
+import torch
+
+from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.files.atomic import atomic_path, atomic_write, writing
+from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.model.force import traced
+from openmm_cgflow.model.free_energy import Energy, FreeEnergy
+from openmm_cgflow.molecule.torch_force import of_all_atoms
+from openmm_cgflow.runs.train import load
+
+__all__ = ["Form", "export", "save_torchscript"]
+
+Form = Literal["python-force", "torchscript", "openmmml"]
+"""``openmm.PythonForce`` as XML; TorchScript, positions in nm -> kJ/mol; a folder for openmm-ml."""
+
+
+def export(
+    run_directory: Path,
+    output: Path,
+    form: Form,
+    *,
+    stage: int | None = None,
+    beads: bool = False,
+    scale: float = 1.0,
+    energy: Energy | None = None,
+    ceiling: float | None = None,
+    overwrite: bool = False,
+) -> tuple[CGModel, str]:
+    """Writes the free energy of a trained model.
+
+    Arguments:
+        run_directory: What ``train`` wrote.
+        output: The file; a folder for openmm-ml.
+        form: Of what is written.
+        stage: Tempering stage, 0 the hottest; the last finished one by default.
+        beads: For a System of the slow atoms alone instead of one of all atoms.
+        scale: Factor of the energy; negative for a bias.
+        energy: Which one; see :meth:`openmm_cgflow.CGModel.energy_of_positions`.
+        ceiling: kJ/mol above the minimum where the energy levels off; nowhere by default.
+        overwrite: Replace a file that exists; folders are never replaced.
+
+    Returns:
+        The model, and an expression in Python that reads what was written.
+
+    Raises:
+        CGFlowError: If there is no such model, the output exists or cannot be written, or an option does not go with
+            the form.
+    """
+    copied = form == "openmmml"
+    if copied and (beads, scale, energy, ceiling) != (False, 1.0, None, None):
+        raise CGFlowError(
+            "--format openmmml copies the model: give scale, energy and ceiling to MLPotential, beads as a topology"
+        )
+    if output.exists() and (copied or not overwrite):
+        raise CGFlowError(
+            f"{output}: exists already; choose another name" + ("" if copied else ", or give --overwrite")
+        )
+    model = load(run_directory, stage=stage)
+    if copied:
+        _copy_model(run_directory, model.stage, output)
+        return model, f"openmmml.MLPotential('cgflow', modelPath='{output}')"
+    if form == "python-force":
+        own = range(len(model.partition.slow)) if beads else None
+        _save_force(model.create_force(scale=scale, atoms=own, energy=energy, ceiling=ceiling), output)
+        reader = f"openmm.XmlSerializer.deserialize(open('{output}').read())"
+        return model, f"{reader}; it runs code: read only files you trust"
+    atoms = None if beads else model.partition.slow
+    save_torchscript(model.energy_of_positions(scale, energy, ceiling), output, atoms)
+    return model, f"torch.jit.load('{output}') or openmmtorch.TorchForce('{output}')"
+
+
+def _save_force(force: openmm.Force, path: Path) -> None:
+    """Writes a force as OpenMM's XML."""
+    atomic_write(path, openmm.XmlSerializer.serialize(force))
+
+
+def save_torchscript(energy: FreeEnergy, path: Path, atoms: Sequence[int] | None) -> None:
+    """Writes TorchScript that ``torch.jit.load`` reads without this package: positions, nm -> energy, kJ/mol.
+
+    Arguments:
+        energy: Of the slow atoms.
+        path: The file.
+        atoms: Indices of the slow atoms where the module shall be given the positions of all, as ``TorchForce`` does;
+            None where it shall be given those of the slow atoms alone.
+    """
+    chosen = range(len(energy.order)) if atoms is None else atoms
+    module = torch.jit.freeze(of_all_atoms(traced(energy), chosen).eval())
+    with atomic_path(path) as temporary:
+        torch.jit.save(module, str(temporary))
+
+
+def _copy_model(run_directory: Path, stage: int, path: Path) -> None:
+    """Copies what ``load`` and openmm-ml's ``MLPotential("cgflow", modelPath=...)`` need of a run, and no more.
+
+    Raises:
+        CGFlowError: If the folder is there already, as a run's might be, or cannot be written.
+    """
+    if path.exists():
+        raise CGFlowError(f"{path}: exists already, and a folder is never replaced; choose another name")
+    run, copy = RunDirectory.open(run_directory), RunDirectory(path)
+    with writing(path):
+        copy.models.mkdir(parents=True)
+        for name in ("config", "system_xml", "slow_atoms", "topology", "provenance"):
+            shutil.copyfile(getattr(run, name), getattr(copy, name))
+        shutil.copyfile(run.stage(stage), copy.stage(stage))
