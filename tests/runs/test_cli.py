@@ -898,7 +898,7 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path):
     code = (
         "import runpy, sys, openmm_cgflow.cli as cli\n"
         "def fail(options): return 1 // 0\n"
-        "cli._info = fail\n"
+        "cli._RUN['info'] = fail\n"
         "runpy.run_module('openmm_cgflow', run_name='__main__')"
     )
     done = subprocess.run(
