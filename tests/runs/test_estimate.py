@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
-from openmm_cgflow.cli import _duration
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.options import _duration
 from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.runs.estimate import count_stages, measure_cost
 from openmm_cgflow.settings import TemperingSettings
