@@ -104,7 +104,7 @@ def main() -> None:
         z, cost = simulate(model, arguments.energy, arguments.copies, arguments.ps, arguments.timestep, arguments.seed)
         kept = z[len(z) // 3 :]
         drawn = model.flow.sample(arguments.samples, torch.Generator().manual_seed(arguments.seed))[0].numpy()
-        log_weight = model.log_weights(drawn) if model.pmf is not None else np.zeros(len(drawn))
+        log_weight = model.log_weights(drawn) if model.density.weighted else np.zeros(len(drawn))
     print(
         f"{arguments.copies} copies, {arguments.ps:g} ps each in steps of {1000 * arguments.timestep:g} fs, force: "
         f"{arguments.energy}; {cost:.2f} ms a step for all copies"

@@ -42,13 +42,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="rounds between two rows (1)")
     arguments = parser.parse_args()
     run, model = RunDirectory.open(arguments.run), cgf.load(arguments.run)
-    fingerprint = model.molecular_system.fingerprint()
-    saved = run.load_checkpoint(lambda path: load_state(path, fingerprint))
+    saved = run.load_checkpoint(lambda path: load_state(path, model.molecular_system))
     if saved is None:
         raise SystemExit(f"{run.path}: no checkpoint")
-    config = model.config
+    config = cgf.load_config(run.config)
     kept = MeanForceBuffer(config.pmf.n_members)
-    kept.load_state_dict(saved["trainer"]["buffer"])
+    kept.load_state_dict(saved["method"]["shared"]["buffer"])
     evaluations = [int(row["evaluations"]) for row in read_rows(run.metrics)]
     generator = torch.Generator().manual_seed(config.seed)
     z, log_q = model.flow.sample(_N_SAMPLES, generator)
@@ -89,8 +88,7 @@ def main() -> None:
                 for k in range(n):
                     fitter.fit(data, config.pmf.final_updates // n, generator, 1 - k / n)
             report(count, pmf)
-        assert model.pmf is not None
-        report(evaluations[-1], model.pmf)
+        report(evaluations[-1], model.density.pmf)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".torch.jit", DeprecationWarning)
     model = cgf.load(arguments.run)
     xyz = torch.tensor(model.molecular_system.positions[list(model.partition.slow)])
-    energies = ["torsions", "flow"] if model.pmf is None else ["pmf", "torsions", "flow"]
+    energies = ["pmf", "torsions", "flow"] if model.density.weighted else ["torsions", "flow"]
     with one_torch_thread():
         names = ("autograd", "float32", "traced", "with forces", "trace (s)")
         print(f"{'one call, ms':16s}" + "".join(f"{name:>14s}" for name in names))

@@ -70,7 +70,7 @@ def free_energy(state: Basin, reference: Basin | None) -> str:
 def draws(folder: RunDirectory) -> str | None:
     """Populations of many draws of z, plain and weighted; None unless phi and psi of one residue are slow."""
     model = cgf.load(folder.path)
-    if model.pmf is None:
+    if not model.density.weighted:
         return None
     atoms = np.array(model.coordinates.atoms)
     topology = model.molecular_system.mdtraj_topology.subset(np.sort(atoms))

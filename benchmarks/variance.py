@@ -19,6 +19,7 @@ from md import exit_code
 import openmm_cgflow as cgf
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
+from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.gradients import comoving_gradients, frame_gradients
 from openmm_cgflow.units import thermal_beta
 
@@ -29,9 +30,10 @@ def main() -> None:
     parser.add_argument("--n-estimates", type=int, default=2048)
     arguments = parser.parse_args()
     model = cgf.load(arguments.run)
-    if model.response is None:
+    if model.density.follow is None:
         raise SystemExit(f"{arguments.run}: was trained by reverse KL and has no response of the fast atoms")
-    config, all_atom, system = model.config, model.geometry.all_atom, model.molecular_system
+    config = cgf.load_config(RunDirectory.open(arguments.run).config)
+    all_atom, system = model.geometry.all_atom, model.molecular_system
     with create_engine(system, model.partition.slow, config.chains) as engine:
         z = all_atom.read_slow(torch.tensor(system.positions)).expand(arguments.n_estimates, -1)
         fast_atoms, chains = model.fast_atoms(engine), config.chains
@@ -42,7 +44,7 @@ def main() -> None:
     estimates = {
         "Cartesian": frame_gradients(all_atom, z, frames, beta, "cartesian"),
         "co-moving": comoving,
-        "response": comoving + model.response.correction(z, balance),
+        "response": comoving + model.density.response.correction(z, balance),
     }
     # One thermal width, in units of z: the harmonic width at the target over the scale of the interval.
     coordinates = model.coordinates

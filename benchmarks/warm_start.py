@@ -20,6 +20,7 @@ import openmm_cgflow as cgf
 from openmm_cgflow.config import Config
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
+from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.networks.joint import JointFlow, new_joint
 from openmm_cgflow.units import thermal_beta
 
@@ -64,7 +65,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     model = cgf.load(arguments.run)
-    config, all_atom, temperature = model.config, model.geometry.all_atom, model.temperature
+    config = cgf.load_config(RunDirectory.open(arguments.run).config)
+    all_atom, temperature = model.geometry.all_atom, model.temperature
     generator, beta = torch.Generator().manual_seed(arguments.seed), thermal_beta(temperature)
     with create_engine(model.molecular_system, model.partition.slow, config.chains) as engine:
         fast_atoms = model.fast_atoms(engine)

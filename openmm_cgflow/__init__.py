@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from openmm_cgflow.molecule.partition import Partition
     from openmm_cgflow.molecule.system import MolecularSystem
     from openmm_cgflow.runs.evaluate import Evaluation, evaluate
-    from openmm_cgflow.runs.train import load, train
+    from openmm_cgflow.runs.load import load
+    from openmm_cgflow.runs.train import train
 
 # Imported on first use: worker processes and `--help` need neither torch nor a Context.
 _HOME = {
@@ -29,7 +30,7 @@ _HOME = {
     "Samples": "model.sampling",
     "evaluate": "runs.evaluate",
     "evaluate_exactly": "runs.exact",
-    "load": "runs.train",
+    "load": "runs.load",
     "load_config": "config",
     "train": "runs.train",
 }

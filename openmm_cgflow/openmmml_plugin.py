@@ -15,7 +15,7 @@ from openmmml.mlpotential import MLPotentialImpl, MLPotentialImplFactory
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.free_energy import Energy
-from openmm_cgflow.runs.train import load
+from openmm_cgflow.runs.load import load
 
 __all__ = ["CGFlowPotential", "CGFlowPotentialFactory"]
 

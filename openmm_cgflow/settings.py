@@ -352,6 +352,12 @@ class PMFSettings(Section):
     """Updates of the flow in each round."""
     polish_updates: int = Field(600, ge=1)
     """Updates of the flow in a cycle after the last fit; cycles repeat until they no longer help."""
+    polish_block: int = Field(50, ge=1)
+    """Updates of the flow in one step of a cycle, that is in one row of metrics.csv."""
+    n_test: int = Field(16384, ge=2)
+    """Samples of the flow behind every effective sample size and population in metrics.csv."""
+    n_probe: int = Field(512, ge=2)
+    """Samples of the flow at each barrier scale of the search for the one to explore with."""
     polish_at_target: float = Field(0.9, ge=0, le=1)
     """Fraction of the flow's updates after the last fit that train the target temperature.
 

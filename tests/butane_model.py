@@ -7,11 +7,13 @@ import torch
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.engines.platforms import PlatformChoice
-from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.model.density import PMFDensity
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.networks.flow import new_flow
 from openmm_cgflow.networks.pmf import new_pmf
-from openmm_cgflow.runs.build import build_geometry
+from openmm_cgflow.networks.response import new_response
+from openmm_cgflow.runs.build import Setup, build_geometry, new_model
+from openmm_cgflow.runs.methods import hottest_temperature
 
 REFERENCE = PlatformChoice("Reference")
 
@@ -26,13 +28,15 @@ def butane_model(systems):
         energies, forces = zip(*(energy_and_forces(molecule.system, frame) for frame in xyz), strict=True)
         return np.array(energies), np.array(forces)
 
-    geometry = build_geometry(config, molecule, partition, evaluate)
+    geometry = build_geometry(config, molecule, partition, hottest_temperature(config), evaluate)
     flow, pmf = new_flow(config.flow, geometry, config.seed), new_pmf(config.pmf, geometry, config.seed)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (*flow.parameters(), *pmf.parameters()):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return CGModel(config, molecule, partition, geometry, flow, pmf, None, [config.temperature], [], "Reference")
+    response = new_response(config.pmf, geometry, config.temperature, config.seed)
+    density = PMFDensity(geometry.coordinates, flow, pmf, response)
+    return new_model(Setup(config, molecule, partition, geometry), density, [config.temperature], [], "Reference")
 
 
 def all_atoms(model, seed=0):

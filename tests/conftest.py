@@ -27,17 +27,6 @@ def systems():
     return _ROOT / "systems"
 
 
-@pytest.fixture(scope="module")
-def few_tests():
-    """Small batches of test samples and short blocks of updates: most of the time would go there."""
-    from openmm_cgflow.training.pmf import method as pmf_training
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pmf_training, "_N_TEST", 512)
-        patch.setattr(pmf_training, "_POLISH", 5)
-        yield
-
-
 @pytest.fixture(params=["Reference", "CPU", pytest.param("a GPU's", marks=pytest.mark.gpu)])
 def every_platform(request):
     """Every kind of OpenMM platform, in double precision where it can be chosen."""

@@ -10,6 +10,8 @@ COMMON = (
     "samples.n_samples=24",
     "samples.n_equilibration=10",
     "training.checkpoint_interval=1000",
+    "pmf.n_test=512",
+    "pmf.polish_block=5",
 )
 # Three rounds, a step of switching, a block of updates of the PMF, two of the flow alone.
 TINY = (

@@ -7,7 +7,7 @@ over that of the target, T / temperature with T the target: one number, or one f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -61,9 +61,13 @@ class ThermalMap(nn.Module, ABC):
         """What training adds to its loss, so that a learned map stays invertible; a number."""
         return torch.zeros((), dtype=torch.float64)
 
-    def learned_directions(self) -> Tensor | None:
-        """What the slow coordinates are made of, where that is learned, shape (n_slow, n_atoms)."""
-        return None
+    def describe(self, labels: Sequence[str]) -> list[str]:
+        """What each slow coordinate is made of, where that is learned; a line each.
+
+        Arguments:
+            labels: Of all atoms.
+        """
+        return []
 
     def measure(self, beta_ratio: float, xyz: Tensor, weights: Tensor) -> None:
         """Learns where structures are at a temperature lower than all before, before any density there is trained.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import openmm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.engines.choose import create_engine
@@ -20,21 +19,19 @@ from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.engines.platforms import keep_platform
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.model.density import TrainedDensity
 from openmm_cgflow.model.force import CGSystem, Mechanism, bead_system, new_force
-from openmm_cgflow.model.free_energy import Energy, FlowPotential, FreeEnergy, PMFPotential, TorsionPotential
+from openmm_cgflow.model.free_energy import Energy, FreeEnergy
 from openmm_cgflow.model.sampling import Samples, draw_samples
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
-from openmm_cgflow.molecule.topology import topology_to_table
-from openmm_cgflow.networks.flow import CGFlow, new_flow
-from openmm_cgflow.networks.joint import JointFlow, new_joint
-from openmm_cgflow.networks.pmf import PMF, new_pmf
-from openmm_cgflow.networks.response import FastResponse, new_response
+from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.settings import ChainSettings, SampleSettings
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["CGModel"]
+__all__ = ["CGModel", "SamplingDefaults"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,43 +39,51 @@ logger = logging.getLogger(__name__)
 _N_LOWEST = 4096  # samples, the lowest of which a ceiling is counted from
 
 
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What :meth:`CGModel.sample` does unless it is told otherwise.
+
+    Attributes:
+        chains: How fast atoms are run, and on how many replicas at once.
+        samples: Steps of their chains, and which draws become samples.
+        seed: The seed of the configuration.
+        platform: Name of the OpenMM platform of the training; samples are drawn on it too where it is there.
+    """
+
+    chains: ChainSettings
+    samples: SampleSettings
+    seed: int
+    platform: str
+
+
 class CGModel:
-    """The flow of one temperature with what turns its samples into all-atom structures.
+    """A trained density of the slow coordinates with what turns its draws into all-atom structures.
 
     Get one from :func:`openmm_cgflow.train` or :func:`openmm_cgflow.load`.
 
     Attributes:
-        config: All settings of the training.
         molecular_system: The molecule.
         partition: Slow and fast atoms.
         geometry: Coordinates, widths, map to positions.
-        flow: q(z).
-        pmf: The fitted potential of mean force; None after ``training.method: reverse_kl``.
-        response: How the fast atoms follow the slow ones; None without a PMF.
-        joint: The density of all atoms, whose slow part is the flow, after ``training.method: joint``; otherwise None.
-        temperature: K.
-        stage: Number in the temperature ladder.
+        density: What was learned.
         temperatures: The whole ladder up to this stage, K.
-        platform: Name of the OpenMM platform of the training; samples are drawn on it too where it is there.
+        pool: Slow and fast coordinates where chains of the training ended, from which those of samples start.
+        defaults: Of :meth:`sample`.
     """
 
     def __init__(
         self,
-        config: Config,
         molecular_system: MolecularSystem,
         partition: Partition,
         geometry: Geometry,
-        flow: CGFlow,
-        pmf: PMF | None,
-        response: FastResponse | None,
+        density: TrainedDensity,
         temperatures: list[float],
         pool: list[tuple[Tensor, Tensor]],
-        platform: str,
-        joint: JointFlow | None = None,
+        defaults: SamplingDefaults,
     ) -> None:
-        self.config, self.molecular_system, self.partition = config, molecular_system, partition
-        self.geometry, self.flow, self.pmf, self.response, self.joint = geometry, flow, pmf, response, joint
-        self.temperatures, self.platform, self._pool = temperatures, platform, pool
+        self.molecular_system, self.partition = molecular_system, partition
+        self.geometry, self.density, self.defaults = geometry, density, defaults
+        self.temperatures, self.pool = temperatures, pool
 
     @property
     def temperature(self) -> float:
@@ -89,9 +94,9 @@ class CGModel:
         return len(self.temperatures) - 1
 
     @property
-    def gamma(self) -> float:
-        """Of the flow, at this stage: joint densities have one flow for all stages, other models one for each."""
-        return 1.0 if self.joint is None else self.config.temperature / self.temperature
+    def flow(self) -> CGFlow:
+        """The spline flow q(z)."""
+        return self.density.flow
 
     @property
     def coordinates(self) -> Coordinates:
@@ -100,7 +105,7 @@ class CGModel:
     @torch.no_grad()
     def log_prob(self, z: np.ndarray | Tensor) -> np.ndarray:
         """log q(z), shape (n, n_features) -> (n,)."""
-        return self.flow.log_prob(torch.as_tensor(z, dtype=torch.float64), self.gamma).numpy()
+        return self.density.log_prob(torch.as_tensor(z, dtype=torch.float64)).numpy()
 
     @torch.no_grad()
     def free_energy(self, z: np.ndarray | Tensor) -> np.ndarray:
@@ -109,8 +114,7 @@ class CGModel:
         The fitted one where there is one, otherwise the flow's, -kT (log q(z) - log J(z)). The free energy of the
         coordinates z themselves is A(z) - kT log J(z); J is their volume (``coordinates.log_volume``).
         """
-        z = torch.as_tensor(z, dtype=torch.float64)
-        phi = self.coordinates.log_volume(z) - self.flow.log_prob(z, self.gamma) if self.pmf is None else self.pmf(z)
+        phi = self.density.free_energy(torch.as_tensor(z, dtype=torch.float64))
         return (phi / thermal_beta(self.temperature)).numpy()
 
     @torch.no_grad()
@@ -122,12 +126,7 @@ class CGModel:
         Raises:
             CGFlowError: If the model has no potential of mean force.
         """
-        if self.pmf is None:
-            raise CGFlowError(
-                "this model has no potential of mean force to weigh with: it was trained by another method"
-            )
-        z = torch.as_tensor(z, dtype=torch.float64)
-        return (self.coordinates.log_volume(z) - self.pmf(z) - self.flow.log_prob(z)).numpy()
+        return self.density.log_weights(torch.as_tensor(z, dtype=torch.float64)).numpy()
 
     def energy_of_positions(
         self, scale: float = 1.0, energy: Energy | None = None, ceiling: float | None = None
@@ -146,33 +145,17 @@ class CGModel:
             CGFlowError: If the model has no potential of mean force or no torsions and these are asked for, or its
                 slow coordinates are combinations of all particles.
         """
-        if self.joint is not None and self.joint.thermal_map.mixes_all:
-            raise CGFlowError(
-                "this model's slow coordinates are combinations of all particles (training.method: joint on a target): "
-                "there is no force on slow atoms alone"
-            )
-        coordinates = self.coordinates
         if energy not in (None, "pmf", "flow", "torsions"):
             raise CGFlowError(f"energy: got {energy!r}, expected 'pmf', 'flow' or 'torsions'")
-        if energy == "pmf" and self.pmf is None:
-            raise CGFlowError("energy: this model has no potential of mean force, it was trained by another method")
-        if energy == "torsions" and not coordinates.n_circular:
-            raise CGFlowError("energy: this model has no torsions among its slow coordinates")
-        potential: nn.Module
-        if energy == "flow" or self.pmf is None:
-            potential = FlowPotential(self.flow, coordinates, self.gamma)
-        else:
-            potential = PMFPotential(self.pmf)
-        if energy == "torsions":
-            potential = TorsionPotential(potential, self.flow, coordinates)
+        potential = self.density.potential(energy)
         beta, top = thermal_beta(self.temperature), math.inf
         if ceiling is not None:
             if not ceiling > 0:
                 raise CGFlowError(f"ceiling: got {ceiling}, expected kJ/mol above the lowest free energy, or None")
-            z, _ = self.flow.sample(_N_LOWEST, torch.Generator().manual_seed(0), self.gamma)
+            z, _ = self.density.sample(_N_LOWEST, torch.Generator().manual_seed(0))
             with torch.no_grad():
                 top = float(potential(z).min()) + beta * ceiling
-        return FreeEnergy(coordinates, self.partition.slow, potential, scale / beta, top)
+        return FreeEnergy(self.coordinates, self.partition.slow, potential, scale / beta, top)
 
     def create_force(
         self,
@@ -219,30 +202,18 @@ class CGModel:
 
     def read(self, xyz: np.ndarray) -> np.ndarray:
         """z of all-atom positions, nm, shape (n, n_atoms, 3) -> (n, n_features)."""
-        positions = torch.as_tensor(xyz, dtype=torch.float64)
-        if self.joint is not None:
-            return self.joint.read(positions, self.gamma)[0].detach().numpy()
-        return self.geometry.all_atom.read_slow(positions).numpy()
+        return self.density.read(torch.as_tensor(xyz, dtype=torch.float64), self.geometry.all_atom).numpy()
 
     def describe_map(self) -> list[str]:
-        """What each slow coordinate is made of, where that was learned."""
-        directions = self.joint.thermal_map.learned_directions() if self.joint is not None else None
-        if directions is None:
-            return []
-        order = [*self.partition.slow, *self.partition.fast]
-        labels = self.molecular_system.labels
-        lines = []
-        for k, row in enumerate(directions.tolist()):
-            terms = [f"{weight:+.3f} {labels[i]}" for i, weight in enumerate(row)]
-            lines.append(f"slow coordinate {k + 1} (started as {labels[order[k]]}) = {' '.join(terms)}")
-        return lines
+        """What each slow coordinate is made of, where that was learned; a line each."""
+        return self.density.describe(self.molecular_system.labels)
 
     def fast_atoms(self, engine: Engine) -> FastAtoms:
         """Chains of the fast atoms on an engine, warm-started from the pool that the training left."""
-        config, geometry = self.config, self.geometry
-        fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, config.chains, config.seed)
-        fast_atoms.pool = list(self._pool)
-        fast_atoms.follow = self.response.follow if self.response is not None else None
+        geometry, defaults = self.geometry, self.defaults
+        draw, follow = geometry.draw_fast, self.density.follow
+        fast_atoms = FastAtoms(engine, geometry.all_atom, draw, defaults.chains, defaults.seed, follow)
+        fast_atoms.pool = list(self.pool)
         return fast_atoms
 
     def sample(
@@ -269,54 +240,11 @@ class CGModel:
             CGFlowError: If a number is out of range.
             ReplicaError: If too many chains fail.
         """
-        config = self.config
-        platform = keep_platform(config.chains.platform, self.platform)
-        settings = config.chains.model_copy(update={"platform": platform})
+        defaults = self.defaults
+        platform = keep_platform(defaults.chains.platform, defaults.platform)
+        chains = defaults.chains.model_copy(update={"platform": platform})
         changed = {"n_equilibration": n_equilibration, "acceptance": acceptance}
-        sampling = config.samples.model_copy(update={k: v for k, v in changed.items() if v is not None})
-        with one_torch_thread(), create_engine(self.molecular_system, self.partition.slow, settings) as engine:
-            return draw_samples(self, engine, n, derive_seed(config.seed, 16) if seed is None else seed, sampling)
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and numbers that :meth:`from_state` reads back."""
-        return {
-            "geometry": self.geometry.saved_arrays(),
-            "flow": self.flow.state_dict(),
-            "pmf": self.pmf.state_dict() if self.pmf is not None else None,
-            "response": self.response.state_dict() if self.response is not None else None,
-            "joint": self.joint.state_dict() if self.joint is not None else None,
-            "temperatures": list(self.temperatures),
-            "platform": self.platform,
-            "pool": list(self._pool),
-            "topology": topology_to_table(self.molecular_system.topology),
-            "positions": torch.tensor(self.molecular_system.positions),
-            "fingerprint": self.molecular_system.fingerprint(),
-        }
-
-    @classmethod
-    def from_state(
-        cls,
-        state: dict[str, Any],
-        config: Config,
-        molecular_system: MolecularSystem,
-        partition: Partition,
-        geometry: Geometry,
-    ) -> CGModel:
-        """A model from :meth:`state`, the run directory's system and a geometry of the state's own arrays."""
-        flow = new_flow(config.flow, geometry, config.seed)
-        flow.load_state_dict(state["flow"])
-        pmf = response = None
-        if state["pmf"] is not None:
-            pmf = new_pmf(config.pmf, geometry, config.seed)
-            response = new_response(config.pmf, geometry, config.temperature, config.seed)
-            pmf.load_state_dict(state["pmf"])
-            response.load_state_dict(state["response"])
-        joint = None
-        if state["joint"] is not None:
-            joint = new_joint(flow, config.joint, config.flow, geometry, config.temperature, config.seed)
-            joint.load_state_dict(state["joint"])
-        pool = [tuple(entry) for entry in state["pool"]]
-        temperatures, platform = list(state["temperatures"]), state["platform"]
-        return cls(
-            config, molecular_system, partition, geometry, flow, pmf, response, temperatures, pool, platform, joint
-        )
+        samples = defaults.samples.model_copy(update={k: v for k, v in changed.items() if v is not None})
+        seed = derive_seed(defaults.seed, 16) if seed is None else seed
+        with one_torch_thread(), create_engine(self.molecular_system, self.partition.slow, chains) as engine:
+            return draw_samples(self, engine, n, seed, samples)

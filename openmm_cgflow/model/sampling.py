@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import mdtraj
 import numpy as np
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from openmm_cgflow.engines.engine import Engine, Schedule
 from openmm_cgflow.errors import CGFlowError, ReplicaError
-from openmm_cgflow.networks.weights import RejectionControl, weighted_samples
+from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.model.density import Proposals, TrainedDensity
+from openmm_cgflow.molecule.system import MolecularSystem
+from openmm_cgflow.networks.weights import RejectionControl
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.settings import SampleSettings
-from openmm_cgflow.units import thermal_beta
-
-if TYPE_CHECKING:
-    from openmm_cgflow.model.cg_model import CGModel
 
 __all__ = ["Samples", "draw_samples"]
 
@@ -31,11 +30,24 @@ _N_TRIALS = 8  # batches without a usable sample, after which there will be none
 _BATCH_SIZE = 1024  # samples drawn at once, at least, where so many are wanted
 _N_PILOT = 4096  # draws whose weights say which of the later ones become samples
 
+
+class Sampled(Protocol):
+    """What is drawn from: a :class:`openmm_cgflow.model.cg_model.CGModel`."""
+
+    @property
+    def density(self) -> TrainedDensity: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def molecular_system(self) -> MolecularSystem: ...
+    def fast_atoms(self, engine: Engine) -> FastAtoms: ...
+
+
 _Draw = Callable[[int, torch.Generator, int], tuple[Tensor, ...]]
 """Positions, z, log q, log weight, energy and which are usable of a batch, from about its size, a generator and its
 number."""
-_Propose = Callable[[int, torch.Generator], tuple[Tensor, ...]]
-"""Log weights of draws and what else they have, from their number and a generator."""
+_Propose = Callable[[int, torch.Generator], Proposals]
+"""Draws of a density, from their number and a generator."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Samples:
 
 
 def draw_samples(
-    model: CGModel,
+    model: Sampled,
     engine: Engine,
     n: int,
     seed: int,
@@ -73,8 +85,9 @@ def draw_samples(
         raise CGFlowError(f"number of samples: got {n}, expected at least 1")
     if not 0 < settings.acceptance <= 1:
         raise CGFlowError(f"acceptance: got {settings.acceptance}, expected above 0 and at most 1")
-    size = max(model.config.chains.n_replicas, min(n, _BATCH_SIZE))
-    draw = (_all_at_once if model.joint else _from_chains)(model, engine, seed, settings)
+    fast_atoms = model.fast_atoms(engine)
+    size = max(fast_atoms.settings.n_replicas, min(n, _BATCH_SIZE))
+    draw = _drawing(model, fast_atoms, engine, seed, settings)
     generator = torch.Generator().manual_seed(derive_seed(seed, 6))
     kept: list[tuple[Tensor, ...]] = []
     n_kept = batch = n_rejected = 0
@@ -94,53 +107,26 @@ def draw_samples(
     trajectory = mdtraj.Trajectory(xyz, model.molecular_system.mdtraj_topology, time=np.arange(n))
     if len(model.molecular_system.bonds):  # a target's particles lie in an external field
         trajectory.center_coordinates()
-    weighed = model.pmf is not None or model.joint is not None
-    return Samples(trajectory, slow, log_q, log_weight if weighed else None, energy, n_rejected)
+    return Samples(trajectory, slow, log_q, log_weight if model.density.weighted else None, energy, n_rejected)
 
 
-def _from_chains(model: CGModel, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
-    fast_atoms, n_relax = model.fast_atoms(engine), model.config.chains.n_relax
+def _drawing(model: Sampled, fast_atoms: FastAtoms, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
+    """Draws of the density that become samples; where it draws no whole structures, chains give the fast atoms."""
+    density, n_relax = model.density, fast_atoms.settings.n_relax
     schedule = Schedule(model.temperature, n_relax, settings.n_equilibration)
 
-    @torch.no_grad()
-    def propose(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        if model.pmf is None:
-            z, log_q = model.flow.sample(n, generator)
-            return torch.zeros_like(log_q), z, log_q
-        drawn = weighted_samples(model.flow, model.pmf, model.coordinates, n, generator)
-        return drawn.log_weights, drawn.z, drawn.log_q
+    def propose(n: int, generator: torch.Generator) -> Proposals:
+        return density.propose(n, generator, engine.evaluate, fast_atoms.settings.keep_chirality)
 
-    accepted = _accepted(propose, seed, settings.acceptance) if model.pmf is not None else propose
+    accepted = _accepted(propose, seed, settings.acceptance) if density.weighted else propose
 
     def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
-        log_weight, z, log_q = accepted(size, generator)
-        frames = fast_atoms.run(z, schedule, derive_seed(seed, 7, batch))
-        return frames.xyz[:, 0], z, log_q, log_weight, frames.energy[:, 0], frames.valid
-
-    return draw
-
-
-def _all_at_once(model: CGModel, engine: Engine, seed: int, settings: SampleSettings) -> _Draw:
-    joint, gamma, keep_chirality = model.joint, model.gamma, model.config.chains.keep_chirality
-    assert joint is not None
-
-    @torch.no_grad()
-    def propose(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        z, r = joint(joint.draw_base(n, generator), gamma)
-        log_q = joint.log_prob(z, r, gamma) - joint.log_volume(z, r, gamma)
-        xyz = joint.build(z, r, gamma)
-        energy = torch.as_tensor(engine.evaluate(xyz.numpy())[0])
-        valid = torch.isfinite(energy)
-        if keep_chirality:
-            valid &= joint.thermal_map.same_handedness(xyz)
-        log_weight = torch.where(valid, -thermal_beta(model.temperature) * energy - log_q, -math.inf)
-        return log_weight, xyz, z, log_q, energy, valid
-
-    accepted = _accepted(propose, seed, settings.acceptance)
-
-    def draw(size: int, generator: torch.Generator, batch: int) -> tuple[Tensor, ...]:
-        log_weight, xyz, z, log_q, energy, valid = accepted(size, generator)
-        return xyz, z, log_q, log_weight, energy, valid
+        drawn = accepted(size, generator)
+        slow = drawn["z"], drawn["log_q"], drawn["log_weight"]
+        if "xyz" in drawn:
+            return drawn["xyz"], *slow, drawn["energy"], drawn["valid"]
+        frames = fast_atoms.run(drawn["z"], schedule, derive_seed(seed, 7, batch))
+        return frames.xyz[:, 0], *slow, frames.energy[:, 0], frames.valid
 
     return draw
 
@@ -149,20 +135,22 @@ def _accepted(propose: _Propose, seed: int, acceptance: float) -> _Propose:
     """The same, but for draws that are not to become samples, and with the weights that are left."""
     if acceptance == 1:
         return propose
-    pilot = propose(_N_PILOT, torch.Generator().manual_seed(derive_seed(seed, 15)))[0]
+    pilot = propose(_N_PILOT, torch.Generator().manual_seed(derive_seed(seed, 15)))["log_weight"]
     try:
         control = RejectionControl(pilot, acceptance)
     except ValueError:
         raise ReplicaError(f"none of {_N_PILOT} draws was usable (diverged, or changed handedness)") from None
-    waiting: list[tuple[Tensor, ...]] = []  # that were kept beyond what was asked for
+    waiting: list[Proposals] = []  # that were kept beyond what was asked for
 
-    def accepted(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        while sum(len(log_weight) for log_weight, *_ in waiting) < n:
-            log_weight, *rest = propose(math.ceil(n / acceptance), generator)
+    def accepted(n: int, generator: torch.Generator) -> Proposals:
+        while sum(len(batch["z"]) for batch in waiting) < n:
+            drawn = propose(math.ceil(n / acceptance), generator)
+            log_weight = drawn["log_weight"]
             kept = control.keep(log_weight, generator)
-            waiting.append((control.left(log_weight[kept]), *(part[kept] for part in rest)))
-        columns = [torch.cat(parts) for parts in zip(*waiting, strict=True)]
-        waiting[:] = [tuple(column[n:] for column in columns)]
-        return tuple(column[:n] for column in columns)
+            left = {"log_weight": control.left(log_weight[kept])}
+            waiting.append({name: column[kept] for name, column in drawn.items()} | left)
+        columns = {name: torch.cat([batch[name] for batch in waiting]) for name in waiting[0]}
+        waiting[:] = [{name: column[n:] for name, column in columns.items()}]
+        return {name: column[:n] for name, column in columns.items()}
 
     return accepted

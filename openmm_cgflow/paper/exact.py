@@ -16,6 +16,7 @@ from torch import Tensor
 from openmm_cgflow.analysis.distances import compare
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.model.density import JointDensity
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.networks.weights import relative_ess
 from openmm_cgflow.paper.linear_map import along_x
@@ -202,12 +203,14 @@ def _densities(models: Sequence[CGModel], target: Target) -> list[_Density]:
     the entropy of the fast coordinates does not depend on the slow ones, as in these systems.
     """
     model = models[-1]
-    if model.pmf is None and model.joint is None:
+    if not model.density.weighted:
         return [_slow_density(one, thermal_beta(one.temperature), 1.0) for one in models]
     beta, gammas = thermal_beta(model.temperature), (*_FRACTIONS, 1.0)
-    if model.joint is not None:
+    if isinstance(model.density, JointDensity):
         hottest = (1 - 1e-9) * model.temperature / model.temperatures[0]  # hotter than that it was not trained
-        return [_joint_density(model.joint, target, gamma * beta, gamma) for gamma in gammas if gamma >= hottest]
+        return [
+            _joint_density(model.density.joint, target, gamma * beta, gamma) for gamma in gammas if gamma >= hottest
+        ]
     return [_slow_density(model, gamma * beta, gamma) for gamma in gammas]
 
 
@@ -244,10 +247,9 @@ def _slow_density(model: CGModel, beta: float, gamma: float) -> _Density:
 
     @torch.no_grad()
     def log_target(x: np.ndarray) -> np.ndarray:
-        assert model.pmf is not None
-        return (-gamma * model.pmf(read(x))).numpy()
+        return (-gamma * model.density.free_energy(read(x))).numpy()
 
-    return _Density(beta, draw, log_density, log_target if model.pmf is not None else None)
+    return _Density(beta, draw, log_density, log_target if model.density.weighted else None)
 
 
 def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:

@@ -79,7 +79,7 @@ class LinearMap(ThermalMap):
     ) -> None:
         super().__init__()
         self.n_slow, self.widths, self.reach = len(coordinates.atoms), widths, reach
-        order = [*coordinates.atoms, *fast]
+        order = self.order = [*coordinates.atoms, *fast]
         self.register_buffer("centre", centre.double())
         partition = torch.eye(len(order), dtype=torch.float64)[order]
         self.weights = nn.Parameter((1 - mixing) * partition + mixing / len(order), requires_grad=learned)
@@ -118,8 +118,14 @@ class LinearMap(ThermalMap):
         """What the slow pseudo-particles are made of, shape (n_slow, n); sums are one."""
         return self.pseudo_particles[: self.n_slow].detach()
 
-    def learned_directions(self) -> Tensor | None:
-        return self.slow_directions() if self.weights.requires_grad else None
+    def describe(self, labels: Sequence[str]) -> list[str]:
+        if not self.weights.requires_grad:
+            return []
+        lines = []
+        for k, row in enumerate(self.slow_directions().tolist()):
+            terms = [f"{weight:+.3f} {labels[i]}" for i, weight in enumerate(row)]
+            lines.append(f"slow coordinate {k + 1} (started as {labels[self.order[k]]}) = {' '.join(terms)}")
+        return lines
 
     def irregularity(self) -> Tensor:
         """Least for orthonormal rows, infinite where A is singular: nothing else holds y away from z."""

@@ -13,14 +13,13 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.geometry import Geometry, rotamer_warning
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Engine
-from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
-from openmm_cgflow.runs.loop import new_method
-from openmm_cgflow.settings import ChainSettings, TemperingSettings
-from openmm_cgflow.training.tempering import start_temperature
+from openmm_cgflow.runs.methods import hottest_temperature, new_training
+from openmm_cgflow.settings import ChainSettings
+from openmm_cgflow.training.method import Plan
 
-__all__ = ["Cost", "count_stages", "dry_run", "measure_cost"]
+__all__ = ["Cost", "dry_run", "measure_cost"]
 
 _PROBE_POOL_STEPS = 20
 _EVALUATIONS_OF_A_SWITCH = 600  # about; its paths are not known yet
@@ -35,16 +34,14 @@ class Cost:
     """What a training takes.
 
     Attributes:
-        n_stages: Stages of the temperature ladder; an estimate for the adaptive schedule.
-        n_steps: Training steps.
+        plan: Stages and steps.
         n_evaluations: Energy evaluations, those of the final samples included.
         seconds: Wall time on this machine as it is now.
         seconds_per_step: Of one training step.
         evaluations_per_second: Of the engine, the flow's time included.
     """
 
-    n_stages: int
-    n_steps: int
+    plan: Plan
     n_evaluations: float
     seconds: float
     seconds_per_step: float
@@ -63,7 +60,7 @@ def dry_run(config: Config) -> Iterator[str]:
     partition = choose_partition(config, molecular_system)
     yield "partition: " + partition.describe(molecular_system)
     with create_engine(molecular_system, partition.slow, config.chains) as engine:
-        geometry = build_geometry(config, molecular_system, partition, engine.evaluate)
+        geometry = build_geometry(config, molecular_system, partition, hottest_temperature(config), engine.evaluate)
         coordinates = geometry.all_atom.coordinates
         yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {geometry.kinds}"
         yield from (f"  {name}" for name in coordinates.names)
@@ -73,19 +70,13 @@ def dry_run(config: Config) -> Iterator[str]:
         yield f"engine: {engine.description}"
         cost = measure_cost(config, geometry, engine)
     rate = f"{cost.n_evaluations:.1e} energy evaluations at {cost.evaluations_per_second:.1e} per second"
-    if config.training.method == "pmf":
-        yield (
-            f"training: at most {cost.n_steps} steps of {cost.seconds_per_step:.2g} s, {rate}; it ends once the "
-            "criteria of the stopping section are met"
-        )
-        yield f"estimated wall time: at most {_readable(cost.seconds)} on this machine"
-        return
-    about = "about " if config.tempering.schedule == "adaptive" else ""
+    plan = cost.plan
     yield (
-        f"training: {about}{cost.n_stages} stages from {start_temperature(config.tempering, config.temperature):g} K "
-        f"to {config.temperature:g} K, {about}{cost.n_steps} steps of {cost.seconds_per_step:.2g} s, {rate}"
+        f"training: {plan.course}{plan.precision}{plan.n_steps} steps of {cost.seconds_per_step:.2g} s, {rate}"
+        + (f"; {plan.end}" if plan.end else "")
     )
-    yield f"estimated wall time: {_readable(cost.seconds)} on this machine"
+    limit = plan.precision if plan.end else ""
+    yield f"estimated wall time: {limit}{_readable(cost.seconds)} on this machine"
 
 
 def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
@@ -101,8 +92,7 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
             "stopping": config.stopping.model_copy(update={"max_rounds": 100, "max_evaluations": math.inf}),
         }
     )
-    fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, quick.chains, quick.seed)
-    trainer = new_method(quick, geometry, fast_atoms)
+    trainer = new_training(quick, geometry, engine).method
     with one_torch_thread():  # as in a training
         trainer.step()  # fills the pool and warms up
         before, start = engine.n_energy_evaluations, time.perf_counter()
@@ -113,30 +103,18 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
     rate = evaluations / seconds
     scale = chains.n_replicas / n_replicas / _N_PROBE_STEPS
     per_step, per_step_evaluations = scale * seconds, scale * evaluations
-    n_stages = n_steps = 1
-    if config.training.method == "pmf":
-        n_rounds = min(config.stopping.max_rounds, config.stopping.max_evaluations / per_step_evaluations)
-        # The last fit and updates of the flow alone follow, at about a third of a round's time for each of its own.
-        n_last = config.pmf.final_updates / config.pmf.n_updates
-        n_last += config.pmf.polish_updates * config.stopping.max_polish_cycles / config.pmf.flow_updates
-        n_steps = math.ceil(n_rounds + n_last / 3)
-        per_step_evaluations *= n_rounds / n_steps
-    else:
-        n_stages = count_stages(config.tempering, config.temperature, geometry.coordinates.n_features)
-        n_steps = config.training.n_steps_last
-        if n_stages > 1:
-            n_steps += config.training.n_steps_first + (n_stages - 2) * config.training.n_steps
+    method = new_training(config, geometry, engine).method
+    plan = method.plan(per_step_evaluations)
     # The first pool, the final samples and the check by switching.
-    sampling = config.samples
+    samples = config.samples
     extra = min(chains.n_pool, chains.n_replicas) * chains.n_pool_steps
-    extra += sampling.n_samples * (chains.n_relax + sampling.n_equilibration + 2)
-    if config.training.method == "pmf" and geometry.coordinates.n_circular:
-        extra += 2 * sampling.n_verified * sampling.n_switches * _EVALUATIONS_OF_A_SWITCH
+    extra += samples.n_samples * (chains.n_relax + samples.n_equilibration + 2)
+    if method.density().can_be_switched:
+        extra += 2 * samples.n_verified * samples.n_switches * _EVALUATIONS_OF_A_SWITCH
     return Cost(
-        n_stages=n_stages,
-        n_steps=n_steps,
-        n_evaluations=n_steps * per_step_evaluations + extra,
-        seconds=n_steps * per_step + extra / rate,
+        plan=plan,
+        n_evaluations=plan.n_measured * per_step_evaluations + extra,
+        seconds=plan.n_steps * per_step + extra / rate,
         seconds_per_step=per_step,
         evaluations_per_second=rate,
     )
@@ -151,24 +129,6 @@ def _timed_replicas(chains: ChainSettings, geometry: Geometry, engine: Engine) -
     engine.evaluate(structures)
     seconds = (time.perf_counter() - start) / _N_TIMED * chains.chain_evaluations
     return min(chains.n_replicas, max(_FEWEST, int(_LONG_STEP / seconds)))
-
-
-def count_stages(settings: TemperingSettings, temperature: float, n_features: int) -> int:
-    """Stages of the temperature ladder.
-
-    The adaptive schedule finds its own; for a harmonic molecule, whose energy varies by n_features/2 kT² over the slow
-    coordinates, log weights of variance s² give an effective sample size of exp(-s²) and a KL increase of s²/2.
-    """
-    start = start_temperature(settings, temperature)
-    if start <= temperature:
-        return 1
-    if settings.schedule == "list":
-        return len(settings.temperatures) + (temperature not in settings.temperatures)
-    if settings.schedule == "linear":
-        return max(settings.n_stages, 2)
-    spread = math.sqrt(-math.log(settings.min_ess)) if settings.criterion == "ess" else math.sqrt(2 * settings.max_kl)
-    # One step multiplies beta by 1 + s / sqrt(n/2).
-    return 1 + math.ceil(math.log(start / temperature) / math.log1p(spread / math.sqrt(n_features / 2)))
 
 
 def _readable(seconds: float) -> str:

@@ -9,12 +9,13 @@ import numpy as np
 
 from openmm_cgflow.analysis.reference import load_structure
 from openmm_cgflow.analysis.samples import read_samples
+from openmm_cgflow.config import load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_write, writing
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.paper.exact import ExactEvaluation, compare_exactly
 from openmm_cgflow.runs.build import exact_target
-from openmm_cgflow.runs.train import load
+from openmm_cgflow.runs.load import load
 from openmm_cgflow.seeds import derive_seed
 
 __all__ = ["ExactEvaluation", "evaluate_exactly"]
@@ -40,9 +41,9 @@ def evaluate_exactly(
             no density in the model's box.
     """
     run = RunDirectory.open(run_directory)
-    model = load(run.path)
+    config, model = load_config(run.config), load(run.path)
     record = run.read_provenance()
-    target = exact_target(model.config)
+    target = exact_target(config)
     if target is None:
         raise CGFlowError(f"{run.path}: not a run on a synthetic target; evaluate compares it with a reference")
     if "energy_evaluations" not in record:
@@ -54,7 +55,7 @@ def evaluate_exactly(
         [*(load(run.path, stage) for stage in range(model.stage)), model],
         frames.xyz[..., 0].astype(float),
         log_weight,
-        np.random.default_rng(derive_seed(model.config.seed if seed is None else seed, 8)),
+        np.random.default_rng(derive_seed(config.seed if seed is None else seed, 8)),
         run=str(run.path),
         file=str(path),
         energy_evaluations=int(record["energy_evaluations"]),

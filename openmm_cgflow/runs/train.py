@@ -1,4 +1,4 @@
-"""A run from configuration to samples: everything that ``openmm-cgflow train`` does, and ``load`` for what it left."""
+"""A run from configuration to samples: everything that ``openmm-cgflow train`` does."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ from openmm_cgflow.files.atomic import atomic_path, atomic_write
 from openmm_cgflow.files.log import held_back
 from openmm_cgflow.files.metrics import drop_rows_after, read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.sampling import draw_samples
-from openmm_cgflow.molecule.force_fields import read_system_xml
 from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
-from openmm_cgflow.molecule.topology import topology_from_table
 from openmm_cgflow.networks.threads import one_torch_thread
-from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
-from openmm_cgflow.runs.load import load_model_state, load_state
-from openmm_cgflow.runs.loop import TrainingLoop, new_method, stop_requests
+from openmm_cgflow.runs.build import Setup, build_geometry, choose_partition, load_molecule
+from openmm_cgflow.runs.load import load_state
+from openmm_cgflow.runs.loop import Clock, TrainingLoop, stop_requests
+from openmm_cgflow.runs.methods import hottest_temperature, new_training
 from openmm_cgflow.runs.samples import plot_samples, save_samples
 from openmm_cgflow.runs.verify import verify
 
-__all__ = ["load", "train"]
+__all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,90 +98,40 @@ def train(
         arrays = saved["geometry"] if saved else None
         with held_back() as release_log:
             engine = stack.enter_context(create_engine(molecular_system, partition.slow, settings))
-            geometry = build_geometry(config, molecular_system, partition, engine.evaluate, saved=arrays)
+            hottest = hottest_temperature(config)
+            geometry = build_geometry(config, molecular_system, partition, hottest, engine.evaluate, saved=arrays)
         if not resume:  # whatever can be wrong with the input was found before the directory is touched
             run = RunDirectory.create(output, dump_config(config), overwrite=overwrite, source=source)
             stack.enter_context(run.logging())
             release_log()
         _describe(molecular_system, partition, geometry, engine)
-        fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, config.chains, config.seed)
-        trainer = new_method(config, geometry, fast_atoms)
-        if trainer.response is not None:
-            fast_atoms.follow = trainer.response.follow
+        method, fast_atoms = new_training(config, geometry, engine)
         if saved is not None:
-            trainer.load_state_dict(saved["trainer"])
-        drop_rows_after(run.metrics, trainer.n_steps)
+            method.load_state_dict(saved["method"])
+        drop_rows_after(run.metrics, method.n_steps)
         if saved is None:
             _write_inputs(run, molecular_system, partition)
-        earlier = saved["wall_time"] if saved else 0.0
-        session = TrainingLoop(
-            run,
-            config,
-            molecular_system,
-            partition,
-            geometry,
-            trainer,
-            engine,
-            fast_atoms,
-            started,
-            max_time,
-            earlier,
-        )
+        clock = Clock(started, max_time, saved["wall_time"] if saved else 0.0)
+        setup = Setup(config, molecular_system, partition, geometry)
+        loop = TrainingLoop(run, setup, method, engine, fast_atoms, clock)
         try:
             with stop_requests() as stop:
-                complete = session.train(progress, stop)
-                model = session.model()
+                complete = loop.run(progress, stop)
+                model = loop.model()
                 if complete:
-                    complete = _finish(run, model, engine, config, lambda: session.must_stop(stop))
+                    complete = _finish(run, model, engine, config, lambda: clock.must_stop(stop))
         except BaseException as error:
             with suppress(CGFlowError):  # where the disk is full, the first error is the one to tell
-                session.write_provenance("failed")
+                loop.write_provenance("failed")
             if isinstance(error, openmm.OpenMMException):  # such as a GPU that is full, or gone
                 raise CGFlowError(
                     f"OpenMM stopped with: {error}. The last checkpoint is kept; continue with --resume"
                 ) from error
             raise
-        session.write_provenance("finished" if complete else "stopped")
+        loop.write_provenance("finished" if complete else "stopped")
         if not complete:
-            logger.info("stopped after step %d; continue with --resume", trainer.n_steps)
+            logger.info("stopped after step %d; continue with --resume", method.n_steps)
         return model
-
-
-def load(run_directory: str | Path, stage: int | None = None) -> CGModel:
-    """Opens the model of a run.
-
-    Arguments:
-        run_directory: What ``train`` wrote.
-        stage: Tempering stage, 0 the hottest; the last finished one by default.
-
-    Raises:
-        CGFlowError: If there is no such run or stage.
-    """
-    run = RunDirectory.open(run_directory)
-    stages = run.stages()
-    if not stages:
-        raise CGFlowError(f"{run.path}: no tempering stage was finished yet; continue the training with --resume")
-    if stage is None:
-        stage = max(stages)
-    if stage not in stages:
-        raise CGFlowError(f"{run.path}: no stage {stage}; there are {', '.join(map(str, stages))}")
-    path = stages[stage]
-    state = load_model_state(path)
-    config = load_config(run.config)
-    molecular_system = MolecularSystem(
-        topology_from_table(state["topology"]), read_system_xml(run.system_xml), state["positions"].numpy()
-    )
-    if molecular_system.fingerprint() != state["fingerprint"]:
-        raise CGFlowError(f"{run.system_xml}: is not the System that {path} was trained on; restore that file")
-    partition = Partition.resolve(molecular_system, run.read_slow_atoms())
-    try:
-        geometry = build_geometry(config, molecular_system, partition, saved=state["geometry"])
-        return CGModel.from_state(state, config, molecular_system, partition, geometry)
-    except RuntimeError as error:  # torch's, for parameters of other names or shapes
-        raise CGFlowError(
-            f"{path}: does not fit the settings in {run.config}, which must stay as the training wrote them; restore "
-            f"that file. {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _describe(system: MolecularSystem, partition: Partition, geometry: Geometry, engine: Engine) -> None:
@@ -213,11 +161,10 @@ def _finish(run: RunDirectory, model: CGModel, engine: Engine, config: Config, m
     """Samples and plots of a finished training; False if stopped before their end."""
     if config.samples.plots:
         plots.save(plots.convergence(read_rows(run.metrics)), run.plots / "convergence.png")
-    if model.pmf is not None and model.coordinates.n_circular and config.samples.n_verified and not must_stop():
+    if model.density.can_be_switched and config.samples.n_verified and not must_stop():
         _verify(run, model, engine, config)
-    if model.joint is not None:
-        for line in model.describe_map():
-            logger.info(line)
+    for line in model.describe_map():
+        logger.info(line)
     if config.samples.n_samples == 0:
         return True
     logger.info("sampling %d structures at %.1f K", config.samples.n_samples, model.temperature)

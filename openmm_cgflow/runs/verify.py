@@ -85,15 +85,16 @@ def verify(
         CGFlowError: If the model has no PMF or no torsion, or there are not so many conformations of low free energy.
         ReplicaError: If too many chains fail, or all of one conformation.
     """
-    if model.pmf is None or model.coordinates.n_circular == 0:
+    density = model.density
+    if not density.can_be_switched:
         raise CGFlowError("switching needs a potential of mean force and at least one slow torsion")
     generator = torch.Generator().manual_seed(derive_seed(seed, 20))
-    switches = Switches(low_paths(model.flow, model.pmf, model.coordinates, n_conformations, generator))
+    switches = Switches(low_paths(model.flow, density.free_energy, model.coordinates, n_conformations, generator))
     if len(switches.paths) < n_conformations:
         raise CGFlowError(f"found only {len(switches.paths)} conformations to check, expected {n_conformations}")
     ends = switches.paths[:, -1]
     with torch.no_grad():
-        pmf = model.pmf(ends) - model.pmf(switches.paths[:, 0])
+        pmf = density.free_energy(ends) - density.free_energy(switches.paths[:, 0])
     fast_atoms = model.fast_atoms(engine)
     before = engine.n_energy_evaluations
     every = list(range(n_conformations))

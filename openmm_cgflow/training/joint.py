@@ -11,19 +11,21 @@ sees, a little mass where there is nothing. Nothing here knows OpenMM.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import Config
+from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.forces.estimator import EnergyAndForces
 from openmm_cgflow.forces.statistics import shortened
-from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.model.density import JointDensity
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.networks.weights import clipped_softmax, relative_ess
+from openmm_cgflow.settings import ChainSettings, TemperingSettings, TrainingSettings
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES, Ladder
 from openmm_cgflow.training.optimisers import RunningAverage
 from openmm_cgflow.training.reverse_kl import GradientGuard
@@ -77,47 +79,64 @@ class JointTraining(Ladder):
     then, all hotter ones: there modes weigh alike, and what is learned of them serves below.
 
     Arguments:
-        config: Sections ``training``, ``tempering``, ``chains.n_replicas`` and ``chains.max_invalid``,
-            ``joint.n_replays``, ``temperature`` and ``seed`` are used.
+        training: Lengths of the stages, learning rate, and which gradients are clipped or skipped.
+        tempering: The ladder of temperatures.
+        target: Temperature of the last stage, K.
+        chains: ``n_replicas``, the samples of one update, and ``max_invalid`` are used.
+        n_replays: Updates on earlier samples after each update on new ones.
+        seed: Of every random number.
         joint: Trained in place, the map included.
+        coordinates: Of the slow part.
         estimator: Energies and forces.
     """
 
-    log_interval = 20
-    pmf = response = None
-
-    def __init__(self, config: Config, joint: JointFlow, estimator: EnergyAndForces) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        training: TrainingSettings,
+        tempering: TemperingSettings,
+        target: float,
+        chains: ChainSettings,
+        n_replays: int,
+        seed: int,
+        joint: JointFlow,
+        coordinates: Coordinates,
+        estimator: EnergyAndForces,
+    ) -> None:
+        super().__init__(training, tempering, target, coordinates.n_features)
+        self.chains, self.n_replays, self.coordinates = chains, n_replays, coordinates
         self.joint, self.estimator = joint, estimator
         joint.flow.float()
         joint.conditional.float()
         self.networks = RunningAverage(joint, _AVERAGING)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(seed)
         trained = self.networks.trained
         self._densities = [*trained.flow.parameters(), *trained.conditional.parameters()]
         self._map = [parameter for parameter in trained.thermal_map.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(self._densities, lr=config.training.learning_rate, betas=_BETAS)
+        self.optimizer = torch.optim.Adam(self._densities, lr=training.learning_rate, betas=_BETAS)
         # Gradients of earlier batches, forward KL alone, are much smaller than those of new ones.
-        self.guard, self._replay_guard = GradientGuard(config.training), GradientGuard(config.training)
+        self.guard, self._replay_guard = GradientGuard(training), GradientGuard(training)
         self._kl: list[float] = []
         self._earlier: Evaluated | None = None
 
     @property
-    def flow(self) -> CGFlow:
-        """q(z), of the running average."""
-        return self.joint.flow
+    def n_energy_evaluations(self) -> int:
+        return self.estimator.n_energy_evaluations
+
+    def density(self) -> JointDensity:
+        joint = copy.deepcopy(self.joint).double()  # training runs in single precision
+        return JointDensity(self.coordinates, joint, self.target, self.temperature)
 
     @property
     def gamma(self) -> float:
         """Of the current stage."""
-        return self.config.temperature / self.temperature
+        return self.target / self.temperature
 
     def _draw_gammas(self) -> tuple[float, float]:
         """What is trained and what proposals come from, as in ``FlowFitter``."""
         uniform = torch.rand(4, generator=self.generator).tolist()
         if self.stage_length - self.n_stage_steps <= N_ENERGY_BATCHES:  # its energies set the next temperature
             return self.gamma, self.gamma
-        hottest = self.config.temperature / self.temperatures[0]
+        hottest = self.target / self.temperatures[0]
         gamma = self.gamma * (1.0 if uniform[0] < _AT_STAGE else (hottest / self.gamma) ** uniform[1])
         gamma_from = gamma * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
         return max(gamma, hottest), max(gamma_from, hottest)
@@ -131,11 +150,11 @@ class JointTraining(Ladder):
         Raises:
             ReplicaError: If too many energies are not finite.
         """
-        joint, beta = self.networks.trained, thermal_beta(self.config.temperature)
+        joint, beta = self.networks.trained, thermal_beta(self.target)
         if not self.n_steps:
             self._look_around()
         gamma, gamma_from = self._draw_gammas()
-        z, r = joint(joint.draw_base(self.config.chains.n_replicas, self.generator), gamma_from)
+        z, r = joint(joint.draw_base(self.chains.n_replicas, self.generator), gamma_from)
         xyz = joint.build(z, r, gamma_from)
         energy, forces, valid = self._evaluate(xyz.detach())
         at, n_valid = xyz.detach()[valid].requires_grad_(), int(valid.sum())
@@ -143,7 +162,7 @@ class JointTraining(Ladder):
         # Reverse KL by the path gradient: the bracket vanishes at the optimum, sample by sample.
         log_old = joint.log_prob_xyz(at, gamma_from)
         (score,) = torch.autograd.grad(log_old.sum(), at, retain_graph=True)
-        pull = shortened((-gamma_from * beta * forces).flatten(1), self.config.training.clip_factor)
+        pull = shortened((-gamma_from * beta * forces).flatten(1), self.training.clip_factor)
         residual = pull.unflatten(1, (-1, 3)) + score
         log_old_values = log_old.detach()
         weights = -gamma_from * beta * energy - log_old_values
@@ -160,7 +179,7 @@ class JointTraining(Ladder):
         norm, usable = self._update(self.guard)
         drawn = Evaluated(torch.full_like(energy, gamma_from), at.detach(), energy, log_old_values)
         self._earlier = drawn if self._earlier is None else self._earlier.followed_by(drawn, _N_KEPT)
-        for _ in range(self.config.joint.n_replays):
+        for _ in range(self.n_replays):
             self._replay(self._earlier)
         row = {"gamma": gamma_from, "ess": relative_ess(weights)}
         row["kl"] = float(torch.logsumexp(weights, 0) - math.log(n_valid) - weights.mean())
@@ -198,7 +217,7 @@ class JointTraining(Ladder):
 
     def _replay(self, earlier: Evaluated) -> None:
         """An update by forward KL on earlier samples of the same temperature or somewhat hotter."""
-        joint, beta = self.networks.trained, thermal_beta(self.config.temperature)
+        joint, beta = self.networks.trained, thermal_beta(self.target)
         gamma, _ = self._draw_gammas()
         near = ((earlier.gamma <= gamma) & (_HOTTER * earlier.gamma >= gamma)).nonzero()[:, 0]
         if not len(near):
@@ -213,7 +232,7 @@ class JointTraining(Ladder):
     def _look_around(self) -> None:
         """Measures where structures are at the start, from the density as it is before any training."""
         joint = self.networks.trained
-        base = joint.draw_base(N_ENERGY_BATCHES * self.config.chains.n_replicas, self.generator)
+        base = joint.draw_base(N_ENERGY_BATCHES * self.chains.n_replicas, self.generator)
         with torch.no_grad():
             z, r = joint(base, self.gamma)
             xyz = joint.build(z, r, self.gamma)
@@ -222,7 +241,7 @@ class JointTraining(Ladder):
         self._measure(xyz[valid], energy, log_q[valid])
 
     def _measure(self, xyz: Tensor, energy: Tensor, log_q: Tensor) -> None:
-        weights = torch.softmax(-self.gamma * thermal_beta(self.config.temperature) * energy - log_q, dim=0)
+        weights = torch.softmax(-self.gamma * thermal_beta(self.target) * energy - log_q, dim=0)
         # After a large step of a given ladder there may be none that is near.
         if not len(xyz) or float(1 / weights.square().sum()) < _ENOUGH_FOR_COVARIANCE * xyz.shape[1]:
             return  # what was measured before, at the start the harmonic widths, is better than a matrix near singular
@@ -234,17 +253,17 @@ class JointTraining(Ladder):
         energy, forces = self.estimator(xyz)
         valid = torch.isfinite(energy) & torch.isfinite(forces).flatten(1).all(1)
         n_invalid = int((~valid).sum())
-        if n_invalid > self.config.chains.max_invalid * len(xyz) or n_invalid == len(xyz):
+        if n_invalid > self.chains.max_invalid * len(xyz) or n_invalid == len(xyz):
             raise ReplicaError(
                 f"{n_invalid} of {len(valid)} samples have no finite energy at {self.temperature:.0f} K, and "
-                f"chains.max_invalid is {self.config.chains.max_invalid}. Try a lower training.learning_rate"
+                f"chains.max_invalid is {self.chains.max_invalid}. Try a lower training.learning_rate"
             )
         return energy[valid], forces[valid], valid
 
     def describe(self, row: dict[str, float]) -> str:
         """A line on a row of metrics, for the progress bar."""
         text = f"stage {row['stage']} {row['temperature']:.0f} K"
-        return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.config.temperature / row['gamma']:.0f} K"
+        return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.target / row['gamma']:.0f} K"
 
     @property
     def kl(self) -> float | None:

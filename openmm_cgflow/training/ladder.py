@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import Config
-from openmm_cgflow.training.tempering import next_temperature, start_temperature
+from openmm_cgflow.settings import TemperingSettings, TrainingSettings
+from openmm_cgflow.training.method import Outcome, Plan
+from openmm_cgflow.training.tempering import count_stages, next_temperature, start_temperature
 
 __all__ = ["N_ENERGY_BATCHES", "Ladder"]
 
@@ -22,7 +23,10 @@ class Ladder:
     Use: ``advance`` after every update while not ``stage_done``; then ``next_stage``, until ``done``.
 
     Arguments:
-        config: Sections ``training`` and ``tempering``, and ``temperature``, are used.
+        training: Lengths of the stages, and the learning rate.
+        tempering: The temperatures.
+        target: Temperature of the last stage, K.
+        n_features: Number of slow coordinates, by which the stages are counted before they are known.
 
     Attributes:
         temperatures: Of all stages so far, K.
@@ -30,9 +34,13 @@ class Ladder:
         n_stage_steps: Of them in the current stage.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.temperatures = [start_temperature(config.tempering, config.temperature)]
+    log_interval = 20
+
+    def __init__(
+        self, training: TrainingSettings, tempering: TemperingSettings, target: float, n_features: int
+    ) -> None:
+        self.training, self.tempering, self.target, self.n_features = training, tempering, target, n_features
+        self.temperatures = [start_temperature(tempering, target)]
         self.n_steps = 0
         self.n_stage_steps = 0
         self._energies: list[tuple[Tensor, Tensor]] = []
@@ -48,12 +56,12 @@ class Ladder:
 
     @property
     def at_target(self) -> bool:
-        return self.temperature <= self.config.temperature
+        return self.temperature <= self.target
 
     @property
     def stage_length(self) -> int:
         """Updates of the current stage."""
-        training = self.config.training
+        training = self.training
         if self.at_target:
             return training.n_steps_last
         return training.n_steps_first if self.stage == 0 else training.n_steps
@@ -67,24 +75,28 @@ class Ladder:
         return self.at_target and self.stage_done
 
     @property
-    def ended_by(self) -> str:
-        """Why the training ended; empty before."""
-        return "the last stage's steps are done" if self.done else ""
-
-    @property
-    def unmet(self) -> list[str]:
-        """What is less than asked for: nothing is, steps are counted."""
-        return []
+    def outcome(self) -> Outcome:
+        """Steps are counted, so nothing that was asked for can be missed."""
+        return Outcome("the last stage's steps are done" if self.done else "")
 
     @property
     def expected_steps(self) -> int:
         """Updates until the end of the current stage."""
         return self.n_steps - self.n_stage_steps + self.stage_length
 
+    def plan(self, evaluations_per_step: float) -> Plan:
+        n_stages = count_stages(self.tempering, self.target, self.n_features)
+        n_steps = self.training.n_steps_last
+        if n_stages > 1:
+            n_steps += self.training.n_steps_first + (n_stages - 2) * self.training.n_steps
+        about = "about " if self.tempering.schedule == "adaptive" else ""
+        course = f"{about}{n_stages} stages from {self.temperatures[0]:g} K to {self.target:g} K, "
+        return Plan(n_stages, n_steps, n_steps, course, precision=about)
+
     @property
     def learning_rate(self) -> float:
         """Constant, but a cosine down to a twentieth over the last stage, to average the noise out."""
-        rate = self.config.training.learning_rate
+        rate = self.training.learning_rate
         if not self.at_target:
             return rate
         progress = self.n_stage_steps / max(self.stage_length, 1)
@@ -111,9 +123,8 @@ class Ladder:
     def next_stage(self) -> None:
         """Lowers the temperature: never past the target."""
         energy, variance = (torch.cat(parts) for parts in zip(*self._energies, strict=True))
-        target = self.config.temperature
         self.temperatures.append(
-            next_temperature(self.config.tempering, self.temperature, target, energy, variance, self.kl)
+            next_temperature(self.tempering, self.temperature, self.target, energy, variance, self.kl)
         )
         self.n_stage_steps = 0
         self._energies = []

@@ -5,6 +5,7 @@ Nothing here knows OpenMM: the trainer sees coordinates, a flow and a :class:`Me
 
 from __future__ import annotations
 
+import copy
 import math
 from statistics import median
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForce, MeanForceEstimator
 from openmm_cgflow.forces.statistics import shortened
+from openmm_cgflow.model.density import FlowDensity
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.settings import TrainingSettings
+from openmm_cgflow.settings import TemperingSettings, TrainingSettings
 from openmm_cgflow.training.ladder import Ladder
 from openmm_cgflow.units import thermal_beta
 
@@ -88,21 +89,40 @@ class ReverseKL(Ladder):
     Use: ``step()`` while not ``stage_done``; then keep the stage's model and ``next_stage()``, until ``done``.
 
     Arguments:
-        config: Sections ``training``, ``tempering``, ``chains.n_replicas``, ``temperature`` and ``seed`` are used.
+        training: Lengths of the stages, learning rate, and which gradients are clipped or skipped.
+        tempering: The ladder of temperatures.
+        target: Temperature of the last stage, K.
+        n_replicas: Samples of one update.
+        seed: Of every random number but those of the estimator.
         coordinates: Slow coordinates.
         flow: Trained in place.
         estimator: Mean forces.
     """
 
-    log_interval = 20
-    pmf = response = joint = None
-
-    def __init__(self, config: Config, coordinates: Coordinates, flow: CGFlow, estimator: MeanForceEstimator) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        training: TrainingSettings,
+        tempering: TemperingSettings,
+        target: float,
+        n_replicas: int,
+        seed: int,
+        coordinates: Coordinates,
+        flow: CGFlow,
+        estimator: MeanForceEstimator,
+    ) -> None:
+        super().__init__(training, tempering, target, coordinates.n_features)
+        self.n_replicas = n_replicas
         self.coordinates, self.flow, self.estimator = coordinates, flow, estimator
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.training.learning_rate)
-        self.guard = GradientGuard(config.training)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.Adam(flow.parameters(), lr=training.learning_rate)
+        self.guard = GradientGuard(training)
+
+    @property
+    def n_energy_evaluations(self) -> int:
+        return self.estimator.n_energy_evaluations
+
+    def density(self) -> FlowDensity:
+        return FlowDensity(self.coordinates, copy.deepcopy(self.flow).double())
 
     def step(self) -> dict[str, float]:
         """One update. Returns a row of metrics.
@@ -110,13 +130,13 @@ class ReverseKL(Ladder):
         ``residual`` is the root mean square of d(beta A - log J + log q)/dz per unit of z, and ``noise`` the part of it
         that the mean forces' standard error explains: training is converged where they meet.
         """
-        base = self.flow.draw_base(self.config.chains.n_replicas, self.generator)
+        base = self.flow.draw_base(self.n_replicas, self.generator)
         with torch.no_grad():
             z, _ = self.flow(base)
         force = self.estimator(z, self.temperature)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        largest = self.config.training.clip_factor
+        largest = self.training.clip_factor
         residual = reverse_kl_gradient(self.flow, self.coordinates, base, z, force, largest)
         norm, usable = self.guard(self.flow)
         if usable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from openmm_cgflow.units import thermal_beta
 _SHRINK = 0.6  # of a step that would increase the KL too much (the paper's second version)
 _SMALLEST_STEP = 1e-9  # of all that is left
 
-__all__ = ["log_weights", "next_temperature", "start_temperature"]
+__all__ = ["count_stages", "log_weights", "next_temperature", "start_temperature"]
 
 
 def log_weights(energy: Tensor, energy_variance: Tensor, delta_beta: float) -> Tensor:
@@ -54,6 +55,24 @@ def start_temperature(settings: TemperingSettings, target: float) -> float:
     if settings.start < target:
         raise CGFlowError(f"tempering.start: got {settings.start:g} K, below the target of {target:g} K")
     return settings.start
+
+
+def count_stages(settings: TemperingSettings, temperature: float, n_features: int) -> int:
+    """Stages of the temperature ladder.
+
+    The adaptive schedule finds its own; for a harmonic molecule, whose energy varies by n_features/2 kT² over the slow
+    coordinates, log weights of variance s² give an effective sample size of exp(-s²) and a KL increase of s²/2.
+    """
+    start = start_temperature(settings, temperature)
+    if start <= temperature:
+        return 1
+    if settings.schedule == "list":
+        return len(settings.temperatures) + (temperature not in settings.temperatures)
+    if settings.schedule == "linear":
+        return max(settings.n_stages, 2)
+    spread = math.sqrt(-math.log(settings.min_ess)) if settings.criterion == "ess" else math.sqrt(2 * settings.max_kl)
+    # One step multiplies beta by 1 + s / sqrt(n/2).
+    return 1 + math.ceil(math.log(start / temperature) / math.log1p(spread / math.sqrt(n_features / 2)))
 
 
 def next_temperature(

@@ -12,6 +12,7 @@ from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.networks.flow import new_flow
 from openmm_cgflow.networks.pmf import new_pmf
 from openmm_cgflow.runs.build import build_geometry
+from openmm_cgflow.runs.methods import hottest_temperature
 from openmm_cgflow.settings import FlowSettings, PMFSettings
 
 OMEGAS = ["dihedral ACE1:CH3-ACE1:C-ALA2:N-ALA2:CA", "dihedral ALA2:CA-ALA2:C-NME3:N-NME3:C"]
@@ -32,7 +33,9 @@ def build(systems):
             results = [energy_and_forces(molecule.system, frame) for frame in xyz]
             return np.array([energy for energy, _ in results]), np.array([forces for _, forces in results])
 
-        return build_geometry(config, molecule, Partition.resolve(molecule, config.partition.slow), evaluate)
+        return build_geometry(
+            config, molecule, Partition.resolve(molecule, config.partition.slow), hottest_temperature(config), evaluate
+        )
 
     return build
 

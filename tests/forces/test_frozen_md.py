@@ -12,6 +12,7 @@ from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.forces.gradients import frame_gradients
 from openmm_cgflow.runs.build import build_geometry
+from openmm_cgflow.runs.methods import hottest_temperature
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0
@@ -57,7 +58,7 @@ def at_one_z(systems):
     molecule = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecule, config.partition.slow)
     with create_engine(molecule, partition.slow, config.chains) as engine:
-        geometry = build_geometry(config, molecule, partition, engine.evaluate)
+        geometry = build_geometry(config, molecule, partition, hottest_temperature(config), engine.evaluate)
         z = geometry.all_atom.read_slow(torch.tensor(molecule.positions)).expand(128, -1)
         fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, config.chains, config.seed)
         frames = fast_atoms.run(z, Schedule(TEMPERATURE, config.chains.n_relax, 500, 20, 10))

@@ -14,6 +14,7 @@ from joint_models import joint_flow, linear
 
 from openmm_cgflow import CGFlowError
 from openmm_cgflow.model.cg_model import CGModel
+from openmm_cgflow.model.density import FlowDensity, JointDensity
 from openmm_cgflow.model.force import traced, traced_with_forces
 from openmm_cgflow.molecule.torch_force import of_all_atoms
 from openmm_cgflow.runs.export import save_torchscript
@@ -113,15 +114,15 @@ def test_added_to_the_force_field_it_survives_xml(model, mechanism):
     close(evaluate(again, positions, groups={3}), true)
 
 
-def another(model, flow, joint=None):
-    """A model of the same molecule without a potential of mean force."""
-    same = (model.config, model.molecular_system, model.partition, model.geometry)
-    return CGModel(*same, flow, None, None, model.temperatures, [], "Reference", joint)
+def another(model, density):
+    """A model of the same molecule with another density."""
+    same = model.molecular_system, model.partition, model.geometry
+    return CGModel(*same, density, model.temperatures, [], model.defaults)
 
 
 def test_default_is_the_pmf_and_without_one_the_flow(model):
     positions = all_atoms(model)[list(model.partition.slow)]
-    without = another(model, model.flow)
+    without = another(model, FlowDensity(model.coordinates, model.flow))
     close(evaluate(model.create_cg_system().system, positions), expected(model, positions, range(4), 1.0, "pmf"))
     at = torch.tensor(positions)
     assert without.energy_of_positions()(at) == model.energy_of_positions(energy="flow")(at)
@@ -213,6 +214,6 @@ def test_unknown_words_are_refused(model):
 
 def test_learned_combinations_are_refused(model):
     joint = joint_flow(linear())
-    learned = another(model, joint.flow, joint)
+    learned = another(model, JointDensity(model.coordinates, joint, 300.0, 300.0))
     with pytest.raises(CGFlowError, match="combinations of all particles"):
         learned.create_force()

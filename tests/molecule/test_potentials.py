@@ -396,7 +396,6 @@ def test_worker_processes(butane, name):
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.usefixtures("few_tests")
 def test_a_run(butane, force_field, tmp_path):
     """Trained, read back, sampled: the potential is in the run's System."""
     system = butane | force_field | {"potential": {"python": "learned:all_pairs"}}

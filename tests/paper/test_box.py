@@ -12,6 +12,7 @@ from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.paper.box import BoxCoordinates, BoxFeatures, BoxMap
 from openmm_cgflow.runs.build import build_geometry, load_molecule
+from openmm_cgflow.runs.methods import hottest_temperature
 
 UNIT = 120.27236  # K: kT is 1 kJ/mol
 
@@ -50,11 +51,11 @@ def test_fast_particles_start_with_the_widths_of_the_energy(dimensions):
     system = load_molecule(config)
     partition = Partition.resolve(system, config.partition.slow)
     with create_engine(system, partition.slow, config.chains) as engine:
-        geometry = build_geometry(config, system, partition, engine.evaluate)
+        geometry = build_geometry(config, system, partition, hottest_temperature(config), engine.evaluate)
     expected = torch.full((dimensions, 3), 0.1, dtype=torch.float64)
     torch.testing.assert_close(geometry.fast_widths(UNIT), expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(geometry.fast_widths(4 * UNIT), 2 * expected, rtol=1e-3, atol=0)
-    again = build_geometry(config, system, partition, saved=geometry.saved_arrays())
+    again = build_geometry(config, system, partition, hottest_temperature(config), saved=geometry.saved_arrays())
     torch.testing.assert_close(again.fast_widths(UNIT), geometry.fast_widths(UNIT))
     y = geometry.draw_fast(torch.zeros(4000, dimensions), 4 * UNIT, torch.Generator().manual_seed(0))
     torch.testing.assert_close(y.std(0), 2 * expected, rtol=0.1, atol=0)
@@ -66,7 +67,7 @@ def test_widths_where_the_start_is_the_top_of_a_barrier():
     system = load_molecule(config)
     partition = Partition.resolve(system, config.partition.slow)
     with create_engine(system, partition.slow, config.chains) as engine:
-        geometry = build_geometry(config, system, partition, engine.evaluate)
+        geometry = build_geometry(config, system, partition, hottest_temperature(config), engine.evaluate)
     for beta in (1.0, 0.01):
         exact = math.sqrt(6 + math.sqrt(36 + 2 / beta))  # where x^4/4 - 3 x^2 is half of kT
         assert float(geometry.fast_widths(UNIT / beta)[0, 0]) == pytest.approx(exact, rel=0.06)

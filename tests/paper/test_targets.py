@@ -19,8 +19,6 @@ from openmm_cgflow.paper import exact
 from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target, target_system
 from openmm_cgflow.settings import SystemSettings, TargetSettings
 
-pytestmark = pytest.mark.usefixtures("few_tests")
-
 TARGETS = [DoubleWell(), GaussianMixture(2, 1), GaussianMixture(10, 1)]
 NAMES = ["double well", "mixture 2", "mixture 10"]
 BETAS = (0.03, 0.3, 1.0)
@@ -125,7 +123,8 @@ def test_settings_that_do_not_go_together(tree, words):
 
 TINY = (
     "chains.n_replicas=64", "chains.n_pool_steps=20", "chains.n_workers=1", "chains.platform=Reference",
-    "chains.n_equilibration=5", "pmf.n_updates=20", "pmf.final_updates=20", "pmf.flow_updates=5",
+    "chains.n_equilibration=5", "pmf.n_test=512", "pmf.polish_block=5",
+    "pmf.n_updates=20", "pmf.final_updates=20", "pmf.flow_updates=5",
     "pmf.polish_updates=20", "pmf.hidden_features=[16]", "flow.n_layers=4", "flow.hidden_features=[16]",
     "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "samples.n_samples=50", "samples.n_verified=2",
     "samples.n_switches=2", "pmf.n_switched=0",

@@ -32,10 +32,9 @@ from openmm_cgflow.files.trajectory import read_colvar
 from openmm_cgflow.runs import loop as session
 from openmm_cgflow.runs import train as runner
 
-pytestmark = pytest.mark.usefixtures("few_tests")
-
 TINY = (
     "chains.n_replicas=16", "chains.n_pool_steps=20", "chains.n_workers=1", "chains.platform=Reference",
+    "pmf.n_test=512", "pmf.polish_block=5",
     "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=2", "pmf.flow_batch_size=64",
     "pmf.hidden_features=[16]",
     "pmf.polish_updates=10", "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "flow.n_layers=2",

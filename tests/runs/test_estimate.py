@@ -8,16 +8,16 @@ from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.options import _duration
 from openmm_cgflow.runs.build import build_geometry
-from openmm_cgflow.runs.estimate import count_stages, measure_cost
+from openmm_cgflow.runs.estimate import measure_cost
+from openmm_cgflow.runs.methods import hottest_temperature
 from openmm_cgflow.settings import TemperingSettings
-from openmm_cgflow.training.tempering import next_temperature
+from openmm_cgflow.training.tempering import count_stages, next_temperature
 from openmm_cgflow.units import thermal_beta
-
-pytestmark = pytest.mark.usefixtures("few_tests")
 
 TINY = (
     "chains.n_replicas=16", "chains.n_pool_steps=30", "chains.n_workers=1", "chains.platform=Reference",
     "chains.n_equilibration=20", "chains.n_frames=16", "chains.stride=3", "chains.n_relax=5",
+    "pmf.n_test=512", "pmf.polish_block=5",
     "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=4", "pmf.polish_updates=20", "pmf.hidden_features=[16]",
     "stopping.max_polish_cycles=2", "stopping.max_rounds=100", "flow.hidden_features=[16]",
     "samples.n_samples=24", "samples.n_equilibration=10",
@@ -59,7 +59,7 @@ def butane(systems):
     molecule = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecule, config.partition.slow)
     with create_engine(molecule, partition.slow, config.chains) as engine:
-        yield config, build_geometry(config, molecule, partition, engine.evaluate), engine
+        yield config, build_geometry(config, molecule, partition, hottest_temperature(config), engine.evaluate), engine
 
 
 def with_settings(config, **sections):
@@ -103,7 +103,7 @@ def test_cost_of_a_ladder_is_its_stages(butane):
         config, training={"method": "reverse_kl", "n_steps_first": 3, "n_steps": 2, "n_steps_last": 4}
     )
     cost = measure_cost(with_settings(ladder, tempering={"schedule": "linear", "n_stages": 3}), geometry, engine)
-    assert (cost.n_stages, cost.n_steps) == (3, 9)
+    assert (cost.plan.n_stages, cost.plan.n_steps) == (3, 9)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,11 @@ from openmm_cgflow.files.trajectory import read_colvar
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.runs import train as runner
 from openmm_cgflow.runs.build import build_geometry
+from openmm_cgflow.runs.methods import hottest_temperature
 from openmm_cgflow.runs.verify import Verification
 from openmm_cgflow.training.pmf.method import PMFTraining
 
 OMEGAS = ("ACE:CH3 ACE:C ALA:N ALA:CA", "ALA:CA ALA:C NME:N NME:C")
-pytestmark = pytest.mark.usefixtures("few_tests")
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +157,10 @@ def test_resumed_equals_uninterrupted(either, tmp_path):
     assert (output / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
     for path in sorted((finished / "models").iterdir()):
         a, b = (torch.load(folder / "models" / path.name, weights_only=True) for folder in (finished, output))
-        for part in ("flow", "pmf"):
-            assert (a[part] is None) == (b[part] is None) == (part == "pmf" and config.training.method != "pmf")
-            assert all(torch.equal(a[part][name], b[part][name]) for name in a[part] or {})
+        a, b = a["density"], b["density"]
+        assert list(a) == list(b) == (["flow", "pmf", "response"] if config.training.method == "pmf" else ["flow"])
+        for part in a:
+            assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
     assert (output / "samples.dcd").read_bytes() == (finished / "samples.dcd").read_bytes()
     assert (output / "samples.colvar").read_text() == (finished / "samples.colvar").read_text()
 
@@ -348,7 +349,7 @@ def test_python_objects_need_no_files(tiny, tmp_path):
     config = tiny.model_copy(update={"system": None})
     model = train(config, tmp_path / "run", molecular_system=molecule, progress=False)
     assert load(tmp_path / "run").sample(5).trajectory.n_frames == 5
-    assert model.stage == 0 and model.pmf is not None
+    assert model.stage == 0 and model.density.weighted
     with pytest.raises(CGFlowError, match="system"):
         train(config, tmp_path / "another", progress=False)
     assert not (tmp_path / "another").exists()
@@ -389,7 +390,9 @@ def test_fast_rotamers_are_named(tiny):
 
     for slow, expected in (("name C1 C2 C3", ["BUT1:C1-BUT1:C2-BUT1:C3-BUT1:C4"]), ("element C", [])):
         partition = Partition.resolve(molecule, slow)
-        assert build_geometry(tiny, molecule, partition, evaluate).fast_rotamers() == expected
+        assert (
+            build_geometry(tiny, molecule, partition, hottest_temperature(tiny), evaluate).fast_rotamers() == expected
+        )
 
 
 def test_torch_threads_are_left_as_they_were(tiny, tmp_path):

@@ -30,7 +30,7 @@ def model_of(engine, scale=1.0):
         torch.manual_seed(0)
         flow = CGFlow(Torsions(1, 5), 5.0, 2, 2, 8, [8])
     return SimpleNamespace(
-        pmf=lambda z: scale * exact(engine, all_atom, z),
+        density=SimpleNamespace(can_be_switched=True, free_energy=lambda z: scale * exact(engine, all_atom, z)),
         coordinates=all_atom.coordinates,
         flow=flow,
         temperature=TEMPERATURE,
@@ -102,7 +102,7 @@ def test_the_check_leaves_invalid_replicas_out(few_points):
 
 def test_what_cannot_be_checked_is_refused():
     model = model_of(MovingBath())
-    model.pmf = None
+    model.density.can_be_switched = False
     with pytest.raises(CGFlowError, match="needs a potential of mean force"):
         verify(model, MovingBath(), 2, 2, 0)
     model = model_of(MovingBath())
@@ -113,7 +113,7 @@ def test_what_cannot_be_checked_is_refused():
 
 def test_too_few_conformations_are_named():
     model = model_of(MovingBath())
-    model.pmf = lambda z: 1e5 * (1 - torch.cos(z[:, 0] - 1.0))
+    model.density.free_energy = lambda z: 1e5 * (1 - torch.cos(z[:, 0] - 1.0))
     with pytest.raises(CGFlowError, match=r"found only \d+ conformations to check, expected 2000"):
         verify(model, MovingBath(), 2000, 2, 0)
 

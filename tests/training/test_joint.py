@@ -1,15 +1,16 @@
 """Training of the joint density: nothing to learn at the optimum, a known density, the slow direction, restarts."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from analytic import Uninterrupted, advance, assert_identical, loaded
 from joint_models import joint_flow, linear
+from methods import joint_training
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.errors import ReplicaError
-from openmm_cgflow.training.joint import JointTraining
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES
 from openmm_cgflow.units import thermal_beta
 
@@ -64,7 +65,7 @@ def config(training=None, tempering=None, seed=0, n_replicas=128):
 
 def trainer_of(settings, energy=two_wells, broken=(), roughness=0.0, **thermal_map):
     joint = joint_flow(linear(widths=torch.tensor([0.3, 1.5]).double(), **thermal_map), roughness=roughness)
-    return JointTraining(settings, joint, ClosedForm(energy, broken))
+    return joint_training(settings, joint, SimpleNamespace(n_features=1), ClosedForm(energy, broken))
 
 
 def test_nothing_is_learned_where_the_density_is_right(monkeypatch):

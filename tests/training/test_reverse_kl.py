@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from analytic import AnalyticMeanForce, Uninterrupted, advance, assert_identical, loaded
+from methods import reverse_kl
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.training.reverse_kl import GradientGuard, ReverseKL, reverse_kl_gradient
+from openmm_cgflow.training.reverse_kl import GradientGuard, reverse_kl_gradient
 from openmm_cgflow.units import thermal_beta
 
 BOUND = 4.0
@@ -251,7 +252,7 @@ def test_training_reaches_a_known_density():
         chains={"n_replicas": 128},
     )
     flow = new_flow()
-    trainer = ReverseKL(settings, Plane(), flow, AnalyticMeanForce(free_energy, noise=0.1))
+    trainer = reverse_kl(settings, Plane(), flow, AnalyticMeanForce(free_energy, noise=0.1))
     before = kl_to_target(flow, 300.0)
     rows, at_stage_end = [], {}
     while not trainer.done:
@@ -286,7 +287,7 @@ def test_training_reaches_a_known_density():
 ])  # fmt: skip
 def test_every_ladder_ends_at_the_target(tempering):
     settings = config(training={"n_steps_first": 2, "n_steps": 1, "n_steps_last": 3}, tempering=tempering)
-    trainer = ReverseKL(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[0]))
+    trainer = reverse_kl(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[0]))
     temperatures = []
     while not trainer.done:
         if trainer.stage_done:
@@ -302,7 +303,7 @@ def test_learning_rate_falls_over_the_last_stage_only():
         training={"learning_rate": 2e-3, "n_steps_first": 5, "n_steps": 4, "n_steps_last": 20},
         tempering={"schedule": "list", "temperatures": [500, 400]},
     )
-    trainer = ReverseKL(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy))
+    trainer = reverse_kl(settings, Plane(), new_flow(), AnalyticMeanForce(free_energy))
     rates = []
     while not trainer.done:
         if trainer.stage_done:
@@ -319,7 +320,7 @@ def test_learning_rate_falls_over_the_last_stage_only():
 def test_skipped_updates_leave_the_flow_alone():
     flow = new_flow()
     force = AnalyticMeanForce(free_energy)
-    trainer = ReverseKL(config(), Plane(), flow, force)
+    trainer = reverse_kl(config(), Plane(), flow, force)
     assert trainer.step()["skipped"] == 0
     trainer.guard.norms = [1e-9]
     before = [parameter.detach().clone() for parameter in flow.parameters()]
@@ -329,7 +330,7 @@ def test_skipped_updates_leave_the_flow_alone():
 
 
 def test_invalid_replicas_are_reported():
-    trainer = ReverseKL(config(), Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[3, 9]))
+    trainer = reverse_kl(config(), Plane(), new_flow(), AnalyticMeanForce(free_energy, invalid=[3, 9]))
     row = trainer.step()
     assert row["invalid"] == 2
     assert all(math.isfinite(value) for value in row.values())
@@ -355,7 +356,7 @@ def restart_settings(**values):
 
 def restart_trainer(seed=0, **values):
     estimator = AnalyticMeanForce(free_energy, noise=0.5, invalid=[2], seed=11 + seed)
-    return ReverseKL(restart_settings(**values), Plane(), new_flow(seed), estimator)
+    return reverse_kl(restart_settings(**values), Plane(), new_flow(seed), estimator)
 
 
 @pytest.fixture(scope="module")

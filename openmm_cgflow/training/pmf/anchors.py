@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from openmm_cgflow.config import Config
-from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.forces.estimator import MeanForceEstimator
 from openmm_cgflow.forces.switching import Differences, Switches, slower
-from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.training.method import EvaluationBudget, Row
 from openmm_cgflow.training.pmf.fits import AnchorValues
 from openmm_cgflow.training.pmf.paths import low_paths
+from openmm_cgflow.training.pmf.state import PMFState
 
 __all__ = ["Anchors"]
 
@@ -29,21 +27,22 @@ _SMALLEST_ERROR = 0.02  # kT, that a difference counts with
 
 
 class Anchors:
-    """Switches until every difference is known to ``stopping.free_energy_error``, or at most 24 times as the
-    evaluations allow; more slowly where much work is dissipated.
+    """Free energies of some conformations by switching between them, for the last fit to hold on to.
 
-    Use: ``start(...)`` once there is a PMF, then ``step(...)`` while ``wanted``. Not started, it wants nothing.
+    Switches until every difference is known to ``stopping.free_energy_error``, or at most 24 times as the budget
+    allows; more slowly where much work is dissipated. Without a torsion, or with ``pmf.n_switched: 0``, there are none.
 
     Arguments:
-        config: ``pmf.n_switched``, ``pmf.n_members``, ``stopping`` and ``seed`` are used.
+        state: Shared by all phases.
+        budget: Energy evaluations that may be spent.
 
     Attributes:
         n_steps: Steps made so far.
         lost: Numbers of the conformations that could not be switched to; what is known of the others stays.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, state: PMFState, budget: EvaluationBudget) -> None:
+        self.state, self.budget = state, budget
         self.n_steps = 0
         self.lost: list[int] = []
         self._switches: Switches | None = None
@@ -51,39 +50,53 @@ class Anchors:
         self._found: Differences | None = None
         self._next: list[int] = []
 
-    def asked_for(self, flow: CGFlow) -> bool:
+    @property
+    def asked_for(self) -> bool:
         """Whether there will be any: paths lead through torsions."""
-        return bool(self.config.pmf.n_switched and flow.n_circular)
+        return bool(self.state.settings.n_switched and self.state.flow.n_circular)
 
     @property
-    def wanted(self) -> bool:
-        """Whether some difference is to be known better, and may be."""
-        return bool(self._next)
+    def done(self) -> bool:
+        """Whether no difference is to be known better, or none may be."""
+        return not self._next
 
-    def start(
-        self,
-        flow: CGFlow,
-        pmf: PMF,
-        coordinates: Coordinates,
-        estimator: MeanForceEstimator,
-        generator: torch.Generator,
-        gamma: float = 0.1,
-    ) -> None:
-        """Chooses conformations and paths; none where there is no torsion. See ``paths.low_paths``."""
-        if self.asked_for(flow):
-            n = self.config.pmf.n_switched
-            self._switches = Switches(low_paths(flow, pmf, coordinates, n, generator, gamma))
+    @property
+    def expected_steps(self) -> int:
+        return self.n_steps + (not self.done)
+
+    @property
+    def unmet(self) -> list[str]:
+        wanted, found = self.state.stopping.free_energy_error, []
+        if not self.done:
+            return []
+        error = self.compare(self.state.pmf)["value_error"]
+        if error > wanted:  # never so where it is nan
+            found.append(f"differences by switching to {error:.3g} kT (wanted {wanted:g})")
+        if self.lost:
+            found.append(f"{len(self.lost)} conformations could not be switched to")
+        return found
+
+    def begin(self) -> None:
+        """Chooses conformations and paths; see :func:`openmm_cgflow.training.pmf.paths.low_paths`."""
+        if self.asked_for:
+            state = self.state
+            scale = min(state.exploring, state.flow_fitter.reach)
+            paths = low_paths(
+                state.flow, state.pmf, state.coordinates, state.settings.n_switched, state.generator, scale
+            )
+            self._switches = Switches(paths)
             self._evaluate()
-            self._plan(estimator)
+            self._plan()
 
-    def step(self, estimator: MeanForceEstimator, temperature: float) -> None:
+    def step(self) -> Row:
         """Switches to every conformation whose free energy is not known well enough, and back.
 
         Those where it does not succeed are left: without them the last fit has mean forces alone, as elsewhere.
         """
         assert self._switches is not None
+        state = self.state
         lost = self._switches.add(
-            lambda paths, slowness: estimator.switch(paths, temperature, slowness),
+            lambda paths, slowness: state.estimator.switch(paths, state.temperature, slowness),
             self._next,
             _N_SWITCHES,
             [self._slowness(path) for path in self._next],
@@ -93,26 +106,27 @@ class Anchors:
         self.lost = sorted({*self.lost, *lost})
         self.n_steps += 1
         self._evaluate()
-        self._plan(estimator)
+        self._plan()
+        return {"gamma": state.exploring}
 
     def _evaluate(self) -> None:
         if self._switches is not None:
-            self._found = self._switches.differences(derive_seed(self.config.seed, 12))
+            self._found = self._switches.differences(derive_seed(self.state.seed, 12))
 
     def _slowness(self, path: int) -> int:
         """Of the next switches along a path."""
         assert self._switches is not None and self._found is not None
         return slower(self._switches.slowness[path], self._found.dissipation[path])
 
-    def _plan(self, estimator: MeanForceEstimator) -> None:
+    def _plan(self) -> None:
         """Of the next step: the paths along which to switch, the cheapest first where not all can be afforded."""
         assert self._switches is not None and self._found is not None
         self._next = []
         if self.n_steps == _N_STEPS:
             return
-        stopping = self.config.stopping
-        rough = np.setdiff1d(np.flatnonzero(self._found.error > stopping.free_energy_error), self.lost).tolist()
-        left = stopping.max_evaluations - estimator.n_energy_evaluations
+        wanted = self.state.stopping.free_energy_error
+        rough = np.setdiff1d(np.flatnonzero(self._found.error > wanted), self.lost).tolist()
+        left = self.budget.left
         for path in sorted(rough, key=self._slowness):
             left -= self._switches.cost(_N_SWITCHES, self._slowness(path))
             if left >= 0:
@@ -127,8 +141,8 @@ class Anchors:
         start, end = self._switches.paths[:, 0], self._switches.paths[:, -1]
         value, error = torch.as_tensor(self._found.value), torch.as_tensor(self._found.error)
         error = error.clamp(min=_SMALLEST_ERROR)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 13))
-        weights = torch.empty((len(error), self.config.pmf.n_members)).exponential_(generator=generator)
+        generator = torch.Generator().manual_seed(derive_seed(self.state.seed, 13))
+        weights = torch.empty((len(error), self.state.settings.n_members)).exponential_(generator=generator)
         return AnchorValues(*(part[known].float() for part in (start, end, value, error, weights)))
 
     @torch.no_grad()
@@ -141,6 +155,9 @@ class Anchors:
         precision = values.error**-2
         misfit = (precision * away.square()).sum() / precision.sum()
         return {"value_error": float(values.error.max()), "value_misfit": float(misfit.sqrt())}
+
+    def describe(self, row: Row) -> str:
+        return f"switching: free energies to {row['value_error']:.2f} kT, PMF off by {row['value_misfit']:.2f} kT"
 
     def state_dict(self) -> dict[str, Any]:
         switches = None if self._switches is None else self._switches.state_dict()

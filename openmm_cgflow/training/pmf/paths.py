@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from openmm_cgflow.coordinates.features import on_circle
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.networks.pmf import PMF
 
 __all__ = ["low_paths"]
 
@@ -29,7 +29,7 @@ _SPACING = math.radians(8.0)  # of the torsions, between two points of a path
 @torch.no_grad()
 def low_paths(
     flow: CGFlow,
-    pmf: PMF,
+    pmf: Callable[[Tensor], Tensor],
     coordinates: Coordinates,
     n_conformations: int,
     generator: torch.Generator,

@@ -11,6 +11,7 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.training.method import EvaluationBudget
 from openmm_cgflow.training.pmf import paths
 from openmm_cgflow.training.pmf.anchors import Anchors
 from openmm_cgflow.units import thermal_beta
@@ -29,15 +30,33 @@ def settings(n_switched=4, error=0.1, limit=1e6, seed=1):
     return Config(temperature=TEMPERATURE, seed=seed, pmf={"n_switched": n_switched}, stopping=stopping)
 
 
+def new_anchors(config, flow=None, estimator=None):
+    """Of a state that is what they ask for, and no more."""
+    estimator = estimator or AnalyticMeanForce(lambda z: phi(z) / BETA)
+    state = SimpleNamespace(
+        settings=config.pmf,
+        stopping=config.stopping,
+        seed=config.seed,
+        temperature=TEMPERATURE,
+        flow=flow,
+        pmf=phi,
+        coordinates=COORDINATES,
+        estimator=estimator,
+        generator=torch.Generator().manual_seed(1),
+        exploring=0.1,
+        flow_fitter=SimpleNamespace(reach=1.0),
+    )
+    return Anchors(state, EvaluationBudget(config.stopping.max_evaluations, estimator))
+
+
 def started(config, n_circular=2, earlier=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flow = CGFlow(Torsions(n_circular, 2 - n_circular), 5.0, 2, 2, 8, [8])
-    estimator = AnalyticMeanForce(lambda z: phi(z) / BETA)
-    estimator.n_energy_evaluations = earlier
-    values = Anchors(config)
-    values.start(flow, phi, COORDINATES, estimator, torch.Generator().manual_seed(1))
-    return values, estimator
+    values = new_anchors(config, flow)
+    values.state.estimator.n_energy_evaluations = earlier
+    values.begin()
+    return values, values.state.estimator
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +65,8 @@ def few_points(monkeypatch):
 
 
 def finish(values, estimator):
-    while values.wanted:
-        values.step(estimator, TEMPERATURE)
+    while not values.done:
+        values.step()
     return values.values()
 
 
@@ -89,7 +108,7 @@ def test_what_can_be_afforded_is_done():
     values, estimator = started(settings(error=1e-4, limit=2.5 * cost))
     asked, switch = [], estimator.switch
     estimator.switch = lambda paths, *how: (asked.append(len(paths) // 32), switch(paths, *how))[1]
-    values.step(estimator, TEMPERATURE)
+    values.step()
     assert asked == [2]
 
 
@@ -109,13 +128,13 @@ def test_it_stops_within_the_evaluations():
     finish(values, estimator)
     assert values.n_steps == 24
     values, estimator = started(settings(limit=1000), earlier=900)
-    assert not values.wanted and values.values() is None
+    assert values.done and values.values() is None
 
 
 @pytest.mark.parametrize(("n_switched", "n_circular"), [(0, 2), (4, 0)])
 def test_nothing_to_switch(n_switched, n_circular):
     values, _ = started(settings(n_switched), n_circular)
-    assert not values.wanted and values.values() is None and values.n_steps == 0
+    assert values.done and values.values() is None and values.n_steps == 0
     assert all(math.isnan(value) for value in values.compare(phi).values())
 
 
@@ -144,9 +163,9 @@ def test_conformations_that_cannot_be_reached_are_left_alone(caplog):
     ends = values._switches.paths[:, -1].float()
     assert torch.equal(found.end, ends[[0, 2, 3]]) and torch.isfinite(found.difference).all()
     assert float(found.error.max()) <= 0.1 and values.compare(phi)["value_error"] <= 0.1
-    again = Anchors(settings(error=0.1))
+    again = new_anchors(settings(error=0.1))
     again.load_state_dict(values.state_dict())
-    assert again.lost == [1] and not again.wanted
+    assert again.lost == [1] and again.done
 
 
 def test_nothing_can_be_switched(caplog):
@@ -163,8 +182,9 @@ def test_nothing_can_be_switched(caplog):
 
 def test_it_continues_from_its_state():
     values, estimator = started(settings(error=0.1))
-    values.step(estimator, TEMPERATURE)
-    again, other = Anchors(settings(error=0.1)), AnalyticMeanForce(lambda z: phi(z) / BETA)
+    values.step()
+    other = AnalyticMeanForce(lambda z: phi(z) / BETA)
+    again = new_anchors(settings(error=0.1), estimator=other)
     again.load_state_dict(values.state_dict())
     other.load_state_dict(estimator.state_dict())
     first, second = finish(values, estimator), finish(again, other)

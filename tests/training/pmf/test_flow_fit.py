@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import AnalyticMeanForce
+from methods import reverse_kl
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.features import Torsions
@@ -15,7 +16,6 @@ from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.weights import WeightedSamples, relative_ess, weighted_samples
 from openmm_cgflow.paper.box import BoxCoordinates
 from openmm_cgflow.training.pmf.flow_fit import FlowFitter
-from openmm_cgflow.training.reverse_kl import ReverseKL
 from openmm_cgflow.units import thermal_beta
 
 BOUND = 5.0
@@ -209,7 +209,7 @@ def test_plain_reverse_kl_gets_the_weights_of_the_modes_wrong():
         chains={"n_replicas": 256},
     )
     flow = new_flow(1)
-    trainer = ReverseKL(settings, SPACE, flow, AnalyticMeanForce(lambda z: TARGET(z) / beta))
+    trainer = reverse_kl(settings, SPACE, flow, AnalyticMeanForce(lambda z: TARGET(z) / beta))
     while not trainer.done:
         row = trainer.step()
     assert row["residual"] < 2  # it converges, to something else

@@ -17,6 +17,7 @@ from analytic import (
     random_structure,
     saved,
 )
+from methods import pmf_training
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.features import Torsions
@@ -28,9 +29,10 @@ from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
 from openmm_cgflow.networks.weights import WeightedSamples, weighted_samples
 from openmm_cgflow.training.pmf import flow_fit as distillation
-from openmm_cgflow.training.pmf import method as pmf_training
+from openmm_cgflow.training.pmf.fits import PMFFitter
 from openmm_cgflow.training.pmf.flow_fit import FlowFitter
-from openmm_cgflow.training.pmf.method import PMFTraining, state_populations
+from openmm_cgflow.training.pmf.rounds import BARRIER_SCALES
+from openmm_cgflow.training.pmf.state import state_populations
 from openmm_cgflow.units import thermal_beta
 
 BETA = thermal_beta(300.0)
@@ -88,6 +90,9 @@ def settings(pmf=None, stopping=None, n_replicas=32, seed=0, adaptive=False):
         "flow_batch_size": 32,
         "hidden_features": [8],
         "polish_updates": 6,
+        "polish_block": 3,
+        "n_test": 256,
+        "n_probe": 64,
         "n_switched": 0,
     }
     return Config(
@@ -128,20 +133,13 @@ def new_method(config, noise=0.7, invalid=(), seed=0, hidden=(8,), estimator_see
             FastResponse(Torsions(1, N_BOUNDED), torch.ones((1, 3)), (16,)) if followed else no_response(1, N_BOUNDED)
         )
     estimator = (Followed if followed else Recorder)(free_energy, noise=noise, invalid=invalid, seed=estimator_seed)
-    return PMFTraining(config, COORDINATES, flow, pmf, response, estimator)
-
-
-FEW = {"_N_TEST": 256, "_N_PROBE": 64, "_POLISH": 3}
-
-
-@pytest.fixture
-def few_tests(monkeypatch):
-    """Small batches of test samples and short blocks of updates, where their error does not matter."""
-    for name, value in FEW.items():
-        monkeypatch.setattr(pmf_training, name, value)
+    return pmf_training(config, COORDINATES, flow, pmf, response, estimator)
 
 
 # ---------------------------------------------------------------- a whole training
+
+
+LIKE_CONVERGED = {"n_probe": 512, "hidden_features": [24, 24]}
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +149,13 @@ def converged():
             "n_updates": 60, "final_updates": 300, "flow_updates": 20, "flow_batch_size": 256,
             "hidden_features": [24, 24],
             "learning_rate": 1e-2, "flow_learning_rate": 5e-3, "polish_updates": 150, "explore_height": 4.0,
-            "n_switched": 3,
+            "n_switched": 3, "n_test": 8192, "n_probe": 512, "polish_block": 50,
         },
         stopping={"max_rounds": 25, "max_polish_cycles": 1, "ess": 0.9, "free_energy_error": 0.2, "held_out": 1.2},
         n_replicas=256,
     )  # fmt: skip
     trainer = new_method(config, hidden=(16, 16))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pmf_training, "_N_TEST", 8192)
-        return trainer, advance(trainer)
+    return trainer, advance(trainer)
 
 
 @pytest.mark.slow
@@ -168,7 +164,7 @@ def test_populations_of_a_known_molecule(converged):
     exact = exact_population()
     assert 0.1 < exact < 0.15
     n = 40000
-    samples = weighted_samples(trainer.flow, trainer.pmf, COORDINATES, n, torch.Generator().manual_seed(5))
+    samples = weighted_samples(trainer.state.flow, trainer.state.pmf, COORDINATES, n, torch.Generator().manual_seed(5))
     assert samples.ess > 0.9
     positive = (samples.z[:, 0] > 0).double()
     of_members = torch.softmax(-samples.members - samples.log_q, 1) @ positive
@@ -189,9 +185,9 @@ def test_populations_of_a_known_molecule(converged):
 @pytest.mark.slow
 def test_the_rounds_end_for_a_named_reason(converged):
     trainer, rows = converged
-    assert trainer.ended_by.startswith("converged: ")
+    assert trainer.outcome.reason.startswith("converged: ")
     for word in ("held-out mean forces", "of their noise", "kT", "effective sample size"):
-        assert word in trainer.ended_by
+        assert word in trainer.outcome.reason
     last = [row for row in rows if math.isfinite(row["held_out"])][-1]
     assert last["held_out"] <= 1.2 and last["free_energy_error"] <= 0.2 and last["moved"] <= 0.2
     assert last["ess"] >= 0.9 * 0.9
@@ -200,15 +196,15 @@ def test_the_rounds_end_for_a_named_reason(converged):
 @pytest.mark.slow
 def test_rows_tell_the_course(converged):
     trainer, rows = converged
-    n_rounds = len(trainer.buffer.rounds)
+    n_rounds = len(trainer.state.buffer.rounds)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert {row["temperature"] for row in rows} == {300.0} and trainer.temperatures == [300.0]
     assert [math.isfinite(row["held_out"]) for row in rows] == [k < n_rounds for k in range(len(rows))]
     assert [row["evaluations"] for row in rows[:n_rounds]] == [256 * (k + 1) for k in range(n_rounds)]
-    n_switched = trainer.values.n_steps
+    n_switched = trainer.anchors.n_steps
     assert n_switched >= 1 and [math.isfinite(row["value_error"]) for row in rows].index(True) == n_rounds
     alone = rows[n_rounds + n_switched :]
-    assert {row["evaluations"] for row in alone} == {trainer.estimator.n_energy_evaluations}  # no more are needed
+    assert {row["evaluations"] for row in alone} == {trainer.state.estimator.n_energy_evaluations}  # no more are needed
     assert rows[n_rounds - 1]["evaluations"] < rows[n_rounds]["evaluations"]
     assert len(alone) == 2 + 3  # 300 updates of the PMF in blocks of 200, 150 of the flow in blocks of 50
     assert alone[-1]["value_error"] <= 0.2 and alone[-1]["value_misfit"] < 0.3
@@ -216,7 +212,7 @@ def test_rows_tell_the_course(converged):
     assert all(math.isnan(row["moved"]) for row in rows[n_rounds:])
     assert rows[0]["held_out"] > rows[n_rounds - 1]["held_out"]
     assert rows[0]["ess"] < rows[-1]["ess"]
-    assert trainer.done and trainer.stage_done and trainer.stage == 0
+    assert trainer.done and trainer.stage_done
     assert trainer.expected_steps == trainer.n_steps == len(rows)
     assert "ESS" in trainer.describe(rows[0]) and "flow" in trainer.describe(rows[-1])
     with pytest.raises(RuntimeError, match="one stage"):
@@ -226,11 +222,11 @@ def test_rows_tell_the_course(converged):
 @pytest.mark.slow
 def test_every_round_measures_on_the_barrier_and_in_the_basins(converged):
     trainer, _ = converged
-    later = torch.cat(trainer.estimator.asked[3:])
+    later = torch.cat(trainer.state.estimator.asked[3:])
     height = torsion_energy(later[:, 0]) - float(torsion_energy(torch.linspace(-3, 3, 100)).min())
     assert float((height > 8).double().mean()) > 0.05
     assert float((height < 2).double().mean()) > 0.15
-    model, _ = trainer.flow.sample(20000, torch.Generator().manual_seed(0))
+    model, _ = trainer.state.flow.sample(20000, torch.Generator().manual_seed(0))
     own = torsion_energy(model[:, 0]) - float(torsion_energy(torch.linspace(-3, 3, 100)).min())
     assert float((own > 8).double().mean()) < 0.02  # the model itself hardly goes there
 
@@ -240,12 +236,12 @@ def test_every_round_measures_on_the_barrier_and_in_the_basins(converged):
 def test_gamma_is_chosen_so_that_samples_climb(converged, height):
     """The largest gamma whose samples lie so high above the model's: the next larger one's do not."""
     trainer, _ = converged
-    flow, pmf = trainer.flow, trainer.pmf
-    chosen = new_method(settings(pmf={"explore_height": height, "hidden_features": [24, 24]}), hidden=(16, 16))
-    chosen.flow.load_state_dict(flow.state_dict())
-    chosen.pmf.load_state_dict(pmf.state_dict())
-    chosen.flow_fitter.reach = 1.0
-    chosen._choose_gamma()
+    flow, pmf = trainer.state.flow, trainer.state.pmf
+    chosen = new_method(settings(pmf={"explore_height": height, **LIKE_CONVERGED}), hidden=(16, 16))
+    chosen.state.flow.load_state_dict(flow.state_dict())
+    chosen.state.pmf.load_state_dict(pmf.state_dict())
+    chosen.state.flow_fitter.reach = 1.0
+    chosen.rounds.choose_exploring()
 
     def median_height(gamma):
         samples = weighted_samples(flow, pmf, COORDINATES, 20000, torch.Generator().manual_seed(1), gamma)
@@ -254,10 +250,10 @@ def test_gamma_is_chosen_so_that_samples_climb(converged, height):
     def climb(gamma):
         return median_height(gamma) - median_height(1.0)
 
-    tried = pmf_training._GAMMAS
-    assert chosen.gamma in tried and 0.02 < chosen.gamma < 0.64
-    assert climb(chosen.gamma) > height - 0.3  # the choice is made from 512 samples
-    assert climb(tried[tried.index(chosen.gamma) + 1]) < height + 0.3
+    tried = BARRIER_SCALES
+    assert chosen.state.exploring in tried and 0.02 < chosen.state.exploring < 0.64
+    assert climb(chosen.state.exploring) > height - 0.3  # the choice is made from 512 samples
+    assert climb(tried[tried.index(chosen.state.exploring) + 1]) < height + 0.3
 
 
 @pytest.mark.slow
@@ -265,44 +261,43 @@ def test_a_higher_goal_means_a_smaller_gamma(converged):
     trainer, _ = converged
     gammas = []
     for height in (1.0, 2.0, 4.0, 100.0):
-        other = new_method(settings(pmf={"explore_height": height, "hidden_features": [24, 24]}), hidden=(16, 16))
-        other.flow.load_state_dict(trainer.flow.state_dict())
-        other.pmf.load_state_dict(trainer.pmf.state_dict())
-        other.flow_fitter.reach = 1.0
-        other._choose_gamma()
-        gammas.append(other.gamma)
-    assert gammas[0] > gammas[1] > gammas[2] >= gammas[3] == pmf_training._GAMMAS[0]
+        other = new_method(settings(pmf={"explore_height": height, **LIKE_CONVERGED}), hidden=(16, 16))
+        other.state.flow.load_state_dict(trainer.state.flow.state_dict())
+        other.state.pmf.load_state_dict(trainer.state.pmf.state_dict())
+        other.state.flow_fitter.reach = 1.0
+        other.rounds.choose_exploring()
+        gammas.append(other.state.exploring)
+    assert gammas[0] > gammas[1] > gammas[2] >= gammas[3] == BARRIER_SCALES[0]
 
 
 # ---------------------------------------------------------------- ends and limits
 
 
-def test_the_largest_number_of_rounds_is_kept(few_tests):
+def test_the_largest_number_of_rounds_is_kept():
     limits = {"max_rounds": 3, "max_polish_cycles": 1, "held_out": 1.3, "ess": 0.8}
     trainer = new_method(settings(stopping=limits))
     rows = advance(trainer)
-    assert trainer.ended_by.startswith("not converged: stopping.max_rounds is reached")
+    assert trainer.outcome.reason.startswith("not converged: stopping.max_rounds is reached")
     for word in ("held-out error", "free-energy error", "effective sample size", "wanted 1.3", "wanted 0.72"):
-        assert word in trainer.ended_by, trainer.ended_by
-    assert len(trainer.buffer.rounds) == 3
+        assert word in trainer.outcome.reason, trainer.outcome.reason
+    assert len(trainer.state.buffer.rounds) == 3
     assert len(rows) == 3 + 1 + 2
-    assert trainer.estimator.n_energy_evaluations == 96
+    assert trainer.state.estimator.n_energy_evaluations == 96
 
 
 @pytest.mark.slow
 def test_what_the_steps_after_the_rounds_did_not_reach_is_named(converged, monkeypatch):
     trainer, rows = converged
-    assert trainer.unmet == []
+    assert trainer.outcome.unmet == ()
     known = rows[-1]["value_error"]
     assert 0 < known < 0.2
     asked = settings(stopping={"ess": 0.999, "free_energy_error": known / 2, "max_polish_cycles": 1})
-    monkeypatch.setattr(trainer, "config", asked)
-    switching, flow = trainer.unmet
+    monkeypatch.setattr(trainer.state, "stopping", asked.stopping)
+    switching, flow = trainer.outcome.unmet
     assert switching == f"differences by switching to {known:.3g} kT (wanted {known / 2:g})"
-    assert flow == f"effective sample size {trainer._best_ess[-1]:.3g} (wanted 0.999)"
-    monkeypatch.setattr(trainer, "n_refit", 0)
-    monkeypatch.setattr(trainer, "n_polish", 0)
-    assert trainer.unmet == []  # not yet
+    assert flow == f"effective sample size {trainer.polish.cycles[-1]:.3g} (wanted 0.999)"
+    monkeypatch.setattr(trainer, "_number", 0)
+    assert trainer.outcome.unmet == ()  # not yet
 
 
 @pytest.mark.parametrize(("n_switched", "largest"), [(0, 0.02), (4, 0.04)])
@@ -312,67 +307,67 @@ def test_rounds_leave_half_of_the_error_to_switching(n_switched, largest):
 
     def ends(error, moved):
         row = {"held_out": 1.0, "ess": 0.9, "free_energy_error": error, "moved": moved}
-        return trainer._reason_to_end(row).startswith("converged")
+        return trainer.rounds.reason_to_end(row).startswith("converged")
 
     assert ends(0.99 * largest, 0.99 * largest)
     assert not ends(1.01 * largest, 0.0) and not ends(0.0, 1.01 * largest) and not ends(0.0, math.nan)
 
 
 @pytest.mark.parametrize(("limit", "n_rounds"), [(32, 1), (127, 3), (128, 4), (129, 4)])
-def test_energy_evaluations_never_exceed_their_limit(limit, n_rounds, few_tests):
+def test_energy_evaluations_never_exceed_their_limit(limit, n_rounds):
     trainer = new_method(settings(stopping={"max_evaluations": limit, "max_polish_cycles": 1}))
     rows = advance(trainer)
-    assert trainer.ended_by.startswith("not converged: the next round would exceed stopping.max_evaluations")
-    assert len(trainer.buffer.rounds) == n_rounds
+    assert trainer.outcome.reason.startswith("not converged: the next round would exceed stopping.max_evaluations")
+    assert len(trainer.state.buffer.rounds) == n_rounds
     assert max(row["evaluations"] for row in rows) <= limit
 
 
-def test_the_pool_of_fast_atoms_that_the_first_round_fills_is_paid_for_once(few_tests, monkeypatch):
+def test_the_pool_of_fast_atoms_that_the_first_round_fills_is_paid_for_once(monkeypatch):
     """3200 evaluations that no other round takes; as if every one did, a training of 3600 would end with one round."""
     given = settings(stopping={"max_evaluations": 3600, "max_polish_cycles": 1})
     fast_atoms = given.chains.model_copy(update={"n_relax": 0, "n_equilibration": 0, "n_frames": 2, "stride": 1})
     trainer = new_method(given.model_copy(update={"chains": fast_atoms}))
-    measure = type(trainer.estimator).__call__
+    measure = type(trainer.state.estimator).__call__
 
     def with_pool(self, z, temperature):
-        self.n_energy_evaluations += 0 if trainer.buffer.rounds else 3200
+        self.n_energy_evaluations += 0 if trainer.state.buffer.rounds else 3200
         return measure(self, z, temperature)
 
-    monkeypatch.setattr(type(trainer.estimator), "__call__", with_pool)
+    monkeypatch.setattr(type(trainer.state.estimator), "__call__", with_pool)
     rows = advance(trainer)
-    assert len(trainer.buffer.rounds) == 12
+    assert len(trainer.state.buffer.rounds) == 12
     assert max(row["evaluations"] for row in rows) <= 3600
 
 
 @pytest.mark.parametrize("reach", [1.0, 0.5])
-def test_the_flow_is_trained_on_until_it_gains_no_more(few_tests, monkeypatch, reach):
+def test_the_flow_is_trained_on_until_it_gains_no_more(monkeypatch, reach):
     """With an effective sample size that it cannot reach: whole cycles, at most so many.
 
     All of them where what is trained is not the model yet: there, no gain says nothing.
     """
     monkeypatch.setattr(FlowFitter, "_move_reach", lambda fitter, ess: None)
     trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
-    trainer.flow_fitter.reach = reach
+    trainer.state.flow_fitter.reach = reach
     rows = advance(trainer)
     cycle = 2  # six updates in blocks of three
     ends = [row["ess"] for row in rows[3 + cycle - 1 :: cycle]]
     assert len(rows) == 3 + cycle * len(ends) and 2 <= len(ends) <= 4
     if reach == 1:
-        assert len(ends) == 4 or (trainer._anew_after and not trainer._gained)
+        assert len(ends) == 4 or (trainer.polish.anew_after and not trainer.polish.gained)
     else:
-        assert len(ends) == 4 and not trainer._anew_after
+        assert len(ends) == 4 and not trainer.polish.anew_after
 
 
-def test_a_flow_that_gains_nothing_starts_anew_once(few_tests, monkeypatch):
+def test_a_flow_that_gains_nothing_starts_anew_once(monkeypatch):
     """Its first cycle has no updates; the second one starts with the flow of the very start, and is spoiled."""
     trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
-    start = copy.deepcopy(trainer.flow.state_dict())
-    trainer.flow_fitter.reach = 1.0
+    start = copy.deepcopy(trainer.state.flow.state_dict())
+    trainer.state.flow_fitter.reach = 1.0
     rows = advance(trainer, 3)
-    before, first, seen = copy.deepcopy(trainer.flow.state_dict()), trainer.flow_fitter, []
+    before, first, seen = copy.deepcopy(trainer.state.flow.state_dict()), trainer.state.flow_fitter, []
 
     def equal(state):
-        return all(torch.equal(value, state[name]) for name, value in trainer.flow.state_dict().items())
+        return all(torch.equal(value, state[name]) for name, value in trainer.state.flow.state_dict().items())
 
     def update(fitter, *_, **__):
         if fitter is not first and not seen:
@@ -387,17 +382,17 @@ def test_a_flow_that_gains_nothing_starts_anew_once(few_tests, monkeypatch):
     rows += advance(trainer)
     assert len(rows) == 3 + 2 + 2  # after the second one without a gain there is no third
     assert seen == [(True, distillation._FIRST_REACH)]
-    assert equal(before) and trainer.flow_fitter.reach == 1
+    assert equal(before) and trainer.state.flow_fitter.reach == 1
 
 
 @pytest.mark.parametrize(("reach", "kept"), [(1.0, True), (0.5, False)])
-def test_a_flow_that_is_lost_is_taken_back(few_tests, monkeypatch, reach, kept):
+def test_a_flow_that_is_lost_is_taken_back(monkeypatch, reach, kept):
     """Unless it is not trained as the model yet, where its effective sample size says nothing."""
     monkeypatch.setattr(FlowFitter, "_move_reach", lambda fitter, ess: None)
     trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 2, "ess": 0.999}))
-    trainer.flow_fitter.reach = reach
+    trainer.state.flow_fitter.reach = reach
     rows = advance(trainer, 3)
-    before = copy.deepcopy(trainer.flow.state_dict())
+    before = copy.deepcopy(trainer.state.flow.state_dict())
 
     def spoil(fitter, *_, **__):
         with torch.no_grad():
@@ -407,17 +402,17 @@ def test_a_flow_that_is_lost_is_taken_back(few_tests, monkeypatch, reach, kept):
 
     monkeypatch.setattr(FlowFitter, "update", spoil)
     last = advance(trainer)[-1]
-    same = all(torch.equal(value, before[name]) for name, value in trainer.flow.state_dict().items())
-    assert same == kept and (trainer.flow_fitter.reach == 1) == kept
+    same = all(torch.equal(value, before[name]) for name, value in trainer.state.flow.state_dict().items())
+    assert same == kept and (trainer.state.flow_fitter.reach == 1) == kept
     assert (last["ess"] > rows[-1]["ess"] - 0.05) == kept  # nan where it is lost
 
 
-def test_a_reached_effective_sample_size_ends_the_training(few_tests):
+def test_a_reached_effective_sample_size_ends_the_training():
     trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.01}))
     assert len(advance(trainer)) == 2 + 1 + 2
 
 
-def test_expected_steps_are_an_upper_bound_until_the_rounds_end(few_tests):
+def test_expected_steps_are_an_upper_bound_until_the_rounds_end():
     trainer = new_method(settings(stopping={"max_evaluations": 100, "max_rounds": 50, "max_polish_cycles": 1}))
     expected = []
     while not trainer.done:
@@ -426,13 +421,13 @@ def test_expected_steps_are_an_upper_bound_until_the_rounds_end(few_tests):
     assert expected[0] == 53 and expected[-1] == trainer.n_steps == 6
 
 
-def test_rounds_grow_while_mean_forces_become_predictable(few_tests):
+def test_rounds_grow_while_mean_forces_become_predictable():
     config = settings(
         pmf={"n_updates": 60, "learning_rate": 1e-2}, stopping={"max_rounds": 8}, n_replicas=64, adaptive=True
     )
     trainer = new_method(config, noise=0.5)
     rows = advance(trainer, 8)
-    sizes = [len(asked) for asked in trainer.estimator.asked]
+    sizes = [len(asked) for asked in trainer.state.estimator.asked]
     assert sizes[0] == 16  # nothing is known yet
     for size, row in zip(sizes[1:], rows[:-1], strict=True):
         assert size == math.ceil(64 * min(1.0, max(0.25, 1.5 / row["held_out"])))
@@ -440,47 +435,47 @@ def test_rounds_grow_while_mean_forces_become_predictable(few_tests):
     assert [row["evaluations"] for row in rows] == np.cumsum(sizes).tolist()
 
 
-def test_the_estimator_is_told_of_noise_over_what_the_fit_aims_at(few_tests):
+def test_the_estimator_is_told_of_noise_over_what_the_fit_aims_at():
     told = []
     for noise in (0.2, 2.0):
         trainer = new_method(settings(), noise=noise)
-        trainer.estimator.tune = told.append
+        trainer.state.estimator.tune = told.append
         trainer.step()
     assert len(told) == 2 and told[1] == pytest.approx(100 * told[0], rel=0.2)
 
 
-def test_invalid_replicas_are_counted_and_left_out(few_tests):
+def test_invalid_replicas_are_counted_and_left_out():
     trainer = new_method(settings(), invalid=[3, 9])
     row = trainer.step()
     assert row["invalid"] == 2
-    assert len(trainer.buffer.data()["z"]) == 30
+    assert len(trainer.state.buffer.data()["z"]) == 30
     assert math.isfinite(row["held_out"]) and math.isfinite(row["misfit"]) and math.isfinite(row["energy"])
 
 
-def test_a_fit_that_diverges_ends_the_training(few_tests):
+def test_a_fit_that_diverges_ends_the_training():
     trainer = new_method(settings())
-    trainer.pmf_fitter.fit = lambda *_: math.nan
+    trainer.state.pmf_fitter.fit = lambda *_: math.nan
     with pytest.raises(CGFlowError, match=r"diverged after round 1.*learning_rate"):
         trainer.step()
 
 
-def test_a_last_fit_that_diverges_ends_the_training(few_tests, monkeypatch):
+def test_a_last_fit_that_diverges_ends_the_training(monkeypatch):
     trainer = restart_trainer()
-    while not trainer.ended_by or trainer.values.wanted:
+    while not trainer.outcome.reason or not trainer.anchors.done:
         trainer.step()
-    monkeypatch.setattr(pmf_training.PMFFitter, "fit", lambda *_: math.nan)
+    monkeypatch.setattr(PMFFitter, "fit", lambda *_: math.nan)
     with pytest.raises(CGFlowError, match=r"diverged after round \d+.*learning_rate"):
         trainer.step()
 
 
-def test_noise_of_the_fast_atoms_is_taken_out(few_tests):
+def test_noise_of_the_fast_atoms_is_taken_out():
     """From rounds that were measured before it was known, too; the rows tell how much is left."""
     config = settings(pmf={"response_updates": 150}, stopping={"max_rounds": 4}, n_replicas=128)
     trainer = new_method(config, noise=0.1, followed=True)
     rows = advance(trainer, 4)
     left = [row["noise_left"] for row in rows]
     assert left[0] > 3 * left[3] and left[3] < 0.1
-    data, raw = trainer._data(), trainer.buffer.data()
+    data, raw = trainer.state.data(), trainer.state.buffer.data()
     at = data["z"].double().requires_grad_()
     (exact,) = torch.autograd.grad(BETA * free_energy(at).sum(), at)
     before, after = ((one["gradient"] - exact)[:, 0].square().mean().sqrt() for one in (raw, data))
@@ -488,14 +483,14 @@ def test_noise_of_the_fast_atoms_is_taken_out(few_tests):
     assert float(data["variance"][:, 0].median()) < 0.1 * float(raw["variance"][:, 0].median())
 
 
-def test_molecules_without_torsions_are_trained_too(few_tests):
+def test_molecules_without_torsions_are_trained_too():
     bonds = BONDS["three"]
     coordinates = internal_coordinates(bonds, random_structure(bonds))
     assert coordinates.n_circular == 0
     config = settings(stopping={"max_rounds": 5, "max_polish_cycles": 1})
     estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
     flow = CGFlow(coordinates.features, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
-    trainer = PMFTraining(
+    trainer = pmf_training(
         config, coordinates, flow, PMF(coordinates.features, torch.eye(3), (8,)), no_response(0, 3), estimator
     )
     rows = advance(trainer)
@@ -503,18 +498,18 @@ def test_molecules_without_torsions_are_trained_too(few_tests):
     assert rows[-1]["ess"] > 0.5
 
 
-def test_without_torsions_a_flow_that_gains_nothing_starts_anew(few_tests, monkeypatch):
+def test_without_torsions_a_flow_that_gains_nothing_starts_anew():
     bonds = BONDS["three"]
     coordinates = internal_coordinates(bonds, random_structure(bonds))
     config = settings(stopping={"max_rounds": 3, "max_polish_cycles": 3, "ess": 0.9999})
     estimator = AnalyticMeanForce(lambda z: 0.7 * z.square().sum(-1) / BETA, noise=0.1)
     flow = CGFlow(coordinates.features, coordinates.bound, 2, 2, 4, (8,), torch.eye(3).double())
-    trainer = PMFTraining(
+    trainer = pmf_training(
         config, coordinates, flow, PMF(coordinates.features, torch.eye(3), (8,)), no_response(0, 3), estimator
     )
-    monkeypatch.setattr(pmf_training, "_ESS_GAINED", 2.0)  # nothing is a gain
+    trainer.polish.smallest_gain = 2.0  # nothing is a gain
     advance(trainer)
-    assert trainer._anew_after == 1
+    assert trainer.polish.anew_after == 1
 
 
 # ---------------------------------------------------------------- populations
@@ -581,55 +576,53 @@ def readable(row):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in FEW.items():
-            patch.setattr(pmf_training, name, value)
-        return Uninterrupted(restart_trainer())
+    return Uninterrupted(restart_trainer())
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 6, 8, 9, 10])
-def test_restart_equals_uninterrupted_bit_for_bit(stop, few_tests, uninterrupted):
+def test_restart_equals_uninterrupted_bit_for_bit(stop, uninterrupted):
     """After rounds, after the last one, between switches, and in the last fit and training of the flow alone; another
     seed in what is overwritten."""
     straight, rows = uninterrupted.trainer, uninterrupted.rows
-    assert len(straight.buffer.rounds) == 5 and straight.values.n_steps == 2 and len(rows) >= 11
+    assert len(straight.state.buffer.rounds) == 5 and straight.anchors.n_steps == 2 and len(rows) >= 11
 
     second = restart_trainer(seed=5)
     second.load_state_dict(loaded(uninterrupted.files[stop]))
     assert second.n_steps == stop
     assert same_rows(advance(second), rows[stop:])
     assert_identical(second.state_dict(), straight.state_dict())
-    assert second.ended_by == straight.ended_by
+    assert second.outcome.reason == straight.outcome.reason
 
 
-def test_restart_of_a_flow_that_is_to_start_anew(few_tests):
+def test_restart_of_a_flow_that_is_to_start_anew():
     first = restart_trainer()
-    while not first._best_ess:
+    while not first.polish.cycles:
         first.step()
-    first._gained = False
+    first.polish.gained = False
     file = saved(first)
     second = restart_trainer(seed=5)
     second.load_state_dict(loaded(file))
     assert same_rows(advance(first), advance(second))
-    assert first._anew_after == 1
+    assert first.polish.anew_after == 1
     assert_identical(second.state_dict(), first.state_dict())
 
 
 FORGOTTEN = {
     4: (
-        "flow/networks", "flow/optimizer", "pmf/networks", "pmf/optimizer", "pmf/networks/average", "generator",
-        "estimator", "buffer", "gamma", "response", "earlier", "start",
+        "shared/flow/networks", "shared/flow/optimizer", "shared/pmf/networks", "shared/pmf/optimizer",
+        "shared/pmf/networks/average", "shared/generator", "shared/estimator", "shared/buffer", "shared/exploring",
+        "shared/response", "rounds/earlier", "shared/pmf_start",
     ),
-    6: ("values", "estimator"),
+    6: ("anchors", "shared/estimator"),
     9: (
-        "flow/networks", "flow/optimizer", "flow/networks/average", "pmf", "generator", "n_steps", "n_refit",
-        "n_polish", "ended_by",
+        "shared/flow/networks", "shared/flow/optimizer", "shared/flow/networks/average", "shared/pmf",
+        "shared/generator", "n_steps", "last_fit", "polish", "rounds/reason", "phase",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("stop", FORGOTTEN)
-def test_a_forgotten_part_of_the_state_is_noticed(stop, few_tests, uninterrupted):
+def test_a_forgotten_part_of_the_state_is_noticed(stop, uninterrupted):
     file, expected = uninterrupted.files[stop], uninterrupted.rows
     fresh = saved(restart_trainer(seed=5))
     for part in FORGOTTEN[stop]:
@@ -645,7 +638,7 @@ def test_a_forgotten_part_of_the_state_is_noticed(stop, few_tests, uninterrupted
         assert not all(same_rows(advance(second, 1), [row]) for row in expected[stop:]) or not second.done, part
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(few_tests, uninterrupted):
+def test_the_same_seed_gives_the_same_run_and_another_another(uninterrupted):
     rows = uninterrupted.rows[:3]
     assert same_rows(advance(restart_trainer(), 3), rows)
     assert not same_rows(advance(restart_trainer(seed=5), 3), rows)

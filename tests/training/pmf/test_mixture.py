@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import AnalyticMeanForce, advance
+from methods import pmf_training
 
 from openmm_cgflow.config import Config
 from openmm_cgflow.networks.flow import CGFlow
@@ -14,8 +15,6 @@ from openmm_cgflow.networks.response import FastResponse
 from openmm_cgflow.networks.weights import relative_ess, weighted_samples
 from openmm_cgflow.paper.box import BoxCoordinates, BoxFeatures
 from openmm_cgflow.paper.targets import GaussianMixture
-from openmm_cgflow.training.pmf import method as pmf_training
-from openmm_cgflow.training.pmf.method import PMFTraining
 from openmm_cgflow.units import thermal_beta
 
 HALF_EDGE = 2.0
@@ -34,7 +33,7 @@ def new_method(dimensions, layers, hidden, pmf, stopping, n_replicas):
     config = Config(
         temperature=ONE_KJ,
         seed=1,
-        pmf={"n_members": 2, "hidden_features": hidden, "flow_learning_rate": 3e-3, **pmf},
+        pmf={"n_members": 2, "hidden_features": hidden, "n_test": 2048, "flow_learning_rate": 3e-3, **pmf},
         stopping={"free_energy_error": 0.02, "max_evaluations": 1e8, **stopping},
         chains={"n_replicas": n_replicas},
     )
@@ -45,14 +44,16 @@ def new_method(dimensions, layers, hidden, pmf, stopping, n_replicas):
         networks = PMF(features, torch.zeros((0, 0)), hidden, 2)
         response = FastResponse(features, torch.zeros((0, 3)), (8,))
     coordinates = BoxCoordinates(range(dimensions), [str(i) for i in range(dimensions)], HALF_EDGE)
-    return PMFTraining(config, coordinates, flow, networks, response, AnalyticMeanForce(energy)), mixture, energy
+    return pmf_training(config, coordinates, flow, networks, response, AnalyticMeanForce(energy)), mixture, energy
 
 
 def check(trainer, mixture, energy, weight_error, width_error, smallest_ess):
     """Weights, means and widths of all modes, by importance weights, and the effective sample size of the flow."""
-    samples = weighted_samples(trainer.flow, trainer.pmf, trainer.coordinates, 20000, torch.Generator().manual_seed(2))
+    samples = weighted_samples(
+        trainer.state.flow, trainer.state.pmf, trainer.state.coordinates, 20000, torch.Generator().manual_seed(2)
+    )
     weights = torch.softmax(samples.log_weights, 0).detach().numpy()
-    x = trainer.coordinates.to_xyz(samples.z)[..., 0].numpy()
+    x = trainer.state.coordinates.to_xyz(samples.z)[..., 0].numpy()
     which = mixture.modes(x)
     for k, mean in enumerate(mixture.means):
         share, own = weights[which == k].sum(), x[which == k]
@@ -65,8 +66,7 @@ def check(trainer, mixture, energy, weight_error, width_error, smallest_ess):
 
 
 @pytest.mark.slow
-def test_three_modes_in_two_dimensions(monkeypatch):
-    monkeypatch.setattr(pmf_training, "_N_TEST", 2048)
+def test_three_modes_in_two_dimensions():
     trainer, mixture, energy = new_method(
         2,
         layers=4,
@@ -77,4 +77,4 @@ def test_three_modes_in_two_dimensions(monkeypatch):
     )
     advance(trainer)
     check(trainer, mixture, energy, weight_error=0.2, width_error=0.25, smallest_ess=0.6)  # so short a training
-    assert trainer.estimator.n_energy_evaluations < 1e5
+    assert trainer.state.estimator.n_energy_evaluations < 1e5
