@@ -89,7 +89,7 @@ DOORS = {"units", "molecule.potentials", "runs.exact"}
 # Where the whole of the settings may be seen: everything below takes its own section.
 WHOLE_CONFIG = {"config", "runs", "cli", "__init__"}
 # Where the kind of coordinates, the method, or a synthetic target may be asked for.
-DECIDE = {"runs.build", "settings", "config"}
+DECIDE = {"runs.build", "runs.methods", "settings", "config"}
 _WORDS = {
     word
     for section, name in (("coordinates", "kind"), ("training", "method"))

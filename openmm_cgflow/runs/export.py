@@ -17,7 +17,7 @@ from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.force import traced
 from openmm_cgflow.model.free_energy import Energy, FreeEnergy
 from openmm_cgflow.molecule.torch_force import of_all_atoms
-from openmm_cgflow.runs.train import load
+from openmm_cgflow.runs.load import load
 
 __all__ = ["Form", "export", "save_torchscript"]
 

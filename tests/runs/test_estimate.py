@@ -75,11 +75,11 @@ def test_cost_of_a_learned_pmf_is_bounded_by_its_limits(butane):
     few = measure_cost(with_settings(config, stopping={"max_rounds": 7}), geometry, engine)
     assert few.n_evaluations == pytest.approx(7 * one + extra, rel=0.02)
     # Two cycles of 20 updates of the flow, at a third of the time of the four in a round, and the last fit.
-    assert (few.n_stages, few.n_steps) == (1, 7 + 4)
+    assert (few.plan.n_stages, few.plan.n_steps) == (1, 7 + 4)
     assert few.seconds_per_step > 0 and few.evaluations_per_second > 0
     limited = measure_cost(with_settings(config, stopping={"max_evaluations": 3 * one}), geometry, engine)
     assert limited.n_evaluations == pytest.approx(3 * one + extra, rel=0.02)
-    assert limited.n_steps == 3 + 4
+    assert limited.plan.n_steps == 3 + 4
 
 
 def test_fewer_replicas_of_a_slow_potential_are_timed(butane, monkeypatch):

@@ -103,11 +103,7 @@ def test_the_check_leaves_invalid_replicas_out(few_points):
 def test_what_cannot_be_checked_is_refused():
     model = model_of(MovingBath())
     model.density.can_be_switched = False
-    with pytest.raises(CGFlowError, match="needs a potential of mean force"):
-        verify(model, MovingBath(), 2, 2, 0)
-    model = model_of(MovingBath())
-    model.coordinates = SimpleNamespace(n_circular=0)
-    with pytest.raises(CGFlowError, match="at least one slow torsion"):
+    with pytest.raises(CGFlowError, match="needs a potential of mean force and at least one slow torsion"):
         verify(model, MovingBath(), 2, 2, 0)
 
 

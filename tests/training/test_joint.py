@@ -196,7 +196,6 @@ def test_restart_equals_uninterrupted_bit_for_bit(stop, uninterrupted):
     straight, rows = uninterrupted.trainer, uninterrupted.rows
     assert len(straight.temperatures) > 2 and len(rows) > 10
     second = restart_trainer(seed=5)
-    second.config = straight.config
     second.load_state_dict(loaded(uninterrupted.files[stop]))
     assert advance(second) == rows[stop:]
     assert_identical(second.state_dict(), straight.state_dict())

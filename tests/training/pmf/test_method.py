@@ -616,7 +616,7 @@ FORGOTTEN = {
     6: ("anchors", "shared/estimator"),
     9: (
         "shared/flow/networks", "shared/flow/optimizer", "shared/flow/networks/average", "shared/pmf",
-        "shared/generator", "n_steps", "last_fit", "polish", "rounds/reason", "phase",
+        "shared/generator", "n_steps", "polish", "phase",
     ),
 }  # fmt: skip
 
