@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "model": "molecule coordinates engines forces networks",
     "training": "molecule coordinates forces networks model",
     "files": "",
-    "analysis": "molecule files",
+    "analysis": "molecule coordinates files",  # torsions by Z-matrix; what it may reach keeps out the rest
     "paper": "molecule coordinates engines forces networks training model files analysis",
     "runs": "config molecule coordinates engines forces networks training model files analysis paper",
     "openmmml_plugin": "molecule model runs",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +13,15 @@ from openmm import app, unit
 
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.force_fields import PLAIN, read_system_xml, system_from_force_field
+from openmm_cgflow.molecule.positions import (
+    AMBER_READERS,
+    CHARMM_READERS,
+    READERS,
+    positions_for,
+    read_positions,
+    reading,
+    structure_file,
+)
 from openmm_cgflow.molecule.topology import refuse_explicit_solvent
 from openmm_cgflow.settings import PotentialSettings, SystemSettings
 
@@ -25,20 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "load_files", "load_parmed"]
 
 _SOLVENTS = {"hct": app.HCT, "obc1": app.OBC1, "obc2": app.OBC2, "gbn": app.GBn, "gbn2": app.GBn2}
-_READERS: dict[str, Callable[[str], Any]] = {
-    ".pdb": app.PDBFile,
-    ".ent": app.PDBFile,
-    ".cif": app.PDBxFile,
-    ".mmcif": app.PDBxFile,
-    ".pdbx": app.PDBxFile,
-    ".gro": app.GromacsGroFile,
-}
-_AMBER_READERS = dict.fromkeys((".inpcrd", ".rst7", ".rst", ".restrt", ".crd", ".ncrst"), app.AmberInpcrdFile)
-_CHARMM_READERS: dict[str, Callable[[str], Any]] = {
-    ".crd": app.CharmmCrdFile,
-    ".cor": app.CharmmCrdFile,
-    ".rst": app.CharmmRstFile,
-}
 
 
 class Loaded(NamedTuple):
@@ -87,15 +79,6 @@ def load_files(config: SystemSettings) -> Loaded:
     return loaded._replace(notes=(*loaded.notes, *heard))
 
 
-def _structure(config: SystemSettings) -> Path:
-    if config.structure is None:
-        raise CGFlowError(
-            "system.target names a synthetic system and no files: train takes it as it is, and "
-            "openmm_cgflow.paper.targets.target_system builds it"
-        )
-    return config.structure
-
-
 def load_parmed(structure: parmed.Structure, implicit_solvent: str | None, source: str) -> Loaded:
     """A System from a parametrised ParmEd structure.
 
@@ -120,7 +103,7 @@ def load_parmed(structure: parmed.Structure, implicit_solvent: str | None, sourc
     solvent = {}
     if implicit_solvent is not None:
         solvent = {"implicitSolvent": _SOLVENTS[implicit_solvent], "useSASA": True}
-    with _reading(source, "ParmEd cannot build an OpenMM System from it; is every term parametrised?"):
+    with reading(source, "ParmEd cannot build an OpenMM System from it; is every term parametrised?"):
         system = structure.createSystem(**PLAIN, **solvent)
     return Loaded(structure.topology, system, structure.positions, _solvent_note(implicit_solvent))
 
@@ -146,13 +129,13 @@ def _follow(config: SystemSettings) -> Loaded:
 
 
 def _from_structure(config: SystemSettings) -> Loaded:
-    path = _structure(config)
-    if path.suffix.lower() == ".gro" or path.suffix.lower() not in _READERS:
+    path = structure_file(config)
+    if path.suffix.lower() == ".gro" or path.suffix.lower() not in READERS:
         raise CGFlowError(
             f"{path}: expected a PDB (.pdb) or mmCIF (.cif) file, whose residues and bonds the force field "
             "or System XML needs; Amber, GROMACS and CHARMM coordinates go with system.topology"
         )
-    structure = _read_positions(path, {})
+    structure = read_positions(path, {})
     refuse_explicit_solvent(structure.topology, str(path))  # before a force field misses its templates
     n_models = structure.getNumFrames()
     notes = () if n_models == 1 else (f"{path.name} holds {n_models} models; the first is used",)
@@ -183,11 +166,11 @@ def _with_potential(config: PotentialSettings, loaded: Loaded) -> Loaded:
 
 
 def _from_amber(config: SystemSettings, path: Path) -> Loaded:
-    with _reading(path, "cannot be read as an Amber prmtop; is the file complete?"):
+    with reading(path, "cannot be read as an Amber prmtop; is the file complete?"):
         prmtop = app.AmberPrmtopFile(str(path))
-    positions = _positions_for(prmtop.topology, config, _AMBER_READERS)
+    positions = positions_for(prmtop.topology, config, AMBER_READERS)
     hint = "" if config.implicit_solvent is None else "; does it hold GB radii (leap: set default PBradii mbondi2)?"
-    with _reading(path, f"OpenMM cannot build a System from it{hint}"):
+    with reading(path, f"OpenMM cannot build a System from it{hint}"):
         system = prmtop.createSystem(
             **PLAIN,
             implicitSolvent=_solvent_model(config),
@@ -200,10 +183,10 @@ def _from_gromacs(config: SystemSettings, path: Path) -> Loaded:
     if config.implicit_solvent is not None:
         return _from_gromacs_by_parmed(config, path)
     include = {} if config.include_dir is None else {"includeDir": str(config.include_dir)}
-    with _reading(path, "cannot be read as a GROMACS top (for include files set system.include_dir)"):
+    with reading(path, "cannot be read as a GROMACS top (for include files set system.include_dir)"):
         top = app.GromacsTopFile(str(path), **include)
-    positions = _positions_for(top.topology, config, {})
-    with _reading(path, "OpenMM cannot build a System from it"):
+    positions = positions_for(top.topology, config, {})
+    with reading(path, "OpenMM cannot build a System from it"):
         system = top.createSystem(**PLAIN)
     return Loaded(top.topology, system, positions, ())
 
@@ -220,11 +203,11 @@ def _from_gromacs_by_parmed(config: SystemSettings, path: Path) -> Loaded:
     if config.include_dir is not None:
         gromacs.GROMACS_TOPDIR = str(config.include_dir)
     try:
-        with _reading(path, "ParmEd cannot read it as a GROMACS top (for include files set system.include_dir)"):
+        with reading(path, "ParmEd cannot read it as a GROMACS top (for include files set system.include_dir)"):
             structure = gromacs.GromacsTopologyFile(str(path))
     finally:
         gromacs.GROMACS_TOPDIR = usual
-    structure.positions = _positions_for(structure.topology, config, {})
+    structure.positions = positions_for(structure.topology, config, {})
     structure.box = None
     loaded = load_parmed(structure, config.implicit_solvent, str(path))
     return loaded._replace(notes=(*loaded.notes, "GB radii were assigned by ParmEd"))
@@ -235,16 +218,16 @@ def _from_charmm(config: SystemSettings, path: Path) -> Loaded:
         raise CGFlowError(
             f"{path}: a CHARMM psf needs its parameter files: set system.parameters to the .prm, .rtf or .str files"
         )
-    with _reading(path, "cannot be read as a CHARMM psf"):
+    with reading(path, "cannot be read as a CHARMM psf"):
         psf = app.CharmmPsfFile(str(path))
     files = [str(name) for name in config.parameters]
-    with _reading(" ".join(files), "cannot be read as CHARMM parameters"):
+    with reading(" ".join(files), "cannot be read as CHARMM parameters"):
         parameters = app.CharmmParameterSet(*files)
-    positions = _positions_for(psf.topology, config, _CHARMM_READERS)
+    positions = positions_for(psf.topology, config, CHARMM_READERS)
     # OpenMM renamed the keyword after 8.5.
     known = inspect.signature(psf.createSystem).parameters
     surface = {"sasaMethod" if "sasaMethod" in known else "gbsaModel": "ACE"} if config.implicit_solvent else {}
-    with _reading(path, "OpenMM cannot build a System from it and the parameter files"):
+    with reading(path, "OpenMM cannot build a System from it and the parameter files"):
         system = psf.createSystem(
             parameters,
             **PLAIN,
@@ -280,49 +263,3 @@ def _solvent_note(implicit_solvent: str | None) -> tuple[str, ...]:
     if implicit_solvent is None:
         return ()
     return (f"implicit solvent {implicit_solvent}: dielectric 78.5, no salt, ACE surface term",)
-
-
-def _read_positions(path: Path, readers: dict[str, Callable[[str], Any]]) -> Any:
-    known = _READERS | readers
-    reader = known.get(path.suffix.lower())
-    if reader is None:
-        raise CGFlowError(f"{path}: unknown kind of coordinates {path.suffix!r}; expected one of {', '.join(known)}")
-    with _reading(path, f"OpenMM's {reader.__name__} cannot read it; is it a complete {path.suffix} file?"):
-        content = reader(str(path))
-    topology = getattr(content, "topology", None)
-    if topology is not None and topology.getNumAtoms() == 0:
-        raise CGFlowError(f"{path}: no atoms found; is it a {path.suffix} file?")
-    return content
-
-
-def _positions_for(topology: app.Topology, config: SystemSettings, readers: dict[str, Callable[[str], Any]]) -> Any:
-    """Positions of the structure file once its atoms match the topology's, which is one molecule without solvent."""
-    refuse_explicit_solvent(topology, str(config.topology))
-    content = _read_positions(_structure(config), readers)
-    if len(content.positions) != topology.getNumAtoms():
-        raise CGFlowError(
-            f"{_structure(config)} has {len(content.positions)} atoms but {config.topology} has "
-            f"{topology.getNumAtoms()}; they must list the same atoms in the same order"
-        )
-    other = getattr(content, "topology", None)
-    if other is not None:
-        for ours, theirs in zip(topology.atoms(), other.atoms(), strict=True):
-            if None not in (ours.element, theirs.element) and ours.element.symbol != theirs.element.symbol:
-                raise CGFlowError(
-                    f"atom {ours.index} is {ours.residue.name}:{ours.name} ({ours.element.symbol}) in {config.topology}"
-                    f" but {theirs.residue.name}:{theirs.name} ({theirs.element.symbol}) in {config.structure}; they "
-                    "must list the same atoms in the same order"
-                )
-    return content.positions
-
-
-@contextmanager
-def _reading(source: Any, what: str) -> Iterator[None]:
-    """Turns whatever a third-party parser raises into one message; they raise nearly every built-in type."""
-    try:
-        yield
-    except CGFlowError:
-        raise
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # closes the files that the parser left open
-        raise CGFlowError(f"{source}: {what}: {type(error).__name__}: {error}") from error
