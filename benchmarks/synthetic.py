@@ -24,7 +24,7 @@ from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.paper.exact import ExactEvaluation, Mode
+from openmm_cgflow.paper.exact_report import ExactEvaluation, Mode
 from openmm_cgflow.runs.exact import evaluate_exactly
 from openmm_cgflow.runs.samples import save_samples
 

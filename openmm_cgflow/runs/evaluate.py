@@ -27,7 +27,7 @@ from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
 if TYPE_CHECKING:
-    from openmm_cgflow.paper.exact import ExactEvaluation
+    from openmm_cgflow.paper.exact_report import ExactEvaluation
 
 __all__ = ["Evaluation", "evaluate"]
 
