@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=1024, help="chains of each kind")
     parser.add_argument("--n-taught", type=int, default=4096, help="structures that q(y | z) is fitted to")
     parser.add_argument(
-        "--gamma", type=float, default=0.3, help="of the flow's samples, so that barriers are among them"
+        "--scale", type=float, default=0.3, help="barrier scale of the flow's samples, so that barriers are among them"
     )
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -70,12 +70,12 @@ def main() -> None:
     generator, beta = torch.Generator().manual_seed(arguments.seed), thermal_beta(temperature)
     with create_engine(model.molecular_system, model.partition.slow, config.chains) as engine:
         fast_atoms = model.fast_atoms(engine)
-        taught = model.flow.sample(arguments.n_taught, generator, arguments.gamma)[0]
+        taught = model.flow.sample(arguments.n_taught, generator, arguments.scale)[0]
         n_relax = config.chains.n_relax
         ends = fast_atoms.run(taught, Schedule(temperature, n_relax, 400), seed=arguments.seed, keep=False)
         taught, xyz = taught[ends.valid], ends.xyz[ends.valid, 0]
 
-        z = model.flow.sample(arguments.n, generator, arguments.gamma)[0]
+        z = model.flow.sample(arguments.n, generator, arguments.scale)[0]
         schedule = Schedule(temperature, n_relax, _N_LONG, _N_LONG_FRAMES, _LONG_STRIDE)
         long = fast_atoms.run(z, schedule, seed=arguments.seed + 1, keep=False)
         follow, fast_atoms.follow = fast_atoms.follow, None

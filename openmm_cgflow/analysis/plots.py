@@ -62,7 +62,7 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
         (("free_energy_error", "moved"), "free energy of states\n(kT)", True),
         (("value_error", "value_misfit"), "differences by switching\n(kT)", True),
         (("held_out",), "held-out error\n(in units of noise)", True),
-        (("gamma",), "exploring gamma", True),
+        (("barrier_scale",), "exploring barrier scale", True),
         (("residual", "noise"), "rms slope mismatch\n(kT per unit of z)", True),
         (("gradient_norm",), "gradient norm", True),
         (("energy",), "mean potential energy\n(kJ/mol)", False),

@@ -19,6 +19,7 @@ __all__ = [
     "clipped_softmax",
     "kl_increase",
     "relative_ess",
+    "weighted_log",
     "weighted_samples",
 ]
 
@@ -46,6 +47,11 @@ def clipped_softmax(log_weights: Tensor) -> Tensor:
     """
     weights = torch.softmax(log_weights, dim=0).clamp(max=_LARGEST_WEIGHT / len(log_weights))
     return weights / weights.sum()
+
+
+def weighted_log(weights: Tensor, log_q: Tensor) -> Tensor:
+    """Weighted sum of log densities, over those that are in the support, shapes (n,) each -> a number."""
+    return weights @ torch.where(torch.isfinite(log_q), log_q, 0.0)
 
 
 class WeightedSamples(NamedTuple):

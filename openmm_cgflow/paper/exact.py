@@ -27,7 +27,7 @@ __all__ = ["compare_exactly"]
 _N_DRAWS = 100_000
 _N_MARGINAL = 1_000_000  # draws for histograms, over all slow coordinates; those of single ones on so many bins:
 _N_MARGINAL_BINS = 50
-_FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at by its gamma
+_FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at, too
 
 
 def compare_exactly(
@@ -90,32 +90,34 @@ class _Density:
 
 
 def _densities(models: Sequence[CGModel], target: Target) -> list[_Density]:
-    """From hot to the target: stages of a ladder, or gammas of one model.
+    """From hot to the target: stages of a ladder, or one model at fractions of its beta.
 
-    With a potential of mean force the model at gamma has exp(-gamma beta A): the target's density at gamma beta, where
-    the entropy of the fast coordinates does not depend on the slow ones, as in these systems.
+    With a potential of mean force the flow at a barrier scale s has exp(-s beta A): the target's density at s beta,
+    where the entropy of the fast coordinates does not depend on the slow ones, as in these systems.
     """
     model = models[-1]
     if not model.density.weighted:
         return [_slow_density(one, thermal_beta(one.temperature), 1.0) for one in models]
-    beta, gammas = thermal_beta(model.temperature), (*_FRACTIONS, 1.0)
+    beta, fractions = thermal_beta(model.temperature), (*_FRACTIONS, 1.0)
     if isinstance(model.density, JointDensity):
         hottest = (1 - 1e-9) * model.temperature / model.temperatures[0]  # hotter than that it was not trained
         return [
-            _joint_density(model.density.joint, target, gamma * beta, gamma) for gamma in gammas if gamma >= hottest
+            _joint_density(model.density.joint, target, fraction * beta, fraction)
+            for fraction in fractions
+            if fraction >= hottest
         ]
-    return [_slow_density(model, gamma * beta, gamma) for gamma in gammas]
+    return [_slow_density(model, fraction * beta, fraction) for fraction in fractions]
 
 
-def _joint_density(joint: JointFlow, target: Target, beta: float, gamma: float) -> _Density:
+def _joint_density(joint: JointFlow, target: Target, beta: float, fraction: float) -> _Density:
     @torch.no_grad()
     def draw(n: int, generator: torch.Generator) -> np.ndarray:
-        z, r = joint(joint.draw_base(n, generator), gamma)
-        return joint.build(z, r, gamma)[..., 0].numpy()
+        z, r = joint(joint.draw_base(n, generator), fraction)
+        return joint.build(z, r, fraction)[..., 0].numpy()
 
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:
-        return joint.log_prob_xyz(along_x(torch.as_tensor(x)), gamma).numpy()
+        return joint.log_prob_xyz(along_x(torch.as_tensor(x)), fraction).numpy()
 
     def log_target(x: np.ndarray) -> np.ndarray:
         return target.log_density(x, beta, 0.0)
@@ -123,24 +125,24 @@ def _joint_density(joint: JointFlow, target: Target, beta: float, gamma: float) 
     return _Density(beta, draw, log_density, log_target)
 
 
-def _slow_density(model: CGModel, beta: float, gamma: float) -> _Density:
+def _slow_density(model: CGModel, beta: float, fraction: float) -> _Density:
     coordinates = model.coordinates
 
     def read(x: np.ndarray) -> Tensor:
         return coordinates.from_xyz(along_x(torch.as_tensor(x)))
 
     def draw(n: int, generator: torch.Generator) -> np.ndarray:
-        z, _ = model.flow.sample(n, generator, gamma)
+        z, _ = model.flow.sample(n, generator, fraction)
         return coordinates.to_xyz(z)[..., 0].numpy()
 
     @torch.no_grad()
     def log_density(x: np.ndarray) -> np.ndarray:
         z = read(x)
-        return (model.flow.log_prob(z, gamma) - coordinates.log_volume(z)).numpy()
+        return (model.flow.log_prob(z, fraction) - coordinates.log_volume(z)).numpy()
 
     @torch.no_grad()
     def log_target(x: np.ndarray) -> np.ndarray:
-        return (-gamma * model.density.free_energy(read(x))).numpy()
+        return (-fraction * model.density.free_energy(read(x))).numpy()
 
     return _Density(beta, draw, log_density, log_target if model.density.weighted else None)
 

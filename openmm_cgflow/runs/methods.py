@@ -14,11 +14,11 @@ from openmm_cgflow.networks.joint import new_joint
 from openmm_cgflow.networks.pmf import new_pmf
 from openmm_cgflow.networks.response import new_response
 from openmm_cgflow.training.joint import JointTraining
+from openmm_cgflow.training.ladder import start_temperature
 from openmm_cgflow.training.method import EvaluationBudget, Method
 from openmm_cgflow.training.pmf.method import PMFTraining
 from openmm_cgflow.training.pmf.state import PMFState
 from openmm_cgflow.training.reverse_kl import ReverseKL
-from openmm_cgflow.training.tempering import start_temperature
 
 __all__ = ["Training", "hottest_temperature", "new_training"]
 

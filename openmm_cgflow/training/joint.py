@@ -24,7 +24,7 @@ from openmm_cgflow.forces.estimator import EnergyAndForces
 from openmm_cgflow.forces.statistics import shortened
 from openmm_cgflow.model.density import JointDensity
 from openmm_cgflow.networks.joint import JointFlow
-from openmm_cgflow.networks.weights import clipped_softmax, relative_ess
+from openmm_cgflow.networks.weights import clipped_softmax, relative_ess, weighted_log
 from openmm_cgflow.settings import ChainSettings, TemperingSettings, TrainingSettings
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES, Ladder
 from openmm_cgflow.training.optimisers import RunningAverage
@@ -51,13 +51,13 @@ class Evaluated(NamedTuple):
     """Samples that serve later updates.
 
     Attributes:
-        gamma: That each was drawn at, shape (n,).
+        beta_ratio: That each was drawn at, shape (n,).
         xyz: nm, shape (n, n_atoms, 3).
         energy: kJ/mol, shape (n,).
         log_q: Of the density as it was, shape (n,).
     """
 
-    gamma: Tensor
+    beta_ratio: Tensor
     xyz: Tensor
     energy: Tensor
     log_q: Tensor
@@ -65,11 +65,6 @@ class Evaluated(NamedTuple):
     def followed_by(self, more: Evaluated, n: int) -> Evaluated:
         """The last n of these and more."""
         return Evaluated(*(torch.cat(parts)[-n:] for parts in zip(self, more, strict=True)))
-
-
-def _mean_log(weights: Tensor, log_q: Tensor) -> Tensor:
-    """Weighted sum of log densities, over those that are in the support."""
-    return weights @ torch.where(torch.isfinite(log_q), log_q, 0.0)
 
 
 class JointTraining(Ladder):
@@ -127,25 +122,25 @@ class JointTraining(Ladder):
         return JointDensity(self.coordinates, joint, self.target, self.temperature)
 
     @property
-    def gamma(self) -> float:
+    def beta_ratio(self) -> float:
         """Of the current stage."""
         return self.target / self.temperature
 
-    def _draw_gammas(self) -> tuple[float, float]:
+    def _draw_ratios(self) -> tuple[float, float]:
         """What is trained and what proposals come from, as in ``FlowFitter``."""
         uniform = torch.rand(4, generator=self.generator).tolist()
         if self.stage_length - self.n_stage_steps <= N_ENERGY_BATCHES:  # its energies set the next temperature
-            return self.gamma, self.gamma
+            return self.beta_ratio, self.beta_ratio
         hottest = self.target / self.temperatures[0]
-        gamma = self.gamma * (1.0 if uniform[0] < _AT_STAGE else (hottest / self.gamma) ** uniform[1])
-        gamma_from = gamma * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
-        return max(gamma, hottest), max(gamma_from, hottest)
+        ratio = self.beta_ratio * (1.0 if uniform[0] < _AT_STAGE else (hottest / self.beta_ratio) ** uniform[1])
+        ratio_from = ratio * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
+        return max(ratio, hottest), max(ratio_from, hottest)
 
     def step(self) -> dict[str, float]:
         """One update. Returns a row of metrics.
 
         ``ess`` is the relative effective sample size of whole structures, and ``kl`` the estimate of KL(q || p) from
-        the same samples, nats, both at ``gamma``, the one that was sampled.
+        the same samples, nats, both at ``beta_ratio``, the one that was sampled.
 
         Raises:
             ReplicaError: If too many energies are not finite.
@@ -153,43 +148,43 @@ class JointTraining(Ladder):
         joint, beta = self.networks.trained, thermal_beta(self.target)
         if not self.n_steps:
             self._look_around()
-        gamma, gamma_from = self._draw_gammas()
-        z, r = joint(joint.draw_base(self.chains.n_replicas, self.generator), gamma_from)
-        xyz = joint.build(z, r, gamma_from)
+        ratio, ratio_from = self._draw_ratios()
+        z, r = joint(joint.draw_base(self.chains.n_replicas, self.generator), ratio_from)
+        xyz = joint.build(z, r, ratio_from)
         energy, forces, valid = self._evaluate(xyz.detach())
         at, n_valid = xyz.detach()[valid].requires_grad_(), int(valid.sum())
 
         # Reverse KL by the path gradient: the bracket vanishes at the optimum, sample by sample.
-        log_old = joint.log_prob_xyz(at, gamma_from)
+        log_old = joint.log_prob_xyz(at, ratio_from)
         (score,) = torch.autograd.grad(log_old.sum(), at, retain_graph=True)
-        pull = shortened((-gamma_from * beta * forces).flatten(1), self.training.clip_factor)
+        pull = shortened((-ratio_from * beta * forces).flatten(1), self.training.clip_factor)
         residual = pull.unflatten(1, (-1, 3)) + score
         log_old_values = log_old.detach()
-        weights = -gamma_from * beta * energy - log_old_values
+        weights = -ratio_from * beta * energy - log_old_values
 
         # Forward KL with weights less what they are at the optimum, where its noise vanishes, too.
-        log_new = log_old if gamma == gamma_from else joint.log_prob_xyz(at.detach(), gamma)
-        target = -gamma * beta * energy - log_old_values
+        log_new = log_old if ratio == ratio_from else joint.log_prob_xyz(at.detach(), ratio)
+        target = -ratio * beta * energy - log_old_values
         turning = self._map and not self.at_target
         share = 1.0 if turning else min(_FORWARD, relative_ess(target))
         excess = clipped_softmax(target) - clipped_softmax(log_new.detach() - log_old_values)
         self.networks.trained.zero_grad()
-        (-share * _mean_log(excess, log_new)).backward(inputs=self._densities)
+        (-share * weighted_log(excess, log_new)).backward(inputs=self._densities)
         xyz[valid].backward((1 - share) / n_valid * residual, inputs=self._densities)
         norm, usable = self._update(self.guard)
-        drawn = Evaluated(torch.full_like(energy, gamma_from), at.detach(), energy, log_old_values)
+        drawn = Evaluated(torch.full_like(energy, ratio_from), at.detach(), energy, log_old_values)
         self._earlier = drawn if self._earlier is None else self._earlier.followed_by(drawn, _N_KEPT)
         for _ in range(self.n_replays):
             self._replay(self._earlier)
-        row = {"gamma": gamma_from, "ess": relative_ess(weights)}
+        row = {"beta_ratio": ratio_from, "ess": relative_ess(weights)}
         row["kl"] = float(torch.logsumexp(weights, 0) - math.log(n_valid) - weights.mean())
-        if gamma_from == self.gamma:
+        if ratio_from == self.beta_ratio:
             self._kl = [*self._kl, row["kl"]][-_N_KL:]
             self.advance(energy)
         else:
             self.advance()
-        stage = {"step": self.n_steps, "stage": self.stage, "temperature": self.temperature, "beta": beta * self.gamma}
-        return (stage | row) | {
+        stage = {"step": self.n_steps, "stage": self.stage, "temperature": self.temperature}
+        return (stage | {"beta": beta * self.beta_ratio} | row) | {
             "residual": float(residual.square().mean(dim=(1, 2)).median().sqrt()),
             "gradient_norm": norm,
             "skipped": int(not usable),
@@ -218,35 +213,36 @@ class JointTraining(Ladder):
     def _replay(self, earlier: Evaluated) -> None:
         """An update by forward KL on earlier samples of the same temperature or somewhat hotter."""
         joint, beta = self.networks.trained, thermal_beta(self.target)
-        gamma, _ = self._draw_gammas()
-        near = ((earlier.gamma <= gamma) & (_HOTTER * earlier.gamma >= gamma)).nonzero()[:, 0]
+        ratio, _ = self._draw_ratios()
+        near = ((earlier.beta_ratio <= ratio) & (_HOTTER * earlier.beta_ratio >= ratio)).nonzero()[:, 0]
         if not len(near):
             return
         rows = near[torch.randint(len(near), (_N_REPLAYED,), generator=self.generator)]
         _, xyz, energy, log_old = (part[rows] for part in earlier)
-        weights = clipped_softmax(-gamma * beta * energy - log_old)
+        weights = clipped_softmax(-ratio * beta * energy - log_old)
         self.networks.trained.zero_grad()
-        (_REGULARITY * joint.thermal_map.irregularity() - _mean_log(weights, joint.log_prob_xyz(xyz, gamma))).backward()
+        (
+            _REGULARITY * joint.thermal_map.irregularity() - weighted_log(weights, joint.log_prob_xyz(xyz, ratio))
+        ).backward()
         self._update(self._replay_guard)
 
     def _look_around(self) -> None:
         """Measures where structures are at the start, from the density as it is before any training."""
-        joint = self.networks.trained
-        base = joint.draw_base(N_ENERGY_BATCHES * self.chains.n_replicas, self.generator)
+        joint, n = self.networks.trained, N_ENERGY_BATCHES * self.chains.n_replicas
         with torch.no_grad():
-            z, r = joint(base, self.gamma)
-            xyz = joint.build(z, r, self.gamma)
-            log_q = joint.log_prob_xyz(xyz, self.gamma)
+            z, r = joint(joint.draw_base(n, self.generator), self.beta_ratio)
+            xyz = joint.build(z, r, self.beta_ratio)
+            log_q = joint.log_prob_xyz(xyz, self.beta_ratio)
         energy, _, valid = self._evaluate(xyz)
         self._measure(xyz[valid], energy, log_q[valid])
 
     def _measure(self, xyz: Tensor, energy: Tensor, log_q: Tensor) -> None:
-        weights = torch.softmax(-self.gamma * thermal_beta(self.target) * energy - log_q, dim=0)
+        weights = torch.softmax(-self.beta_ratio * thermal_beta(self.target) * energy - log_q, dim=0)
         # After a large step of a given ladder there may be none that is near.
         if not len(xyz) or float(1 / weights.square().sum()) < _ENOUGH_FOR_COVARIANCE * xyz.shape[1]:
             return  # what was measured before, at the start the harmonic widths, is better than a matrix near singular
         for joint in (self.networks.trained, self.networks.average):
-            joint.thermal_map.measure(self.gamma, xyz, weights)
+            joint.thermal_map.measure(self.beta_ratio, xyz, weights)
 
     def _evaluate(self, xyz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Energies and forces of those structures that have them, and which these are, shape (n,) bool."""
@@ -263,7 +259,7 @@ class JointTraining(Ladder):
     def describe(self, row: dict[str, float]) -> str:
         """A line on a row of metrics, for the progress bar."""
         text = f"stage {row['stage']} {row['temperature']:.0f} K"
-        return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.target / row['gamma']:.0f} K"
+        return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.target / row['beta_ratio']:.0f} K"
 
     @property
     def kl(self) -> float | None:
@@ -275,7 +271,7 @@ class JointTraining(Ladder):
         super().next_stage()
         self._kl = []
         assert self._earlier is not None
-        near = _HOTTER**2 * self._earlier.gamma >= self.gamma
+        near = _HOTTER**2 * self._earlier.beta_ratio >= self.beta_ratio
         _, xyz, energy, log_q = (part[near] for part in self._earlier)
         self._measure(xyz, energy, log_q)
 

@@ -79,7 +79,7 @@ def test_convergence_shows_what_changes():
             "ess": 0.1 * k,
             "temperature": 300.0,
             "invalid": 0,
-            "gamma": nan,
+            "barrier_scale": nan,
             "value_error": 1 / k if k > 4 else nan,
         }
         for k in range(1, 10)
@@ -141,7 +141,14 @@ def _pmf_rows(n):
     rows = []
     for k in range(n):
         last = k >= n - 2
-        row = {"step": k + 1, "stage": 0, "temperature": 300.0, "gamma": 0.08, "ess": 1 - 1 / (k + 2), "energy": -70.0}
+        row = {
+            "step": k + 1,
+            "stage": 0,
+            "temperature": 300.0,
+            "barrier_scale": 0.08,
+            "ess": 1 - 1 / (k + 2),
+            "energy": -70.0,
+        }
         row |= {"held_out": nan if last else 1 + 1 / (k + 1), "misfit": nan if last else 1.0, "invalid": 0}
         rows.append(row | {"free_energy_error": 1 / (k + 1), "moved": nan if last or k < 3 else 0.2})
     return rows

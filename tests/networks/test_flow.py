@@ -111,7 +111,7 @@ def test_log_prob_is_that_of_torsions_and_of_bounded_features_given_them(flow, k
         assert (flow.log_prob_torsions(z, scale) == 0).all()
 
 
-def test_gamma_changes_torsions_and_nothing_else(generator):
+def test_the_scale_changes_torsions_and_nothing_else(generator):
     flow = make(2, 2, linear=True)
     z, _ = flow.sample(50, generator)
     for first, second in ((0.0, 0.05), (0.3, 1.0)):
@@ -122,7 +122,7 @@ def test_gamma_changes_torsions_and_nothing_else(generator):
     torch.testing.assert_close(flow.log_prob(z), flow.log_prob(z, 1.0), rtol=0, atol=0)  # the model is scale = 1
 
 
-def test_each_row_has_its_own_gamma(generator):
+def test_each_row_has_its_own_scale(generator):
     flow = make(2, 1, linear=True)
     scale = torch.tensor([0.0, 0.3, 1.0, 0.02], dtype=torch.float64)
     base = flow.draw_base(4, generator)

@@ -11,7 +11,7 @@ from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.runs.estimate import measure_cost
 from openmm_cgflow.runs.methods import hottest_temperature
 from openmm_cgflow.settings import TemperingSettings
-from openmm_cgflow.training.tempering import count_stages, next_temperature
+from openmm_cgflow.training.ladder import count_stages, next_temperature
 from openmm_cgflow.units import thermal_beta
 
 TINY = (

@@ -123,13 +123,13 @@ def test_populations_are_found(trained):
 def test_one_model_knows_all_temperatures(trained):
     trainer, _ = trained
     joint = trainer.joint
-    for gamma in (0.3, 0.6):
+    for beta_ratio in (0.3, 0.6):
         with torch.no_grad():
-            z, r = joint(joint.draw_base(20_000, torch.Generator().manual_seed(1)), gamma)
-            xyz = joint.build(z, r, gamma)
-            logs = -gamma * two_wells(xyz[..., 0]) - joint.log_prob_xyz(xyz, gamma)
+            z, r = joint(joint.draw_base(20_000, torch.Generator().manual_seed(1)), beta_ratio)
+            xyz = joint.build(z, r, beta_ratio)
+            logs = -beta_ratio * two_wells(xyz[..., 0]) - joint.log_prob_xyz(xyz, beta_ratio)
         weights = torch.softmax(logs, 0)
-        assert float(weights @ (xyz[:, 1, 0] > 0).double()) == pytest.approx(exact_population(gamma), abs=0.02)
+        assert float(weights @ (xyz[:, 1, 0] > 0).double()) == pytest.approx(exact_population(beta_ratio), abs=0.02)
         assert float(1 / (len(weights) * weights.square().sum())) > 0.8
 
 
@@ -139,8 +139,8 @@ def test_rows_tell_the_course(trained):
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["evaluations"] == 128 * (len(rows) + N_ENERGY_BATCHES)
     assert {row["temperature"] for row in rows} == set(trainer.temperatures)
-    assert all(row["gamma"] <= UNIT / row["temperature"] + 1e-12 for row in rows)
-    assert rows[0]["gamma"] == pytest.approx(0.2) and min(row["gamma"] for row in rows) == pytest.approx(0.2)
+    assert all(row["beta_ratio"] <= UNIT / row["temperature"] + 1e-12 for row in rows)
+    assert rows[0]["beta_ratio"] == pytest.approx(0.2) and min(row["beta_ratio"] for row in rows) == pytest.approx(0.2)
     assert "ESS" in trainer.describe(rows[-1]) and "KL" in trainer.describe(rows[-1])
 
 

@@ -80,7 +80,7 @@ class Anchors:
         """Chooses conformations and paths; see :func:`openmm_cgflow.training.pmf.paths.low_paths`."""
         if self.asked_for:
             state = self.state
-            scale = min(state.exploring, state.flow_fitter.reach)
+            scale = min(state.exploring, state.flow_fitter.trained_up_to)
             paths = low_paths(
                 state.flow, state.pmf, state.coordinates, state.settings.n_switched, state.generator, scale
             )
@@ -107,7 +107,7 @@ class Anchors:
         self.n_steps += 1
         self._evaluate()
         self._plan()
-        return {"gamma": state.exploring}
+        return {"barrier_scale": state.exploring}
 
     def _evaluate(self) -> None:
         if self._switches is not None:

@@ -25,9 +25,9 @@ __all__ = ["FlowFitter"]
 _FROM_SAME = 0.7  # fraction of the updates whose proposals have the scale that is trained
 _LARGEST_NORM = 10.0  # of the gradient
 _AVERAGING = 0.98  # of the running average of the flow, per update
-_FIRST_REACH, _SMALLEST_REACH = 0.02, 0.001  # barrier scale that the training starts with, and where it may fall to
-_RISE = 1.15  # of the reach in an update, or its inverse
-_ENOUGH, _TOO_FEW = 0.3, 0.1  # relative effective sample sizes of a batch at which the reach rises or falls
+_FIRST_SCALE, _SMALLEST_SCALE = 0.02, 0.001  # barrier scale that the training starts with, and where it may fall to
+_RISE = 1.15  # of what is trained up to, in an update, or its inverse
+_ENOUGH, _TOO_FEW = 0.3, 0.1  # relative effective sample sizes of a batch at which that rises or falls
 _LARGEST_FORCE = 5.0  # over the batch's median
 
 
@@ -43,14 +43,14 @@ class FlowFitter:
         batch_size: Samples of one update.
 
     Attributes:
-        reach: The largest barrier scale that is trained. It rises to 1 while the flow's samples there are like the
-            target's: far from it a handful of a batch would have all the weight, and nothing could be learned from it.
+        trained_up_to: The largest barrier scale that is trained. It rises to 1 while the flow's samples there are like
+            the target's: far from it a handful of a batch would have all the weight, and nothing could be learned.
     """
 
     def __init__(self, flow: CGFlow, coordinates: Coordinates, learning_rate: float, batch_size: int) -> None:
         self.networks, self.coordinates = RunningAverage(flow, _AVERAGING), coordinates
         self.learning_rate, self.batch_size = learning_rate, batch_size
-        self.reach = _FIRST_REACH if flow.n_circular else 1.0  # it is that of torsions
+        self.trained_up_to = _FIRST_SCALE if flow.n_circular else 1.0  # it is that of torsions
         self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
 
     def update(
@@ -95,7 +95,7 @@ class FlowFitter:
     def _draw_scales(self, generator: torch.Generator, at_one: float) -> tuple[float, float]:
         uniform = torch.rand(4, generator=generator).tolist()
         # Densities change fastest near 0.
-        scale = self.reach * (1.0 if uniform[0] < at_one else uniform[1] ** 2)
+        scale = self.trained_up_to * (1.0 if uniform[0] < at_one else uniform[1] ** 2)
         return scale, scale * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
 
     def _reverse_kl_of_bounded(self, base: Tensor, z: Tensor, gradient: Tensor, own: Tensor) -> Tensor:
@@ -124,23 +124,23 @@ class FlowFitter:
         with torch.no_grad():
             log_old = log_new if scale == scale_from else flow.log_prob_torsions(z, scale_from)
             log_weights = -scale * free_energy - log_old.double()
-            if scale == scale_from == self.reach:
-                self._move_reach(relative_ess(log_weights))
+            if scale == scale_from == self.trained_up_to:
+                self._widen_or_narrow(relative_ess(log_weights))
             target = clipped_softmax(log_weights)
             own = clipped_softmax((log_new - log_old).double())
         return -((target - own).to(log_new.dtype) * log_new).sum()
 
-    def _move_reach(self, ess: float) -> None:
+    def _widen_or_narrow(self, ess: float) -> None:
         if ess > _ENOUGH:
-            self.reach = min(1.0, _RISE * self.reach)
+            self.trained_up_to = min(1.0, _RISE * self.trained_up_to)
         elif ess < _TOO_FEW:
-            self.reach = max(_SMALLEST_REACH, self.reach / _RISE)
+            self.trained_up_to = max(_SMALLEST_SCALE, self.trained_up_to / _RISE)
 
     def state_dict(self) -> dict[str, Any]:
         networks, optimizer = self.networks.state_dict(), self.optimizer.state_dict()
-        return {"networks": networks, "optimizer": optimizer, "reach": self.reach}
+        return {"networks": networks, "optimizer": optimizer, "trained_up_to": self.trained_up_to}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.networks.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.reach = state["reach"]
+        self.trained_up_to = state["trained_up_to"]

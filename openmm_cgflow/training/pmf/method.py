@@ -23,7 +23,17 @@ from openmm_cgflow.training.pmf.state import Phase, PMFState
 
 __all__ = ["PMFTraining"]
 
-_COLUMNS = ("gamma", "noise_left", "held_out", "misfit", "ess", "free_energy_error", "moved", "energy", "invalid")
+_COLUMNS = (
+    "barrier_scale",
+    "noise_left",
+    "held_out",
+    "misfit",
+    "ess",
+    "free_energy_error",
+    "moved",
+    "energy",
+    "invalid",
+)
 
 
 class PMFTraining:

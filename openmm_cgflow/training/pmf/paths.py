@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openmm_cgflow.coordinates.features import on_circle
 from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.networks.flow import CGFlow
+from openmm_cgflow.networks.flow import SlowDensity
 
 __all__ = ["low_paths"]
 
@@ -28,19 +28,19 @@ _SPACING = math.radians(8.0)  # of the torsions, between two points of a path
 
 @torch.no_grad()
 def low_paths(
-    flow: CGFlow,
+    flow: SlowDensity,
     pmf: Callable[[Tensor], Tensor],
     coordinates: Coordinates,
     n_conformations: int,
     generator: torch.Generator,
-    gamma: float = 0.1,
+    scale: float = 0.1,
 ) -> Tensor:
     """Paths of equally many points from the lowest conformation to others that are low and unlike it and each other.
 
     Fewer than asked for where there are fewer conformations.
 
-    They follow the flow's samples at several gamma along the least resistance, length times exp(free energy). Bounded
-    coordinates are those that the flow gives to its base's centre.
+    They follow the flow's samples at several barrier scales along the least resistance, length times exp(free energy).
+    Bounded coordinates are those that the flow gives to its base's centre.
 
     Arguments:
         flow: Has at least one torsion.
@@ -48,16 +48,16 @@ def low_paths(
         coordinates: For log J, and for what is near along the torsions.
         n_conformations: How many paths at most.
         generator: Source of all randomness.
-        gamma: Of a third of the samples, another third has its root: barriers must be low there.
+        scale: Of a third of the samples, another third has its root: barriers must be low there.
 
     Returns:
         Shape (n_paths, n_points, n_features), float64.
     """
-    flow, n, features = copy.deepcopy(flow).double(), flow.n_circular, coordinates.features
-    gammas = torch.ones(_N_POINTS, dtype=torch.float64)
-    gammas[_N_POINTS // 3 :] = math.sqrt(gamma)
-    gammas[2 * _N_POINTS // 3 :] = gamma
-    torsions = flow.sample(_N_POINTS, generator, gammas)[0][:, :n]
+    flow, n, features = copy.deepcopy(flow).double(), coordinates.features.n_circular, coordinates.features
+    scales = torch.ones(_N_POINTS, dtype=torch.float64)
+    scales[_N_POINTS // 3 :] = math.sqrt(scale)
+    scales[2 * _N_POINTS // 3 :] = scale
+    torsions = flow.sample(_N_POINTS, generator, scales)[0][:, :n]
     z = _centre(flow, torsions)
     energy = (pmf(z) - coordinates.log_volume(z) + flow.log_prob_bounded(z)).numpy()
     points = features.embed_first(torsions).numpy()
@@ -89,8 +89,8 @@ def low_paths(
     return _centre(flow, on_circle(flat)).unflatten(0, (len(targets), n_steps))
 
 
-def _centre(flow: CGFlow, torsions: Tensor) -> Tensor:
-    middle = torsions.new_zeros((len(torsions), flow.n_bounded))
+def _centre(flow: SlowDensity, torsions: Tensor) -> Tensor:
+    middle = torsions.new_zeros((len(torsions), flow.features.n_bounded))
     return torch.cat((torsions, flow.map_bounded(torsions, middle)), dim=-1)
 
 

@@ -130,7 +130,7 @@ class Polish:
             progress = (first * block + k) / (self._length * block)
             n_before = len(self.cycles) - self.anew_after
             rate = (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))) * 0.5**n_before
-            if state.flow_fitter.reach < 1:  # still on its way to the model
+            if state.flow_fitter.trained_up_to < 1:  # still on its way to the model
                 rate = 1.0
             state.flow_fitter.update(state.pmf, state.generator, rate, state.settings.polish_at_target)
         self.n_steps += 1
@@ -149,12 +149,14 @@ class Polish:
         """Takes a flow back that the cycle lost, and says how the one is that stays."""
         assert self._before is not None
         ess, before = self._before
-        on_the_way = self.state.flow_fitter.reach < 1 and before["reach"] < 1  # where no gain says nothing
+        on_the_way = (
+            self.state.flow_fitter.trained_up_to < 1 and before["trained_up_to"] < 1
+        )  # where no gain says nothing
         self.gained = on_the_way or row["ess"] > ess + self.smallest_gain
         # A flow of many coordinates can be lost in a few updates, what was before is not. A new one must be better.
         is_new = self.anew_after > 0 and len(self.cycles) == self.anew_after
         kept = row["ess"] >= ess - (0.0 if is_new else _ESS_LOST)  # never so where it is nan
-        if not kept and before["reach"] == 1:
+        if not kept and before["trained_up_to"] == 1:
             self.state.flow_fitter.load_state_dict(before)
             row = self.state.tested()
         self.cycles.append(row["ess"])

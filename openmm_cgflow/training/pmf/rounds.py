@@ -88,7 +88,7 @@ class Rounds:
         self.choose_exploring()
         test = state.test()
         row = {
-            "gamma": state.exploring,
+            "barrier_scale": state.exploring,
             "ess": test.samples.ess,
             "free_energy_error": test.free_energy_error,
             "moved": self._moved(test),
@@ -115,7 +115,7 @@ class Rounds:
         scale = torch.ones(n)
         scale[: 3 * n // 5] = state.exploring
         scale[3 * n // 5 : 4 * n // 5] = math.sqrt(state.exploring)
-        return state.flow.sample(n, state.generator, scale.clamp(max=state.flow_fitter.reach))[0]
+        return state.flow.sample(n, state.generator, scale.clamp(max=state.flow_fitter.trained_up_to))[0]
 
     @torch.no_grad()
     def choose_exploring(self) -> None:
@@ -128,7 +128,7 @@ class Rounds:
             samples = state.weigh(state.settings.n_probe, scale)
             return float((samples.energy + state.flow.log_prob_bounded(samples.z)).median())
 
-        lowest = height(state.flow_fitter.reach)
+        lowest = height(state.flow_fitter.trained_up_to)
         above = (s for s in reversed(BARRIER_SCALES) if height(s) - lowest > state.settings.explore_height)
         state.exploring = next(above, BARRIER_SCALES[0])
 

@@ -204,7 +204,7 @@ class PMFState:
     def tested(self) -> Row:
         """What a test says, for a row of metrics."""
         test = self.test()
-        return {"gamma": self.exploring, "ess": test.samples.ess, "free_energy_error": test.free_energy_error}
+        return {"barrier_scale": self.exploring, "ess": test.samples.ess, "free_energy_error": test.free_energy_error}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is shared."""

@@ -44,7 +44,7 @@ def new_anchors(config, flow=None, estimator=None):
         estimator=estimator,
         generator=torch.Generator().manual_seed(1),
         exploring=0.1,
-        flow_fitter=SimpleNamespace(reach=1.0),
+        flow_fitter=SimpleNamespace(trained_up_to=1.0),
     )
     return Anchors(state, EvaluationBudget(config.stopping.max_evaluations, estimator))
 

@@ -238,9 +238,9 @@ def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
     reached = []
     for _ in range(250):
         if not rises:
-            fitter.reach = 1.0
+            fitter.trained_up_to = 1.0
         fitter.update(target, generator)
-        reached.append(fitter.reach)
+        reached.append(fitter.trained_up_to)
     samples = weighted_samples(flow, target, space, 20000, generator)
     if rises:
         assert reached[0] < 0.1 and reached[-1] == 1.0
@@ -250,27 +250,27 @@ def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
         assert samples.ess < 0.01
 
 
-def test_the_reach_falls_where_even_its_start_is_too_far():
+def test_the_largest_scale_falls_where_even_its_start_is_too_far():
     """Energies of thousands of kT, as in ten dimensions: a flat flow has no weight at the scale of the start."""
     steep = Known(lambda z: -400 * z.square().sum(-1), BoxCoordinates(range(4), "abcd", math.pi))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flow = CGFlow(Torsions(4, 0), BOUND, 2, 2, 4, (8,), torch.zeros((0, 0))).float()
     fitter, generator = FlowFitter(flow, steep.coordinates, 1e-6, 128), torch.Generator().manual_seed(1)
-    start = fitter.reach
+    start = fitter.trained_up_to
     for _ in range(40):
         fitter.update(steep, generator)
     samples = weighted_samples(flow, steep, steep.coordinates, 4000, generator)
-    assert fitter.reach < 0.5 * start
-    assert relative_ess(-fitter.reach * samples.energy) > 3 * relative_ess(-start * samples.energy)
+    assert fitter.trained_up_to < 0.5 * start
+    assert relative_ess(-fitter.trained_up_to * samples.energy) > 3 * relative_ess(-start * samples.energy)
 
 
-def test_a_fitter_continues_from_its_reach():
+def test_a_fitter_continues_from_its_largest_scale():
     fitter = FlowFitter(new_flow(), SPACE, 1e-3, 64)
-    fitter.reach = 0.37
+    fitter.trained_up_to = 0.37
     other = FlowFitter(new_flow(1), SPACE, 1e-3, 64)
     other.load_state_dict(fitter.state_dict())
-    assert other.reach == 0.37
+    assert other.trained_up_to == 0.37
 
 
 # ---------------------------------------------------------------- weights
@@ -437,7 +437,7 @@ def test_without_torsions_the_reverse_kl_alone_trains():
         flow = CGFlow(Torsions(0, 2), BOUND, 2, 2, 4, (8,), COVARIANCE)
     space, generator = Line(), torch.Generator().manual_seed(0)
     fitter = FlowFitter(flow, space, 2e-2, 128)
-    assert fitter.reach == 1  # scale is that of torsions: there is nowhere to get to
+    assert fitter.trained_up_to == 1  # it is that of torsions: there is nowhere to get to
     for k in range(100):
         fitter.update(Known(log_p, space), generator, 1 - 0.95 * k / 100)
     assert weighted_samples(flow, Known(log_p, space), space, 5000, generator).ess > 0.98

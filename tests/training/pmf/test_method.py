@@ -233,22 +233,22 @@ def test_every_round_measures_on_the_barrier_and_in_the_basins(converged):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("height", [1.0, 2.0, 3.0])
-def test_gamma_is_chosen_so_that_samples_climb(converged, height):
-    """The largest gamma whose samples lie so high above the model's: the next larger one's do not."""
+def test_the_scale_is_chosen_so_that_samples_climb(converged, height):
+    """The largest barrier scale whose samples lie so high above the model's: the next larger one's do not."""
     trainer, _ = converged
     flow, pmf = trainer.state.flow, trainer.state.pmf
     chosen = new_method(settings(pmf={"explore_height": height, **LIKE_CONVERGED}), hidden=(16, 16))
     chosen.state.flow.load_state_dict(flow.state_dict())
     chosen.state.pmf.load_state_dict(pmf.state_dict())
-    chosen.state.flow_fitter.reach = 1.0
+    chosen.state.flow_fitter.trained_up_to = 1.0
     chosen.rounds.choose_exploring()
 
-    def median_height(gamma):
-        samples = weighted_samples(flow, pmf, COORDINATES, 20000, torch.Generator().manual_seed(1), gamma)
+    def median_height(scale):
+        samples = weighted_samples(flow, pmf, COORDINATES, 20000, torch.Generator().manual_seed(1), scale)
         return float((samples.energy + flow.log_prob_bounded(samples.z).detach()).median())
 
-    def climb(gamma):
-        return median_height(gamma) - median_height(1.0)
+    def climb(scale):
+        return median_height(scale) - median_height(1.0)
 
     tried = BARRIER_SCALES
     assert chosen.state.exploring in tried and 0.02 < chosen.state.exploring < 0.64
@@ -257,17 +257,17 @@ def test_gamma_is_chosen_so_that_samples_climb(converged, height):
 
 
 @pytest.mark.slow
-def test_a_higher_goal_means_a_smaller_gamma(converged):
+def test_a_higher_goal_means_a_smaller_scale(converged):
     trainer, _ = converged
-    gammas = []
+    scales = []
     for height in (1.0, 2.0, 4.0, 100.0):
         other = new_method(settings(pmf={"explore_height": height, **LIKE_CONVERGED}), hidden=(16, 16))
         other.state.flow.load_state_dict(trainer.state.flow.state_dict())
         other.state.pmf.load_state_dict(trainer.state.pmf.state_dict())
-        other.state.flow_fitter.reach = 1.0
+        other.state.flow_fitter.trained_up_to = 1.0
         other.rounds.choose_exploring()
-        gammas.append(other.state.exploring)
-    assert gammas[0] > gammas[1] > gammas[2] >= gammas[3] == BARRIER_SCALES[0]
+        scales.append(other.state.exploring)
+    assert scales[0] > scales[1] > scales[2] >= scales[3] == BARRIER_SCALES[0]
 
 
 # ---------------------------------------------------------------- ends and limits
@@ -345,9 +345,9 @@ def test_the_flow_is_trained_on_until_it_gains_no_more(monkeypatch, reach):
 
     All of them where what is trained is not the model yet: there, no gain says nothing.
     """
-    monkeypatch.setattr(FlowFitter, "_move_reach", lambda fitter, ess: None)
+    monkeypatch.setattr(FlowFitter, "_widen_or_narrow", lambda fitter, ess: None)
     trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
-    trainer.state.flow_fitter.reach = reach
+    trainer.state.flow_fitter.trained_up_to = reach
     rows = advance(trainer)
     cycle = 2  # six updates in blocks of three
     ends = [row["ess"] for row in rows[3 + cycle - 1 :: cycle]]
@@ -362,7 +362,7 @@ def test_a_flow_that_gains_nothing_starts_anew_once(monkeypatch):
     """Its first cycle has no updates; the second one starts with the flow of the very start, and is spoiled."""
     trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 4, "ess": 0.999}))
     start = copy.deepcopy(trainer.state.flow.state_dict())
-    trainer.state.flow_fitter.reach = 1.0
+    trainer.state.flow_fitter.trained_up_to = 1.0
     rows = advance(trainer, 3)
     before, first, seen = copy.deepcopy(trainer.state.flow.state_dict()), trainer.state.flow_fitter, []
 
@@ -371,7 +371,7 @@ def test_a_flow_that_gains_nothing_starts_anew_once(monkeypatch):
 
     def update(fitter, *_, **__):
         if fitter is not first and not seen:
-            seen.append((equal(start), fitter.reach))
+            seen.append((equal(start), fitter.trained_up_to))
         if fitter is not first:
             with torch.no_grad():
                 for parameter in fitter.networks.average.parameters():
@@ -381,16 +381,16 @@ def test_a_flow_that_gains_nothing_starts_anew_once(monkeypatch):
     assert not equal(start)
     rows += advance(trainer)
     assert len(rows) == 3 + 2 + 2  # after the second one without a gain there is no third
-    assert seen == [(True, distillation._FIRST_REACH)]
-    assert equal(before) and trainer.state.flow_fitter.reach == 1
+    assert seen == [(True, distillation._FIRST_SCALE)]
+    assert equal(before) and trainer.state.flow_fitter.trained_up_to == 1
 
 
 @pytest.mark.parametrize(("reach", "kept"), [(1.0, True), (0.5, False)])
 def test_a_flow_that_is_lost_is_taken_back(monkeypatch, reach, kept):
     """Unless it is not trained as the model yet, where its effective sample size says nothing."""
-    monkeypatch.setattr(FlowFitter, "_move_reach", lambda fitter, ess: None)
+    monkeypatch.setattr(FlowFitter, "_widen_or_narrow", lambda fitter, ess: None)
     trainer = new_method(settings(stopping={"max_rounds": 2, "max_polish_cycles": 2, "ess": 0.999}))
-    trainer.state.flow_fitter.reach = reach
+    trainer.state.flow_fitter.trained_up_to = reach
     rows = advance(trainer, 3)
     before = copy.deepcopy(trainer.state.flow.state_dict())
 
@@ -398,12 +398,12 @@ def test_a_flow_that_is_lost_is_taken_back(monkeypatch, reach, kept):
         with torch.no_grad():
             for parameter in fitter.networks.average.parameters():
                 parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        fitter.reach *= 0.9  # as it does where it is lost
+        fitter.trained_up_to *= 0.9  # as it does where it is lost
 
     monkeypatch.setattr(FlowFitter, "update", spoil)
     last = advance(trainer)[-1]
     same = all(torch.equal(value, before[name]) for name, value in trainer.state.flow.state_dict().items())
-    assert same == kept and (trainer.state.flow_fitter.reach == 1) == kept
+    assert same == kept and (trainer.state.flow_fitter.trained_up_to == 1) == kept
     assert (last["ess"] > rows[-1]["ess"] - 0.05) == kept  # nan where it is lost
 
 

@@ -9,7 +9,7 @@ import torch
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.networks.weights import kl_increase, relative_ess
 from openmm_cgflow.settings import TemperingSettings
-from openmm_cgflow.training.tempering import log_weights, next_temperature, start_temperature
+from openmm_cgflow.training.ladder import log_weights, next_temperature, start_temperature
 from openmm_cgflow.units import thermal_beta
 
 TARGET = 300.0
