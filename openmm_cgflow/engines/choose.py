@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
+from openmm_cgflow.engines.context import FrozenMolecule
 from openmm_cgflow.engines.copies import NotReplicableError
 from openmm_cgflow.engines.engine import Engine, Molecule
-from openmm_cgflow.engines.frozen import FrozenMolecule
 from openmm_cgflow.engines.lattice import LatticeBuilder
 from openmm_cgflow.engines.platforms import PlatformChoice, choose_platform
 from openmm_cgflow.engines.workers import ContextsBuilder
@@ -50,7 +50,7 @@ def create_engine(molecular_system: Molecule, slow: Sequence[int], settings: Cha
 
     Raises:
         CGFlowError: If the platform asked for is not available, or a fast atom has no mass.
-        ValueError: If the System was not sanitised; see :func:`openmm_cgflow.engines.frozen.frozen_system`.
+        ValueError: If the System was not sanitised; see :func:`openmm_cgflow.engines.context.frozen_system`.
     """
     molecule = FrozenMolecule(molecular_system, slow, settings)
 

@@ -9,10 +9,9 @@ from typing import Self
 import numpy as np
 import openmm
 
-from openmm_cgflow.engines.context import ReplicaContext, clear, is_divergence, state_arrays
+from openmm_cgflow.engines.context import FrozenMolecule, ReplicaContext, clear, is_divergence, state_arrays
 from openmm_cgflow.engines.copies import Lattice, plan_lattice
 from openmm_cgflow.engines.engine import Dynamics, Evaluator, Frames, Schedule
-from openmm_cgflow.engines.frozen import FrozenMolecule
 from openmm_cgflow.engines.platforms import PlatformChoice, fastest_platform, platform_choice
 from openmm_cgflow.engines.workers import ContextsEngine, check_structures, number_of_workers
 from openmm_cgflow.molecule.python_forces import BatchedEnergy

@@ -22,9 +22,8 @@ import loky
 import numpy as np
 import openmm
 
-from openmm_cgflow.engines.context import ReplicaContext, clear, is_divergence, state_arrays
+from openmm_cgflow.engines.context import FrozenMolecule, ReplicaContext, clear, is_divergence, state_arrays
 from openmm_cgflow.engines.engine import Dynamics, Frames, Schedule
-from openmm_cgflow.engines.frozen import FrozenMolecule
 from openmm_cgflow.engines.platforms import PlatformChoice
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.seeds import derive_seed
@@ -105,7 +104,7 @@ class ContextsEngine:
     stepping another Reference Context in another thread at the same time would spoil that.
 
     Arguments:
-        system: The System with its slow atoms frozen; see :class:`openmm_cgflow.engines.frozen.FrozenMolecule`.
+        system: The System with its slow atoms frozen; see :class:`openmm_cgflow.engines.context.FrozenMolecule`.
         template: Finite positions, ``(n_atoms, 3)`` in nm, that stand in for input that is not finite.
         platform: Where to run.
         dynamics: Settings of the integrators.

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from openmm_cgflow.engines.engine import Evaluator, Schedule
 from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.forces.gradients import comoving_gradients, frame_gradients
-from openmm_cgflow.forces.statistics import LARGEST_SPREAD, mean_and_variance, part_means
+from openmm_cgflow.forces.gradients import (
+    LARGEST_SPREAD,
+    comoving_gradients,
+    frame_gradients,
+    mean_and_variance,
+    part_means,
+)
 from openmm_cgflow.forces.switching import switch
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.units import thermal_beta
 
@@ -209,7 +214,7 @@ class MolecularMeanForce:
 
     def switch(self, paths: Tensor, temperature: float, slowness: int) -> tuple[Tensor, Tensor]:
         """Works along paths in kT, and which may be used; see :func:`openmm_cgflow.forces.switching.switch`."""
-        seed = derive_seed(self.fast_atoms.seed, 11, self.fast_atoms.n_calls)
+        seed = derive_seed(self.fast_atoms.seed, Stream.SWITCHING, self.fast_atoms.n_calls)
         return switch(self.fast_atoms, paths, temperature, seed, slowness)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from openmm_cgflow.coordinates.all_atom import AllAtomMap
 from openmm_cgflow.engines.engine import Engine, Frames, Schedule
 from openmm_cgflow.errors import ReplicaError
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import ChainSettings
 
 __all__ = ["FastAtoms", "Quarantine"]
@@ -103,7 +103,9 @@ class FastAtoms:
     def propagate(self, xyz: Tensor, schedule: Schedule, seed: int | None = None) -> Frames[Tensor]:
         """Runs chains from given structures, nm, shape (B, n_atoms, 3); otherwise as :meth:`run`."""
         self.n_calls += 1
-        raw = self.engine.run(xyz.numpy(), schedule, derive_seed(self.seed, 3, self.n_calls) if seed is None else seed)
+        raw = self.engine.run(
+            xyz.numpy(), schedule, derive_seed(self.seed, Stream.CHAINS, self.n_calls) if seed is None else seed
+        )
         frames = Frames(*(torch.as_tensor(array) for array in raw))
         same = self.all_atom.same_handedness(frames.xyz).all(-1)
         valid = frames.valid & same if self.settings.keep_chirality else frames.valid
@@ -123,10 +125,10 @@ class FastAtoms:
 
     def _fill_pool(self, z: Tensor, temperature: float) -> None:
         z = z[:: max(1, len(z) // self.settings.n_pool)]  # evenly: a batch may be sorted
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 1))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.FIRST_FAST_ATOMS))
         xyz = self.all_atom.build(z, self._draw_fast(z, temperature, generator))
         schedule = Schedule(temperature, _N_RELAX_DRAWN, self.settings.n_pool_steps)
-        self._keep(z, self.propagate(xyz, schedule, derive_seed(self.seed, 2)))
+        self._keep(z, self.propagate(xyz, schedule, derive_seed(self.seed, Stream.FIRST_POOL)))
 
     def _keep(self, z: Tensor, frames: Frames[Tensor]) -> None:
         self.pool.append((z[frames.valid], self.all_atom.read_fast(frames.xyz[frames.valid, -1])))
@@ -138,7 +140,7 @@ class FastAtoms:
         embed = self.all_atom.coordinates.features.embed
         distance = torch.cdist(embed(z), embed(pool_z))
         # Equal z, as in a test at one z, must not all descend from one ancestor: ties are broken at random.
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 4, self.n_calls))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.TIES, self.n_calls))
         ties = 1e-6 * torch.rand(distance.shape, generator=generator, dtype=distance.dtype)
         nearest = (distance + ties).argmin(dim=-1)
         y = pool_y[nearest]

@@ -23,7 +23,7 @@ from torch import Tensor
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.units import thermal_beta
 
 __all__ = ["DISSIPATED", "N_BOOTSTRAP", "Differences", "Switches", "acceptance_ratio", "slower", "switch"]
@@ -72,7 +72,7 @@ def switch(
     all_atom, engine, beta = fast_atoms.all_atom, fast_atoms.engine, thermal_beta(temperature)
     set_out = Schedule(temperature, fast_atoms.settings.n_relax, _N_EQUILIBRATION)
     follow_on = Schedule(temperature, stride=slowness * _N_LANGEVIN)
-    frames = fast_atoms.run(paths[:, 0], set_out, derive_seed(seed, 22), keep=False)
+    frames = fast_atoms.run(paths[:, 0], set_out, derive_seed(seed, Stream.SET_OUT), keep=False)
     work, valid = torch.zeros(len(paths), dtype=torch.float64), frames.valid.clone()
     for step in range(1, paths.shape[1]):
         y = all_atom.read_fast(frames.xyz[:, 0])
@@ -82,7 +82,7 @@ def switch(
         energy = torch.as_tensor(engine.evaluate(moved.numpy())[0])
         change = beta * (energy - frames.energy[:, 0])
         change -= all_atom.log_volume_fast(shifted) - all_atom.log_volume_fast(y)
-        frames = fast_atoms.propagate(moved, follow_on, derive_seed(seed, 23, step))
+        frames = fast_atoms.propagate(moved, follow_on, derive_seed(seed, Stream.ON_THE_WAY, step))
         # An overlap of infinite energy counts, with no weight, whatever follows; what is not a number does not.
         work = torch.where(torch.isposinf(work), work, work + change)
         valid &= frames.valid & ~torch.isnan(work)

@@ -27,7 +27,7 @@ from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.threads import one_torch_thread
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import ChainSettings, SampleSettings
 from openmm_cgflow.units import thermal_beta
 
@@ -245,6 +245,6 @@ class CGModel:
         chains = defaults.chains.model_copy(update={"platform": platform})
         changed = {"n_equilibration": n_equilibration, "acceptance": acceptance}
         samples = defaults.samples.model_copy(update={k: v for k, v in changed.items() if v is not None})
-        seed = derive_seed(defaults.seed, 16) if seed is None else seed
+        seed = derive_seed(defaults.seed, Stream.MORE_SAMPLES) if seed is None else seed
         with one_torch_thread(), create_engine(self.molecular_system, self.partition.slow, chains) as engine:
             return draw_samples(self, engine, n, seed, samples)

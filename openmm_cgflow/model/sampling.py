@@ -19,7 +19,7 @@ from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.model.density import Proposals, TrainedDensity
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.networks.weights import RejectionControl
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import SampleSettings
 
 __all__ = ["Samples", "draw_samples"]
@@ -88,7 +88,7 @@ def draw_samples(
     fast_atoms = model.fast_atoms(engine)
     size = max(fast_atoms.settings.n_replicas, min(n, _BATCH_SIZE))
     draw = _drawing(model, fast_atoms, engine, seed, settings)
-    generator = torch.Generator().manual_seed(derive_seed(seed, 6))
+    generator = torch.Generator().manual_seed(derive_seed(seed, Stream.DRAWS))
     kept: list[tuple[Tensor, ...]] = []
     n_kept = batch = n_rejected = 0
     while n_kept < n:
@@ -125,7 +125,7 @@ def _drawing(model: Sampled, fast_atoms: FastAtoms, engine: Engine, seed: int, s
         slow = drawn["z"], drawn["log_q"], drawn["log_weight"]
         if "xyz" in drawn:
             return drawn["xyz"], *slow, drawn["energy"], drawn["valid"]
-        frames = fast_atoms.run(drawn["z"], schedule, derive_seed(seed, 7, batch))
+        frames = fast_atoms.run(drawn["z"], schedule, derive_seed(seed, Stream.CHAINS_OF_SAMPLES, batch))
         return frames.xyz[:, 0], *slow, frames.energy[:, 0], frames.valid
 
     return draw
@@ -135,7 +135,7 @@ def _accepted(propose: _Propose, seed: int, acceptance: float) -> _Propose:
     """The same, but for draws that are not to become samples, and with the weights that are left."""
     if acceptance == 1:
         return propose
-    pilot = propose(_N_PILOT, torch.Generator().manual_seed(derive_seed(seed, 15)))["log_weight"]
+    pilot = propose(_N_PILOT, torch.Generator().manual_seed(derive_seed(seed, Stream.PILOT)))["log_weight"]
     try:
         control = RejectionControl(pilot, acceptance)
     except ValueError:

@@ -27,7 +27,7 @@ from openmm_cgflow.networks.layers import (
     alternating_masks,
     inverse_and_ladj,
 )
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import FlowSettings
 
 __all__ = ["CGFlow", "ConditionalFlow", "SlowDensity", "new_flow"]
@@ -275,7 +275,7 @@ class CGFlow(nn.Module):
 def new_flow(settings: FlowSettings, geometry: Geometry, seed: int) -> CGFlow:
     """An untrained flow of a geometry's slow coordinates, its weights from the seed of the run."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, 5))
+        torch.manual_seed(derive_seed(seed, Stream.FLOW))
         return CGFlow(
             geometry.coordinates.features,
             geometry.coordinates.bound,

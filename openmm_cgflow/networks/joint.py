@@ -15,7 +15,7 @@ from openmm_cgflow.coordinates.features import N_SCALE_FEATURES
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.coordinates.thermal_map import ThermalMap
 from openmm_cgflow.networks.flow import CGFlow, ConditionalFlow
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import FlowSettings, JointSettings
 
 __all__ = ["JointFlow", "new_joint"]
@@ -94,7 +94,7 @@ def new_joint(
     """
     thermal_map = geometry.thermal_map(temperature, settings)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, 14))
+        torch.manual_seed(derive_seed(seed, Stream.JOINT))
         conditional = ConditionalFlow(
             thermal_map.n_fast_features,
             flow.features.size + N_SCALE_FEATURES,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from openmm_cgflow.coordinates.features import SlowFeatures
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import PMFSettings
 
 __all__ = ["PMF", "SlowFreeEnergy", "new_pmf"]
@@ -143,6 +143,6 @@ def new_pmf(settings: PMFSettings, geometry: Geometry, seed: int) -> PMF:
     if covariance is None:
         raise CGFlowError("a potential of mean force needs coordinates: internal")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, 9))
+        torch.manual_seed(derive_seed(seed, Stream.PMF))
         features, precision = geometry.coordinates.features, torch.linalg.inv(covariance)
         return PMF(features, precision, settings.hidden_features, settings.n_members)

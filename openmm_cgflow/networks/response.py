@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from openmm_cgflow.coordinates.features import SlowFeatures
 from openmm_cgflow.coordinates.geometry import Geometry
 from openmm_cgflow.forces.estimator import ChainParts
-from openmm_cgflow.forces.statistics import mean_and_variance
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.forces.gradients import mean_and_variance
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import PMFSettings
 
 __all__ = ["FastResponse", "new_response"]
@@ -115,6 +115,6 @@ def new_response(settings: PMFSettings, geometry: Geometry, temperature: float, 
         seed: Of the run.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, 10))
+        torch.manual_seed(derive_seed(seed, Stream.RESPONSE))
         widths = geometry.fast_widths(temperature)
         return FastResponse(geometry.coordinates.features, widths, settings.hidden_features)

@@ -23,7 +23,7 @@ from openmm_cgflow.config import load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.files.trajectory import colvar_constants
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.units import thermal_beta
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def evaluate(
         ensembles["reference"] = Ensemble(measured, theirs.weights, min(_N_BLOCKS, n))
 
     seed = config.seed if seed is None else seed
-    rng = np.random.default_rng(derive_seed(seed, 8))
+    rng = np.random.default_rng(derive_seed(seed, Stream.EVALUATION))
     maps, torsions = compare_densities(ensembles, grid, rng)
     evaluation = Evaluation(
         run=str(run.path),

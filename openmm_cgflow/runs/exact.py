@@ -17,7 +17,7 @@ from openmm_cgflow.paper.exact import compare_exactly
 from openmm_cgflow.paper.exact_report import ExactEvaluation
 from openmm_cgflow.runs.build import exact_target
 from openmm_cgflow.runs.load import load
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 
 __all__ = ["ExactEvaluation", "evaluate_exactly"]
 
@@ -56,7 +56,7 @@ def evaluate_exactly(
         [*(load(run.path, stage) for stage in range(model.stage)), model],
         frames.xyz[..., 0].astype(float),
         log_weight,
-        np.random.default_rng(derive_seed(config.seed if seed is None else seed, 8)),
+        np.random.default_rng(derive_seed(config.seed if seed is None else seed, Stream.EVALUATION)),
         run=str(run.path),
         file=str(path),
         energy_evaluations=int(record["energy_evaluations"]),

@@ -13,7 +13,7 @@ from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.forces.switching import DISSIPATED, N_BOOTSTRAP, Switches, slower, switch
 from openmm_cgflow.model.cg_model import CGModel
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.training.pmf.paths import low_paths
 
 __all__ = ["Verification", "verify"]
@@ -88,7 +88,7 @@ def verify(
     density = model.density
     if not density.can_be_switched:
         raise CGFlowError("switching needs a potential of mean force and at least one slow torsion")
-    generator = torch.Generator().manual_seed(derive_seed(seed, 20))
+    generator = torch.Generator().manual_seed(derive_seed(seed, Stream.VERIFIED))
     switches = Switches(low_paths(model.flow, density.free_energy, model.coordinates, n_conformations, generator))
     if len(switches.paths) < n_conformations:
         raise CGFlowError(f"found only {len(switches.paths)} conformations to check, expected {n_conformations}")
@@ -104,11 +104,11 @@ def verify(
 
     if failed := switches.add(run, every, n_replicas):
         raise ReplicaError(f"hardly any switch to {len(failed)} of {n_conformations} conformations was usable")
-    found = switches.differences(derive_seed(seed, 21), n_bootstrap)
+    found = switches.differences(derive_seed(seed, Stream.VERIFICATION_ERRORS), n_bootstrap)
     slowness = [slower(1, dissipation, dissipated) for dissipation in found.dissipation]
     if again := [path for path in every if slowness[path] > 1]:
         switches.add(run, again, n_replicas, [slowness[path] for path in again])
-        found = switches.differences(derive_seed(seed, 21), n_bootstrap)
+        found = switches.differences(derive_seed(seed, Stream.VERIFICATION_ERRORS), n_bootstrap)
     return Verification(
         ends[:, : model.coordinates.n_circular].tolist(),
         pmf.tolist(),

@@ -21,7 +21,7 @@ from torch import Tensor
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.forces.estimator import EnergyAndForces
-from openmm_cgflow.forces.statistics import shortened
+from openmm_cgflow.forces.gradients import shortened
 from openmm_cgflow.model.density import JointDensity
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.networks.weights import clipped_softmax, relative_ess, weighted_log

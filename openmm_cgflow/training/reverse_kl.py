@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForce, MeanForceEstimator
-from openmm_cgflow.forces.statistics import shortened
+from openmm_cgflow.forces.gradients import shortened
 from openmm_cgflow.model.density import FlowDensity
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.settings import TemperingSettings, TrainingSettings

@@ -6,9 +6,8 @@ import pytest
 from openmm import unit
 from toys import HarmonicBath
 
-from openmm_cgflow.engines.context import ReplicaContext, is_divergence
+from openmm_cgflow.engines.context import ReplicaContext, frozen_system, is_divergence
 from openmm_cgflow.engines.engine import Dynamics, Schedule
-from openmm_cgflow.engines.frozen import frozen_system
 from openmm_cgflow.engines.platforms import platform_choice
 
 

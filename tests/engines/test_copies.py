@@ -6,8 +6,8 @@ import pytest
 from openmm import app, unit
 from toys import HarmonicBath, make_toy
 
+from openmm_cgflow.engines.context import frozen_system
 from openmm_cgflow.engines.copies import _COPIED, NotReplicableError, check_copies, plan_lattice, replicate_system
-from openmm_cgflow.engines.frozen import frozen_system
 
 N_ATOMS = 8
 BONDS = [(i, i + 1) for i in range(N_ATOMS - 1)]

@@ -7,8 +7,8 @@ from openmm import unit
 from toys import HarmonicBath, make_toy, reference_settings
 
 from openmm_cgflow.engines.choose import create_engine
+from openmm_cgflow.engines.context import frozen_system
 from openmm_cgflow.engines.engine import Dynamics, Schedule
-from openmm_cgflow.engines.frozen import frozen_system
 from openmm_cgflow.engines.platforms import platform_choice
 from openmm_cgflow.engines.workers import ContextsEngine
 from openmm_cgflow.errors import CGFlowError

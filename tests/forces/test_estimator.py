@@ -20,8 +20,7 @@ from analytic import (
 from openmm_cgflow.engines.engine import Frames, Schedule
 from openmm_cgflow.forces.estimator import MolecularMeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.forces.gradients import frame_gradients
-from openmm_cgflow.forces.statistics import mean_and_variance
+from openmm_cgflow.forces.gradients import frame_gradients, mean_and_variance
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0

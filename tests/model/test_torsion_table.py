@@ -9,8 +9,8 @@ from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.coordinates.slow import InternalCoordinates
 from openmm_cgflow.coordinates.zmatrix import slow_zmatrix
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.model.force import torsion_table
 from openmm_cgflow.model.free_energy import FlowPotential, FreeEnergy, TorsionPotential
-from openmm_cgflow.model.torsion_table import torsion_table
 from openmm_cgflow.molecule.bonds import bond_graph
 from openmm_cgflow.networks.flow import CGFlow
 

@@ -10,8 +10,7 @@ from analytic import QuadraticBath, assembly_of, assert_identical, random_struct
 from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.estimator import ChainParts
-from openmm_cgflow.forces.gradients import comoving_gradients
-from openmm_cgflow.forces.statistics import mean_and_variance
+from openmm_cgflow.forces.gradients import comoving_gradients, mean_and_variance
 from openmm_cgflow.networks.response import FastResponse
 from openmm_cgflow.training.pmf.fits import ResponseFitter
 from openmm_cgflow.units import thermal_beta

@@ -11,7 +11,7 @@ import torch
 
 from openmm_cgflow.forces.switching import Differences, Switches, slower
 from openmm_cgflow.networks.pmf import PMF
-from openmm_cgflow.seeds import derive_seed
+from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.training.method import EvaluationBudget, Row
 from openmm_cgflow.training.pmf.fits import AnchorValues
 from openmm_cgflow.training.pmf.paths import low_paths
@@ -111,7 +111,7 @@ class Anchors:
 
     def _evaluate(self) -> None:
         if self._switches is not None:
-            self._found = self._switches.differences(derive_seed(self.state.seed, 12))
+            self._found = self._switches.differences(derive_seed(self.state.seed, Stream.ANCHOR_ERRORS))
 
     def _slowness(self, path: int) -> int:
         """Of the next switches along a path."""
@@ -141,7 +141,7 @@ class Anchors:
         start, end = self._switches.paths[:, 0], self._switches.paths[:, -1]
         value, error = torch.as_tensor(self._found.value), torch.as_tensor(self._found.error)
         error = error.clamp(min=_SMALLEST_ERROR)
-        generator = torch.Generator().manual_seed(derive_seed(self.state.seed, 13))
+        generator = torch.Generator().manual_seed(derive_seed(self.state.seed, Stream.ANCHOR_WEIGHTS))
         weights = torch.empty((len(error), self.state.settings.n_members)).exponential_(generator=generator)
         return AnchorValues(*(part[known].float() for part in (start, end, value, error, weights)))
 

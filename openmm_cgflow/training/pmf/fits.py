@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.forces.estimator import ChainParts, MeanForce
-from openmm_cgflow.forces.statistics import shortened
+from openmm_cgflow.forces.gradients import shortened
 from openmm_cgflow.networks.pmf import PMF, SlowFreeEnergy
 from openmm_cgflow.networks.response import FastResponse
 from openmm_cgflow.training.optimisers import RunningAverage

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.forces.statistics import shortened
+from openmm_cgflow.forces.gradients import shortened
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import SlowFreeEnergy
 from openmm_cgflow.networks.weights import clipped_softmax, relative_ess

@@ -23,7 +23,7 @@ from openmm_cgflow.config import Config
 from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.forces.estimator import ChainParts
-from openmm_cgflow.forces.statistics import mean_and_variance
+from openmm_cgflow.forces.gradients import mean_and_variance
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from openmm_cgflow.forces.statistics import mean_and_variance, shortened
+from openmm_cgflow.forces.gradients import mean_and_variance, shortened
 
 
 def autoregression(n_chains, n_frames, rho, seed=0, n_features=6):
