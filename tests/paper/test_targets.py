@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.integrate import cumulative_simpson
 from scipy.stats import kstest
+from settings import TINY_TARGET
 
 from openmm_cgflow import MolecularSystem, evaluate, evaluate_exactly, load
 from openmm_cgflow.cli import main
@@ -121,16 +122,6 @@ def test_settings_that_do_not_go_together(tree, words):
 # ---------------------------------------------------------------- a run
 
 
-TINY = (
-    "chains.n_replicas=64", "chains.n_pool_steps=20", "chains.n_workers=1", "chains.platform=Reference",
-    "chains.n_equilibration=5", "pmf.n_test=512", "pmf.polish_block=5",
-    "pmf.n_updates=20", "pmf.final_updates=20", "pmf.flow_updates=5",
-    "pmf.polish_updates=20", "pmf.hidden_features=[16]", "flow.n_layers=4", "flow.hidden_features=[16]",
-    "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "samples.n_samples=50", "samples.n_verified=2",
-    "samples.n_switches=2", "pmf.n_switched=0",
-)  # fmt: skip
-
-
 @pytest.fixture
 def few_draws(monkeypatch):
     monkeypatch.setattr(exact, "_N_DRAWS", 5000)
@@ -140,7 +131,7 @@ def few_draws(monkeypatch):
 @pytest.mark.parametrize("method", ["pmf", "reverse_kl", "joint"])
 def test_a_target_is_trained_and_evaluated_by_the_commands(method, systems, tmp_path, capsys, few_draws):
     ladder = ["tempering.start=500", "training.n_steps_first=5", "training.n_steps=5", "training.n_steps_last=5"]
-    settings = [*TINY, f"training.method={method}", *(ladder if method != "pmf" else [])]
+    settings = [*TINY_TARGET, f"training.method={method}", *(ladder if method != "pmf" else [])]
     run = tmp_path / "run"
     config = str(systems / "double_well" / "double_well.yaml")
     assert main(["train", config, "-o", str(run), *(word for item in settings for word in ("--set", item))]) == 0
@@ -180,7 +171,7 @@ def test_benchmark_of_the_targets(systems, root, tmp_path, monkeypatch, capsys, 
     import synthetic
 
     words = [str(systems / "gmm_2d" / "gmm_2d.yaml"), "--seeds", "3", "--samples", "300", "-o", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", ["synthetic.py", *words, "--set", *TINY])
+    monkeypatch.setattr("sys.argv", ["synthetic.py", *words, "--set", *TINY_TARGET])
     synthetic.main()
     printed = capsys.readouterr().out
     assert printed.startswith("seed 3, pmf:") and "300 samples" in printed and "mode 3" in printed

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from openmm import app, unit
+from settings import TINY_WITHOUT_SWITCHING, TWO_STAGES
 
 from openmm_cgflow import __version__
 from openmm_cgflow.cli import main
@@ -32,21 +33,6 @@ from openmm_cgflow.files.trajectory import read_colvar
 from openmm_cgflow.runs import loop as session
 from openmm_cgflow.runs import train as runner
 
-TINY = (
-    "chains.n_replicas=16", "chains.n_pool_steps=20", "chains.n_workers=1", "chains.platform=Reference",
-    "pmf.n_test=512", "pmf.polish_block=5",
-    "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=2", "pmf.flow_batch_size=64",
-    "pmf.hidden_features=[16]",
-    "pmf.polish_updates=10", "stopping.max_rounds=4", "stopping.max_polish_cycles=1", "flow.n_layers=2",
-    "flow.hidden_features=[16]", "samples.n_samples=24", "samples.n_equilibration=10", "samples.n_verified=0",
-    "pmf.n_switched=0",
-    "training.checkpoint_interval=1000",
-)  # fmt: skip
-# Two stages of the paper's own method.
-LADDER = (
-    "training.method=reverse_kl", "tempering.start=600", "tempering.schedule=linear", "tempering.n_stages=2",
-    "training.n_steps_first=3", "training.n_steps=2", "training.n_steps_last=3",
-)  # fmt: skip
 HYDROGENS = ("H", "HA", "H1", "H2", "H3", "HB1", "HB2", "HB3")
 
 
@@ -70,7 +56,7 @@ def butane(systems, folder):
     structure, forcefield = systems / "butane" / "butane.pdb", systems / "butane" / "butane.xml"
     assert main(["init", str(structure), "--forcefield", str(forcefield), "-o", str(file)]) == 0
     tree = yaml.safe_load(file.read_text())
-    for item in TINY:
+    for item in TINY_WITHOUT_SWITCHING:
         name, value = item.split("=")
         section, key = name.split(".")
         tree.setdefault(section, {})[key] = yaml.safe_load(value)
@@ -90,7 +76,7 @@ def finished(butane, folder):
 def ladder(butane, folder):
     """A run down a ladder of temperatures that must not be changed."""
     output = folder / "ladder"
-    assert main(["train", str(butane), "-o", str(output), "--set", *LADDER]) == 0
+    assert main(["train", str(butane), "-o", str(output), "--set", *TWO_STAGES]) == 0
     return output
 
 
@@ -99,7 +85,7 @@ def either(request, finished):
     """Options and finished run of both methods."""
     if request.param == "pmf":
         return (), finished
-    return ("--set", *LADDER), request.getfixturevalue("ladder")
+    return ("--set", *TWO_STAGES), request.getfixturevalue("ladder")
 
 
 @pytest.fixture
@@ -227,8 +213,8 @@ def test_check_names_what_ends_the_training(butane, capsys):
     text = output_of(capsys, "check", butane)
     assert re.search(r"training: at most \d+ steps .* energy evaluations at .* per second", text)
     assert "it ends once the criteria of the stopping section are met" in text
-    text = output_of(capsys, "check", butane, "--set", *LADDER)
-    assert f"openmm-cgflow train {butane} --set {LADDER[0]} " in text  # what was checked
+    text = output_of(capsys, "check", butane, "--set", *TWO_STAGES)
+    assert f"openmm-cgflow train {butane} --set {TWO_STAGES[0]} " in text  # what was checked
     assert "training: 2 stages from 600 K to 300 K, 6 steps" in text
     assert re.search(r"estimated wall time: \d", text)
 

@@ -3,6 +3,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
+from settings import TINY_BUT_MANY_ROUNDS
 
 from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.engines.choose import create_engine
@@ -13,15 +14,6 @@ from openmm_cgflow.runs.methods import hottest_temperature
 from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.training.ladder import count_stages, next_temperature
 from openmm_cgflow.units import thermal_beta
-
-TINY = (
-    "chains.n_replicas=16", "chains.n_pool_steps=30", "chains.n_workers=1", "chains.platform=Reference",
-    "chains.n_equilibration=20", "chains.n_frames=16", "chains.stride=3", "chains.n_relax=5",
-    "pmf.n_test=512", "pmf.polish_block=5",
-    "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=4", "pmf.polish_updates=20", "pmf.hidden_features=[16]",
-    "stopping.max_polish_cycles=2", "stopping.max_rounds=100", "flow.hidden_features=[16]",
-    "samples.n_samples=24", "samples.n_equilibration=10",
-)  # fmt: skip
 
 
 def _ladder(settings, target, n_features):
@@ -55,7 +47,7 @@ def test_the_number_of_stages_is_foreseen(settings, tolerance):
 @pytest.fixture(scope="module")
 def butane(systems):
     """A geometry and an engine."""
-    config = load_config(systems / "butane" / "butane.yaml", TINY)
+    config = load_config(systems / "butane" / "butane.yaml", TINY_BUT_MANY_ROUNDS)
     molecule = MolecularSystem.from_files(config.system)
     partition = Partition.resolve(molecule, config.partition.slow)
     with create_engine(molecule, partition.slow, config.chains) as engine:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conformers import CENTRES, alanine_frames, atoms_of, basin_frames, repeated, turned, write_run, write_samples
+from settings import TINY_WITH_FRAMES
 
 from openmm_cgflow import load_config, train
 from openmm_cgflow.analysis.observables import measure, radius_of_gyration
@@ -311,15 +312,8 @@ def test_a_grid_knows_its_own_basins_only(against_grid):
 @pytest.fixture(scope="module")
 def butane_run(systems, tmp_path_factory):
     """A real run, tiny."""
-    settings = (
-        "chains.n_replicas=16", "chains.n_pool_steps=50", "chains.n_workers=1", "chains.platform=Reference",
-        "pmf.n_updates=5", "pmf.final_updates=5", "pmf.flow_updates=2", "pmf.polish_updates=50",
-        "pmf.hidden_features=[16]",
-        "stopping.max_rounds=2", "stopping.max_polish_cycles=1", "flow.n_layers=2", "flow.hidden_features=[16]",
-        "samples.n_samples=200", "samples.n_equilibration=10", "samples.n_verified=0", "pmf.n_switched=0",
-    )  # fmt: skip
     output = tmp_path_factory.mktemp("runs") / "butane"
-    train(load_config(systems / "butane" / "butane.yaml", settings), output, progress=False)
+    train(load_config(systems / "butane" / "butane.yaml", TINY_WITH_FRAMES), output, progress=False)
     return output
 
 
