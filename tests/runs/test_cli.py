@@ -25,7 +25,7 @@ import yaml
 from openmm import app, unit
 from settings import TINY_WITHOUT_SWITCHING, TWO_STAGES
 
-from openmm_cgflow import __version__
+from openmm_cgflow import __version__, load
 from openmm_cgflow.cli import main
 from openmm_cgflow.config import load_config
 from openmm_cgflow.engines import platforms
@@ -232,13 +232,13 @@ def test_export(finished, tmp_path, capsys):
         assert str(path) in capsys.readouterr().out
         assert main(["export", str(finished), "--format", name, "-o", str(path), *options]) == 2
         assert "exists already" in capsys.readouterr().err
-    model = runner.load(files["openmmml"])
+    model = load(files["openmmml"])
     assert {path.name for path in files["openmmml"].iterdir()} == {
         "config.yaml", "models", "provenance.json", "slow_atoms.json", "system.xml", "topology.pdb",
     }  # fmt: skip
     xyz = torch.tensor(model.molecular_system.positions[list(model.partition.slow)])
     expected = model.energy_of_positions(-0.5, ceiling=1.0)(xyz).item()
-    assert expected == runner.load(finished).energy_of_positions(-0.5, ceiling=1.0)(xyz).item()
+    assert expected == load(finished).energy_of_positions(-0.5, ceiling=1.0)(xyz).item()
     assert expected != model.energy_of_positions(-0.5)(xyz).item()
     assert torch.jit.load(files["torchscript"])(xyz).item() == pytest.approx(expected, rel=1e-9)
     system = openmm.System()
