@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from openmm_cgflow.forces.switching import Differences, Switches, slower
-from openmm_cgflow.networks.pmf import PMF
+from openmm_cgflow.networks.pmf import SlowFreeEnergy
 from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.training.method import EvaluationBudget, Row
 from openmm_cgflow.training.pmf.fits import AnchorValues
@@ -146,7 +146,7 @@ class Anchors:
         return AnchorValues(*(part[known].float() for part in (start, end, value, error, weights)))
 
     @torch.no_grad()
-    def compare(self, pmf: PMF) -> dict[str, float]:
+    def compare(self, pmf: SlowFreeEnergy) -> dict[str, float]:
         """The largest error of a difference, and how far the PMF is from them, root mean square by precision, kT."""
         values = self.values()
         if values is None:
