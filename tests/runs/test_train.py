@@ -297,7 +297,7 @@ def test_more_samples_are_others_than_those_of_the_run(finished):
 
 def test_the_table_of_samples_says_what_they_are(finished):
     model, table = load(finished), read_colvar(finished / "samples.colvar")
-    again = model.sample(len(table["time"]), seed=model.config.seed)
+    again = model.sample(len(table["time"]), seed=model.defaults.seed)
     z = np.column_stack([table[name] for name in table if name.startswith("z.")])
     np.testing.assert_allclose(again.z, z, atol=1e-8)  # ten digits
     np.testing.assert_allclose(again.log_weight, table["log_weight"], atol=1e-8)
