@@ -22,7 +22,7 @@ from md import exit_code
 import openmm_cgflow as cgf
 from openmm_cgflow.analysis.reference import GridReference, load_reference
 from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
-from openmm_cgflow.files.metrics import read_rows
+from openmm_cgflow.files.log import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.estimator import ChainParts
 from openmm_cgflow.networks.pmf import PMF, new_pmf

@@ -29,7 +29,7 @@ from mdtraj.geometry.dihedral import indices_phi, indices_psi
 import openmm_cgflow as cgf
 from openmm_cgflow.analysis.basins import Basin
 from openmm_cgflow.analysis.states import RAMACHANDRAN, ramachandran_basin
-from openmm_cgflow.files.metrics import read_rows
+from openmm_cgflow.files.log import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 
 _N_DRAWS = 300_000

@@ -24,9 +24,9 @@ from md import exit_code
 
 import openmm_cgflow as cgf
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.paper.exact_report import ExactEvaluation, Mode
+from openmm_cgflow.paper.exact import ExactEvaluation, Mode
 from openmm_cgflow.runs.exact import evaluate_exactly
-from openmm_cgflow.runs.samples import save_samples
+from openmm_cgflow.runs.export import save_samples
 
 
 def modes_found(modes: dict[str, Mode]) -> int:

@@ -112,8 +112,8 @@ def _sample(options: argparse.Namespace) -> int:
     if output.exists() and not options.overwrite:
         raise CGFlowError(f"{output}: exists already; choose another name, or give --overwrite")
     from openmm_cgflow.files.log import console_logging
+    from openmm_cgflow.runs.export import save_samples
     from openmm_cgflow.runs.load import load
-    from openmm_cgflow.runs.samples import save_samples
 
     with console_logging():
         model = load(options.run_directory, stage=options.stage)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.coordinates.all_atom import MoleculeMap
-from openmm_cgflow.coordinates.cartesian import CartesianCoordinates
 from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
-from openmm_cgflow.coordinates.slow import InternalCoordinates
+from openmm_cgflow.coordinates.slow import CartesianCoordinates, InternalCoordinates
 from openmm_cgflow.coordinates.zmatrix import fast_zmatrix, slow_zmatrix
 from openmm_cgflow.engines.engine import Frames, Schedule
 from openmm_cgflow.forces.estimator import MeanForce

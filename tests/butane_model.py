@@ -13,7 +13,7 @@ from openmm_cgflow.networks.flow import new_flow
 from openmm_cgflow.networks.pmf import new_pmf
 from openmm_cgflow.networks.response import new_response
 from openmm_cgflow.runs.build import Setup, build_geometry, new_model
-from openmm_cgflow.runs.methods import hottest_temperature
+from openmm_cgflow.runs.loop import hottest_temperature
 
 REFERENCE = PlatformChoice("Reference")
 

@@ -89,7 +89,7 @@ DOORS = {"units", "molecule.potentials", "runs.exact"}
 # Where the whole of the settings may be seen: everything below takes its own section.
 WHOLE_CONFIG = {"config", "runs", "cli", "__init__"}
 # Where the kind of coordinates, the method, or a synthetic target may be asked for.
-DECIDE = {"runs.build", "runs.methods", "settings", "config"}
+DECIDE = {"runs.build", "runs.loop", "settings", "config"}
 _WORDS = {
     word
     for section, name in (("coordinates", "kind"), ("training", "method"))
@@ -98,7 +98,10 @@ _WORDS = {
 # The one place that knows which networks a trained model has.
 KINDS_OF_DENSITY = {"model.density"}
 MAX_LINES = 300
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "settings": "one list of all settings with their descriptions",
+    "paper.exact": "one comparison with its record and its table, for the publication alone",
+}
 """Modules that may be longer, and why."""
 
 
@@ -221,7 +224,7 @@ def modules_are_short(package):
         if module.n_lines > MAX_LINES and name not in LONGER:
             yield name
     for name in LONGER:
-        if name not in package.modules or package.modules[name].n_lines <= MAX_LINES:
+        if name in package.modules and package.modules[name].n_lines <= MAX_LINES:
             yield f"{name} needs no exception"
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from openmm_cgflow.coordinates.all_atom import AllAtomMap, MoleculeMap
-from openmm_cgflow.coordinates.cartesian import CartesianCoordinates
 from openmm_cgflow.coordinates.harmonic import Evaluate, HarmonicReference
-from openmm_cgflow.coordinates.slow import Coordinates, InternalCoordinates
+from openmm_cgflow.coordinates.slow import CartesianCoordinates, Coordinates, InternalCoordinates
 from openmm_cgflow.coordinates.thermal_map import InternalThermalMap, ThermalMap
 from openmm_cgflow.coordinates.zmatrix import ZMatrix, fast_zmatrix, reference_triple, rotamers, slow_zmatrix
 from openmm_cgflow.errors import CGFlowError

@@ -90,7 +90,7 @@ def build_geometry(
         config: Its section ``coordinates`` is used.
         molecular_system: The molecule, or the particles of a target.
         partition: Slow and fast atoms.
-        hottest: Highest temperature of the training, K; see :func:`openmm_cgflow.runs.methods.hottest_temperature`.
+        hottest: Highest temperature of the training, K; see :func:`openmm_cgflow.runs.loop.hottest_temperature`.
         evaluate: Energies and forces, to measure widths with.
         saved: ``saved_arrays()`` of an earlier geometry, instead of ``evaluate``.
 

@@ -15,7 +15,7 @@ from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.runs.build import build_geometry, choose_partition, load_molecule
-from openmm_cgflow.runs.methods import hottest_temperature, new_training
+from openmm_cgflow.runs.loop import hottest_temperature, new_training
 from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.training.method import Plan
 

@@ -10,7 +10,7 @@ import numpy as np
 from openmm_cgflow.analysis.basins import compare_basins
 from openmm_cgflow.analysis.comparison import Ensemble, Grid, compare_densities, compare_sizes, compare_states
 from openmm_cgflow.analysis.distances import N_BINS, PSEUDOCOUNT, effective_size
-from openmm_cgflow.analysis.observables import measure, residues_with_maps
+from openmm_cgflow.analysis.observables import measure, read_samples, residues_with_maps
 from openmm_cgflow.analysis.reference import (
     GridReference,
     TrajectoryReference,
@@ -18,7 +18,6 @@ from openmm_cgflow.analysis.reference import (
     load_structure,
 )
 from openmm_cgflow.analysis.report import Evaluation, write_evaluation
-from openmm_cgflow.analysis.samples import read_samples
 from openmm_cgflow.config import load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.run_directory import RunDirectory
@@ -27,7 +26,7 @@ from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.units import thermal_beta
 
 if TYPE_CHECKING:
-    from openmm_cgflow.paper.exact_report import ExactEvaluation
+    from openmm_cgflow.paper.exact import ExactEvaluation
 
 __all__ = ["Evaluation", "evaluate"]
 

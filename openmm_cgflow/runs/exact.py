@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from openmm_cgflow.analysis.observables import read_samples
 from openmm_cgflow.analysis.reference import load_structure
-from openmm_cgflow.analysis.samples import read_samples
 from openmm_cgflow.config import load_config
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_write, writing
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.paper.exact import compare_exactly
-from openmm_cgflow.paper.exact_report import ExactEvaluation
+from openmm_cgflow.paper.exact import ExactEvaluation, compare_exactly
 from openmm_cgflow.runs.build import exact_target
 from openmm_cgflow.runs.load import load
 from openmm_cgflow.seeds import Stream, derive_seed

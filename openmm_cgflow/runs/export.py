@@ -1,4 +1,4 @@
-"""``openmm-cgflow export``: the free energy of a run as a file or a folder for other programs."""
+"""Samples and free energies of a model as files and folders, for other programs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import Literal
 import openmm
 import torch
 
+from openmm_cgflow.analysis import plots
+from openmm_cgflow.analysis.states import peptide_torsions
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write, writing
 from openmm_cgflow.files.run_directory import RunDirectory
+from openmm_cgflow.files.trajectory import colvar_columns, write_colvar, write_trajectory
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.force import traced
 from openmm_cgflow.model.free_energy import Energy, FreeEnergy
+from openmm_cgflow.model.sampling import Samples
 from openmm_cgflow.molecule.torch_force import of_all_atoms
 from openmm_cgflow.runs.load import load
 
-__all__ = ["Form", "export", "save_torchscript"]
+__all__ = ["Form", "export", "plot_samples", "save_samples", "save_torchscript"]
 
 Form = Literal["python-force", "torchscript", "openmmml"]
 """``openmm.PythonForce`` as XML; TorchScript, positions in nm -> kJ/mol; a folder for openmm-ml."""
@@ -114,3 +118,28 @@ def _copy_model(run_directory: Path, stage: int, path: Path) -> None:
         for name in ("config", "system_xml", "slow_atoms", "topology", "provenance"):
             shutil.copyfile(getattr(run, name), getattr(copy, name))
         shutil.copyfile(run.stage(stage), copy.stage(stage))
+
+
+def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | None = None) -> list[Path]:
+    """Writes a trajectory, its COLVAR table and, if asked, its topology side by side; returns their paths."""
+    colvar = path.with_suffix(".colvar")
+    write_trajectory(samples.trajectory, path, topology=topology)
+    columns = colvar_columns(samples, model.coordinates.names, peptide_torsions(samples.trajectory))
+    write_colvar(colvar, columns, {"temperature_K": model.temperature})
+    return [path, colvar, *([topology] if topology else [])]
+
+
+def plot_samples(model: CGModel, samples: Samples, folder: Path) -> None:
+    """Writes a Ramachandran map of each residue with φ and ψ, and the densities of the slow torsions, as PNG files."""
+    torsions = peptide_torsions(samples.trajectory)
+    for name in torsions:
+        if name.startswith("phi_"):
+            residue = name.removeprefix("phi_")
+            figure = plots.ramachandran(
+                torsions[name], torsions[f"psi_{residue}"], temperature=model.temperature, title=residue
+            )
+            plots.save(figure, folder / f"ramachandran_{residue}.png")
+    n = model.coordinates.n_circular
+    if n:
+        names = [name.removeprefix("dihedral ") for name in model.coordinates.names[:n]]
+        plots.save(plots.torsion_marginals(names, samples.z[:, :n]), folder / "torsions.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from openmm_cgflow.files.metrics import read_rows
+from openmm_cgflow.files.log import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 
 __all__ = ["summarise"]

@@ -22,8 +22,7 @@ from openmm_cgflow.engines.engine import Engine
 from openmm_cgflow.engines.platforms import keep_platform
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write
-from openmm_cgflow.files.log import held_back
-from openmm_cgflow.files.metrics import drop_rows_after, read_rows
+from openmm_cgflow.files.log import drop_rows_after, held_back, read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.sampling import draw_samples
@@ -31,10 +30,9 @@ from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.networks.threads import one_torch_thread
 from openmm_cgflow.runs.build import Setup, build_geometry, choose_partition, load_molecule
+from openmm_cgflow.runs.export import plot_samples, save_samples
 from openmm_cgflow.runs.load import load_state
-from openmm_cgflow.runs.loop import Clock, TrainingLoop, stop_requests
-from openmm_cgflow.runs.methods import hottest_temperature, new_training
-from openmm_cgflow.runs.samples import plot_samples, save_samples
+from openmm_cgflow.runs.loop import Clock, TrainingLoop, hottest_temperature, new_training, stop_requests
 from openmm_cgflow.runs.verify import verify
 
 __all__ = ["train"]

@@ -14,7 +14,7 @@ from openmm_cgflow.errors import CGFlowError, ReplicaError
 from openmm_cgflow.forces.switching import DISSIPATED, N_BOOTSTRAP, Switches, slower, switch
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.seeds import Stream, derive_seed
-from openmm_cgflow.training.pmf.paths import low_paths
+from openmm_cgflow.training.pmf.anchors import low_paths
 
 __all__ = ["Verification", "verify"]
 

@@ -12,7 +12,7 @@ from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.networks.flow import new_flow
 from openmm_cgflow.networks.pmf import new_pmf
 from openmm_cgflow.runs.build import build_geometry
-from openmm_cgflow.runs.methods import hottest_temperature
+from openmm_cgflow.runs.loop import hottest_temperature
 from openmm_cgflow.settings import FlowSettings, PMFSettings
 
 OMEGAS = ["dihedral ACE1:CH3-ACE1:C-ALA2:N-ALA2:CA", "dihedral ALA2:CA-ALA2:C-NME3:N-NME3:C"]

@@ -7,7 +7,7 @@ import pytest
 from openmm_cgflow.config import free_settings
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write
-from openmm_cgflow.files.metrics import append_row
+from openmm_cgflow.files.log import append_row
 from openmm_cgflow.files.run_directory import RunDirectory, config_differences
 
 _CONFIG = "temperature: 300.0\nflow:\n  n_layers: 6\nsamples:\n  n_samples: 10\n"

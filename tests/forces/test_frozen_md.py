@@ -12,7 +12,7 @@ from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.forces.gradients import frame_gradients
 from openmm_cgflow.runs.build import build_geometry
-from openmm_cgflow.runs.methods import hottest_temperature
+from openmm_cgflow.runs.loop import hottest_temperature
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0

@@ -12,7 +12,7 @@ from openmm_cgflow.molecule.partition import Partition
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.paper.box import BoxCoordinates, BoxFeatures, BoxMap
 from openmm_cgflow.runs.build import build_geometry, load_molecule
-from openmm_cgflow.runs.methods import hottest_temperature
+from openmm_cgflow.runs.loop import hottest_temperature
 
 UNIT = 120.27236  # K: kT is 1 kJ/mol
 

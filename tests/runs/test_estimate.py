@@ -10,7 +10,7 @@ from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.options import _duration
 from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.runs.estimate import measure_cost
-from openmm_cgflow.runs.methods import hottest_temperature
+from openmm_cgflow.runs.loop import hottest_temperature
 from openmm_cgflow.settings import TemperingSettings
 from openmm_cgflow.training.ladder import count_stages, next_temperature
 from openmm_cgflow.units import thermal_beta

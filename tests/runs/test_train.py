@@ -20,13 +20,13 @@ from openmm_cgflow import (
     load_config,
     train,
 )
-from openmm_cgflow.files.metrics import read_rows
+from openmm_cgflow.files.log import read_rows
 from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.files.trajectory import read_colvar
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.runs import train as runner
 from openmm_cgflow.runs.build import build_geometry
-from openmm_cgflow.runs.methods import hottest_temperature
+from openmm_cgflow.runs.loop import hottest_temperature
 from openmm_cgflow.runs.verify import Verification
 from openmm_cgflow.training.pmf.method import PMFTraining
 

@@ -15,7 +15,7 @@ from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.forces.switching import DISSIPATED
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.runs.verify import Verification, verify
-from openmm_cgflow.training.pmf import paths
+from openmm_cgflow.training.pmf import anchors as paths
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.training.method import EvaluationBudget
-from openmm_cgflow.training.pmf import paths
+from openmm_cgflow.training.pmf import anchors as paths
 from openmm_cgflow.training.pmf.anchors import Anchors
 from openmm_cgflow.units import thermal_beta
 

@@ -9,8 +9,8 @@ import torch
 from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.paper.box import BoxFeatures
-from openmm_cgflow.training.pmf import paths
-from openmm_cgflow.training.pmf.paths import low_paths
+from openmm_cgflow.training.pmf import anchors as paths
+from openmm_cgflow.training.pmf.anchors import low_paths
 
 
 def test_conformations_are_far_from_each_other_and_low():

@@ -1,6 +1,6 @@
 import pytest
 
-from openmm_cgflow.files.metrics import append_row, drop_rows_after, read_rows
+from openmm_cgflow.files.log import append_row, drop_rows_after, read_rows
 
 
 @pytest.fixture
