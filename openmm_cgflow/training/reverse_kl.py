@@ -68,18 +68,14 @@ class GradientGuard:
 
     def __call__(self, flow: torch.nn.Module) -> tuple[float, bool]:
         """Clips the gradient in place; returns its norm before, and whether the update may be made."""
-        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in flow.parameters() if p.grad is not None))
+        norm = float(torch.nn.utils.clip_grad_norm_(flow.parameters(), math.inf))  # measured, not clipped
         if not math.isfinite(norm):
             return norm, False
         typical = median(self.norms) if self.norms else norm
         self.norms = [*self.norms, norm][-self.settings.median_window :]
         if norm > self.settings.skip_factor * typical:
             return norm, False
-        limit = self.settings.clip_factor * typical
-        if norm > limit:
-            for parameter in flow.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(limit / norm)
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), self.settings.clip_factor * typical)
         return norm, True
 
 
