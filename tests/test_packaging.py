@@ -19,7 +19,7 @@ import openmm_cgflow
 # Where the module to import has another name than the package.
 _MODULES = {"pyyaml": "yaml"}
 _OPTIONAL = {"openmmtorch", "openmmml"}  # imported where they are asked for, or by themselves
-_CONDA_ONLY = {"python", "pip", "setuptools", "openmm-torch"}
+_CONDA_ONLY = {"python", "pip", "openmm-torch"}
 
 
 @pytest.fixture(scope="module")
