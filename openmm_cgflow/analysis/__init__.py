@@ -1,3 +1,3 @@
-"""Samples held against a reference: states, maps, populations, plots."""
+"""Frames held against a reference: torsions, states, populations, distances between maps, tables, plots."""
 
 __all__: list[str] = []

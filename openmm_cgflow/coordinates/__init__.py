@@ -1,3 +1,3 @@
-"""Slow coordinates z and fast coordinates y of a molecule, to positions and back."""
+"""Slow z and fast y from positions and back: Z-matrices, volume elements, handedness, thermal widths, features."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""OpenMM at frozen slow atoms: Langevin dynamics of the fast ones, many replicas at once."""
+"""OpenMM at frozen slow atoms: Contexts, platforms, worker processes, many copies of a molecule in one System."""
 
 __all__: list[str] = []

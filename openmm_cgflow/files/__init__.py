@@ -1,3 +1,3 @@
-"""A run on disk: its directory, log, checkpoints and trajectories. No torch and no OpenMM."""
+"""A run on disk: directory, log, metrics, checkpoints, trajectories. No torch and no OpenMM."""
 
 __all__: list[str] = []

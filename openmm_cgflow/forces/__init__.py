@@ -1,3 +1,3 @@
-"""What is measured: mean forces on the slow coordinates, and works of switching between conformations."""
+"""What is measured with an engine: chains of the fast atoms, mean forces with their errors, works of switching."""
 
 __all__: list[str] = []

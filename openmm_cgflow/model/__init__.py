@@ -1,3 +1,3 @@
-"""A trained model in use: densities, free energies, samples, forces for OpenMM."""
+"""A trained model in use: its density, all-atom samples drawn from it, free energies, forces for OpenMM."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""What is simulated: files to a System, and its atoms to slow and fast ones."""
+"""What is simulated: input files to an OpenMM System, its bonds and checks, and which of its atoms are slow."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""What is learned: the flow, the potential of mean force, and how the fast atoms follow."""
+"""What is learned: spline flow, potential of mean force, response of the fast atoms; and importance weights."""
 
 __all__: list[str] = []

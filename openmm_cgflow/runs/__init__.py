@@ -1,3 +1,3 @@
-"""The verbs: train, load, evaluate, check."""
+"""The verbs of the command line, and what they build: init, check, train, sample, evaluate, export, info."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""How it is learned: the contract of a training method, the ladder of temperatures, the paper's two methods."""
+"""How it is learned: the contract of a method, the ladder of temperatures, and the paper's two methods."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""The default method, phase by phase: a potential of mean force learned on the fly, and the flow on it."""
+"""The default method, phase by phase: rounds, anchors, last fit, polish, and the fits that they make."""
 
 __all__: list[str] = []
