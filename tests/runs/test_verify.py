@@ -15,12 +15,6 @@ from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.forces.switching import DISSIPATED
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.runs.verify import Verification, verify
-from openmm_cgflow.training.pmf import anchors as paths
-
-
-@pytest.fixture
-def few_points(monkeypatch):
-    monkeypatch.setattr(paths, "_N_POINTS", 600)
 
 
 def model_of(engine, scale=1.0):
@@ -47,7 +41,7 @@ def check(seed=4, scale=1.0, n_replicas=40, dissipated=DISSIPATED, **broken):
     return found, engine
 
 
-def test_the_exact_pmf_passes_and_a_wrong_one_does_not(few_points):
+def test_the_exact_pmf_passes_and_a_wrong_one_does_not():
     found, engine = check()
     assert len(found.torsions) == len(found.pmf) == len(found.switching) == len(found.error) == 3
     assert len(found.dissipation) == 3 and all(len(row) == 1 for row in found.torsions)
@@ -64,7 +58,7 @@ def test_the_exact_pmf_passes_and_a_wrong_one_does_not(few_points):
     assert found.n_evaluations > n_chains * (151 + 11 * engine.n_evaluated)
 
 
-def test_what_dissipates_much_is_switched_to_again_and_slower(few_points):
+def test_what_dissipates_much_is_switched_to_again_and_slower():
     before, _ = check()
     worst = int(np.argmax(before.dissipation))
     threshold = before.dissipation[worst] / 8
@@ -76,7 +70,7 @@ def test_what_dissipates_much_is_switched_to_again_and_slower(few_points):
     assert found.n_evaluations == engine.n_energy_evaluations - 1000 > before.n_evaluations
 
 
-def test_its_errors_are_those_of_repeated_checks(few_points):
+def test_its_errors_are_those_of_repeated_checks():
     """Over seeds, with the same paths: differences in units of their errors have the spread of one."""
     pulls = []
     for seed in range(30):
@@ -86,12 +80,12 @@ def test_its_errors_are_those_of_repeated_checks(few_points):
     assert abs(mean_square - 1) < 4 * math.sqrt(2 / 90)
 
 
-def test_same_seed_same_result(few_points):
+def test_same_seed_same_result():
     assert check()[0] == check()[0]
     assert check()[0].switching != check(seed=5)[0].switching
 
 
-def test_the_check_leaves_invalid_replicas_out(few_points):
+def test_the_check_leaves_invalid_replicas_out():
     clean, _ = check()
     # Conformations in order, 40 replicas each, there and then back: two of the second, one of each direction.
     found, _ = check(broken={6: [45, 120 + 41]})

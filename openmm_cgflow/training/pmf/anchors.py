@@ -179,7 +179,6 @@ class Anchors:
         self._evaluate()
 
 
-_N_POINTS = 4000  # of the graph in which paths are sought
 _N_NEIGHBOURS = 12
 _HIGHEST = 9.0  # kT above the lowest free energy, of conformations at the ends
 _SPACING = math.radians(8.0)  # of the torsions, between two points of a path
@@ -193,6 +192,7 @@ def low_paths(
     n_conformations: int,
     generator: torch.Generator,
     scale: float = 0.1,
+    n_vertices: int = 4000,
 ) -> Tensor:
     """Paths of equally many points from the lowest conformation to others that are low and unlike it and each other.
 
@@ -208,27 +208,28 @@ def low_paths(
         n_conformations: How many paths at most.
         generator: Source of all randomness.
         scale: Of a third of the samples, another third has its root: barriers must be low there.
+        n_vertices: Samples that are the graph in which paths are sought.
 
     Returns:
         Shape (n_paths, n_points, n_features), float64.
     """
     flow, n, features = copy.deepcopy(flow).double(), coordinates.features.n_circular, coordinates.features
-    scales = torch.ones(_N_POINTS, dtype=torch.float64)
-    scales[_N_POINTS // 3 :] = math.sqrt(scale)
-    scales[2 * _N_POINTS // 3 :] = scale
-    torsions = flow.sample(_N_POINTS, generator, scales)[0][:, :n]
+    scales = torch.ones(n_vertices, dtype=torch.float64)
+    scales[n_vertices // 3 :] = math.sqrt(scale)
+    scales[2 * n_vertices // 3 :] = scale
+    torsions = flow.sample(n_vertices, generator, scales)[0][:, :n]
     z = _centre(flow, torsions)
     energy = (pmf(z) - coordinates.log_volume(z) + flow.log_prob_bounded(z)).numpy()
     points = features.embed_first(torsions).numpy()
     distance, neighbour = cKDTree(points).query(points, _N_NEIGHBOURS + 1)
-    rows = np.repeat(np.arange(_N_POINTS), _N_NEIGHBOURS)
+    rows = np.repeat(np.arange(n_vertices), _N_NEIGHBOURS)
     columns = neighbour[:, 1:].ravel()
     above = np.minimum(energy - energy.min(), 50.0)
     resistance = distance[:, 1:].ravel() * np.exp(np.maximum(above[rows], above[columns]))
-    graph = coo_matrix((np.maximum(resistance, 1e-12), (rows, columns)), shape=(_N_POINTS, _N_POINTS))
+    graph = coo_matrix((np.maximum(resistance, 1e-12), (rows, columns)), shape=(n_vertices, n_vertices))
     start = int(energy.argmin())
     cost, previous = dijkstra(graph.tocsr(), directed=False, indices=start, return_predecessors=True)
-    candidates = np.flatnonzero((above[: _N_POINTS // 3] < _HIGHEST) & np.isfinite(cost[: _N_POINTS // 3]))
+    candidates = np.flatnonzero((above[: n_vertices // 3] < _HIGHEST) & np.isfinite(cost[: n_vertices // 3]))
     targets = _far_and_low(points, above, candidates, start, n_conformations)
     if not targets:
         return z.new_zeros((0, 1, z.shape[1]))

@@ -12,7 +12,6 @@ from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.training.method import EvaluationBudget
-from openmm_cgflow.training.pmf import anchors as paths
 from openmm_cgflow.training.pmf.anchors import Anchors
 from openmm_cgflow.units import thermal_beta
 
@@ -57,11 +56,6 @@ def started(config, n_circular=2, earlier=0):
     values.state.estimator.n_energy_evaluations = earlier
     values.begin()
     return values, values.state.estimator
-
-
-@pytest.fixture(autouse=True)
-def few_points(monkeypatch):
-    monkeypatch.setattr(paths, "_N_POINTS", 600)
 
 
 def finish(values, estimator):

@@ -35,16 +35,15 @@ def two_torsions(features=Torsions):
     return flow, coordinates
 
 
-def test_paths_go_around_barriers(monkeypatch):
+def test_paths_go_around_barriers():
     """Minima at (0, 0) and (pi, 0), a wall between them on one side: the path takes the other, also across pi."""
-    monkeypatch.setattr(paths, "_N_POINTS", 1500)
 
     def energy(z):
         wall = 25 * torch.exp(4 * (torch.cos(z[:, 0] - math.pi / 2) - 1))
         return (1 - torch.cos(2 * z[:, 0])) + 0.5 * (1 - torch.cos(z[:, 0])) + wall + 5 * (1 - torch.cos(z[:, 1]))
 
     flow, coordinates = two_torsions()
-    found = low_paths(flow, energy, coordinates, 6, torch.Generator().manual_seed(1))
+    found = low_paths(flow, energy, coordinates, 6, torch.Generator().manual_seed(1), n_vertices=1500)
     assert found.shape[0] == 6 and found.shape[2] == 2
     assert (found.abs() <= math.pi + 1e-12).all()
     assert (found[:, 0] == found[0, 0]).all()
@@ -58,9 +57,8 @@ def test_paths_go_around_barriers(monkeypatch):
     assert float(energy(found.flatten(0, 1)).max()) < 8  # the wall is 25
 
 
-def test_paths_do_not_pass_through_the_walls_of_a_box(monkeypatch):
+def test_paths_do_not_pass_through_the_walls_of_a_box():
     """Minima near both walls, and a barrier between them that a torsion would go around."""
-    monkeypatch.setattr(paths, "_N_POINTS", 1500)
 
     def energy(z):
         return 4 * (1 + torch.cos(z[:, 0])) + 5 * (1 - torch.cos(z[:, 1]))
@@ -68,7 +66,7 @@ def test_paths_do_not_pass_through_the_walls_of_a_box(monkeypatch):
     for features in (Torsions, BoxFeatures):
         flow, coordinates = two_torsions(features)
         periodic = features is Torsions
-        found = low_paths(flow, energy, coordinates, 6, torch.Generator().manual_seed(1))
+        found = low_paths(flow, energy, coordinates, 6, torch.Generator().manual_seed(1), n_vertices=1500)
         other_side = found[found[:, 0, 0].sign() != found[:, -1, 0].sign()]
         assert len(other_side)
         jumps = float(other_side.diff(dim=1).abs().max()) > math.pi
@@ -76,22 +74,22 @@ def test_paths_do_not_pass_through_the_walls_of_a_box(monkeypatch):
         assert (float(other_side[..., 0].abs().min()) > 1.5) == periodic  # the barrier is at 0
 
 
-def test_fewer_conformations_than_wanted(monkeypatch):
-    monkeypatch.setattr(paths, "_N_POINTS", 300)
+def test_fewer_conformations_than_wanted():
     flow, coordinates = two_torsions()
 
     def deep(z):
         return 1e4 * (2 - torch.cos(z).sum(-1))
 
-    found = low_paths(flow, deep, coordinates, 50, torch.Generator().manual_seed(1))
+    found = low_paths(flow, deep, coordinates, 50, torch.Generator().manual_seed(1), n_vertices=300)
     assert found.shape[0] < 50 and found.shape[2] == 2
 
 
-def test_no_path_ends_where_it_starts(monkeypatch):
+def test_no_path_ends_where_it_starts():
     """All candidates are asked for, the lowest point among them, from which no path leads to itself."""
-    monkeypatch.setattr(paths, "_N_POINTS", 90)
     flow, coordinates = two_torsions()
-    found = low_paths(flow, lambda z: 1 - torch.cos(z).mean(-1), coordinates, 200, torch.Generator().manual_seed(1))
+    found = low_paths(
+        flow, lambda z: 1 - torch.cos(z).mean(-1), coordinates, 200, torch.Generator().manual_seed(1), n_vertices=90
+    )
     assert 20 < len(found) <= 30  # a third of the points
     assert torch.isfinite(found).all()
     assert (found[:, 0] != found[:, -1]).any(1).all()
@@ -99,13 +97,12 @@ def test_no_path_ends_where_it_starts(monkeypatch):
     assert paths._far_and_low(points, np.zeros(4), np.arange(4), 0, 3) == []
 
 
-def test_single_and_double_precision_are_both_welcome(monkeypatch):
-    monkeypatch.setattr(paths, "_N_POINTS", 300)
+def test_single_and_double_precision_are_both_welcome():
     flow, coordinates = two_torsions()
 
     def energy(z):
         assert z.dtype == torch.float64
         return 2 * torch.cos(z).sum(-1)
 
-    low_paths(flow.float(), energy, coordinates, 3, torch.Generator().manual_seed(1))
+    low_paths(flow.float(), energy, coordinates, 3, torch.Generator().manual_seed(1), n_vertices=300)
     assert next(flow.parameters()).dtype == torch.float32  # unchanged
