@@ -25,8 +25,7 @@ from openmm_cgflow.units import thermal_beta
 
 __all__ = ["N_BINS", "ExactEvaluation", "Level", "Mode", "compare_exactly"]
 
-_N_DRAWS = 100_000
-_N_MARGINAL = 1_000_000  # draws for histograms, over all slow coordinates; those of single ones on so many bins:
+_FOR_HISTOGRAMS = 10  # times the draws for averages, over all slow coordinates
 _N_MARGINAL_BINS = 50
 _FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at, too
 
@@ -41,6 +40,7 @@ def compare_exactly(
     run: str,
     file: str,
     energy_evaluations: int,
+    n_draws: int = 100_000,
 ) -> ExactEvaluation:
     """Compares samples, and the models of a run on a target, with the exact answers.
 
@@ -53,6 +53,7 @@ def compare_exactly(
         run: The run directory, for the record, as the next two are.
         file: The samples' file.
         energy_evaluations: Of the run.
+        n_draws: Exact samples, and draws of each model, behind an average; behind histograms ten times as many.
 
     Raises:
         CGFlowError: If the target has no density in a model's box.
@@ -60,13 +61,13 @@ def compare_exactly(
     model = models[-1]
     slow, beta = x[:, : target.n_slow], thermal_beta(model.temperature)
     weights = None if log_weight is None else np.exp(log_weight - log_weight.max())
-    levels = {f"{one.beta:.4g}": _level(target, one, rng) for one in _densities(models, target)}
+    levels = {f"{one.beta:.4g}": _level(target, one, rng, n_draws) for one in _densities(models, target)}
     return ExactEvaluation(
         run,
         {"file": file, "n_frames": len(x)},
-        _modes(target, slow, np.ones(len(slow)), beta, rng),
-        {} if weights is None else _modes(target, slow, weights, beta, rng),
-        *_joint(target, x, beta, rng),
+        _modes(target, slow, np.ones(len(slow)), beta, rng, n_draws),
+        {} if weights is None else _modes(target, slow, weights, beta, rng, n_draws),
+        *_joint(target, x, beta, rng, n_draws),
         levels,
         model.describe_map(),
         energy_evaluations,
@@ -148,21 +149,21 @@ def _slow_density(model: CGModel, beta: float, fraction: float) -> _Density:
     return _Density(beta, draw, log_density, log_target if model.density.weighted else None)
 
 
-def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
+def _level(target: Target, model: _Density, rng: np.random.Generator, n_draws: int) -> Level:
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     normaliser = target.log_normaliser(model.beta, rng)
-    n_batches = max(1, _N_MARGINAL // (_N_DRAWS * target.n_slow))
-    drawn = np.concatenate([model.draw(_N_DRAWS, generator) for _ in range(n_batches)])
-    n_columns, first = drawn.shape[1], drawn[:_N_DRAWS]
-    exact = target.sample(_N_MARGINAL, model.beta, rng)[:, :n_columns]
-    log_model = model.log_density(exact[:_N_DRAWS])
+    n_batches = max(1, _FOR_HISTOGRAMS // target.n_slow)
+    drawn = np.concatenate([model.draw(n_draws, generator) for _ in range(n_batches)])
+    n_columns, first = drawn.shape[1], drawn[:n_draws]
+    exact = target.sample(_FOR_HISTOGRAMS * n_draws, model.beta, rng)[:, :n_columns]
+    log_model = model.log_density(exact[:n_draws])
     inside = np.isfinite(log_model)
     if not inside.any():
         raise CGFlowError(
             f"at beta {model.beta:.3g} mol/kJ no exact sample has density in the model: is coordinates.half_edge too "
             "small?"
         )
-    log_exact = target.log_density(exact[:_N_DRAWS], model.beta, normaliser)
+    log_exact = target.log_density(exact[:n_draws], model.beta, normaliser)
     difference = (log_exact - log_model)[inside] - math.log(inside.mean())
     modes = target.modes(drawn[:, : target.n_slow])
 
@@ -185,7 +186,7 @@ def _level(target: Target, model: _Density, rng: np.random.Generator) -> Level:
         float(difference.std() / math.sqrt(inside.sum())),
         max(_marginal(exact[:, k], drawn[:, k]) for k in range(target.n_slow)),
         float(1 - inside.mean()),
-        relative_ess(torch.as_tensor(target.log_density(first, model.beta, normaliser) - log_q[:_N_DRAWS])),
+        relative_ess(torch.as_tensor(target.log_density(first, model.beta, normaliser) - log_q[:n_draws])),
     )
 
 
@@ -197,9 +198,9 @@ def _marginal(exact: np.ndarray, drawn: np.ndarray) -> float:
 
 
 def _modes(
-    target: Target, z: np.ndarray, weights: np.ndarray, beta: float, rng: np.random.Generator
+    target: Target, z: np.ndarray, weights: np.ndarray, beta: float, rng: np.random.Generator, n_draws: int
 ) -> dict[str, Mode]:
-    exact = target.sample_slow(_N_DRAWS, beta, rng)
+    exact = target.sample_slow(n_draws, beta, rng)
     populations = target.populations(beta, rng)
     of_ours, of_exact = target.modes(z), target.modes(exact)
     result = {}
@@ -215,9 +216,9 @@ def _modes(
     return result
 
 
-def _joint(target: Target, x: np.ndarray, beta: float, rng: np.random.Generator) -> tuple[float, float]:
+def _joint(target: Target, x: np.ndarray, beta: float, rng: np.random.Generator, n_draws: int) -> tuple[float, float]:
     columns = [0, target.n_slow]
-    exact = target.sample(_N_MARGINAL, beta, rng)[:, columns]
+    exact = target.sample(_FOR_HISTOGRAMS * n_draws, beta, rng)[:, columns]
     low, high = np.quantile(exact, (1e-4, 1 - 1e-4), axis=0)
     inner = np.linspace(low, high, N_BINS - 1)  # the outermost bins are open
 

@@ -24,8 +24,7 @@ __all__ = ["Cost", "dry_run", "measure_cost"]
 _PROBE_POOL_STEPS = 20
 _EVALUATIONS_OF_A_SWITCH = 600  # about; its paths are not known yet
 _N_PROBE_STEPS = 2
-_LONG_STEP = 10.0  # s, of one training step, above which fewer replicas are timed
-_FEWEST = 16  # of them
+_FEWEST = 16  # replicas that are timed
 _N_TIMED = 8  # energies that tell how long a step will be
 
 
@@ -79,11 +78,14 @@ def dry_run(config: Config) -> Iterator[str]:
     yield f"estimated wall time: {limit}{_readable(cost.seconds)} on this machine"
 
 
-def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
-    """Times a few training steps and scales them to the whole run."""
+def measure_cost(config: Config, geometry: Geometry, engine: Engine, long_step: float = 10.0) -> Cost:
+    """Times a few training steps and scales them to the whole run.
+
+    Where a step would take longer than ``long_step``, in seconds, fewer replicas are timed.
+    """
     chains = config.chains
     few_steps = min(chains.n_pool_steps, _PROBE_POOL_STEPS)
-    n_replicas = _timed_replicas(chains, geometry, engine)
+    n_replicas = _timed_replicas(chains, geometry, engine, long_step)
     changed = {"n_pool_steps": few_steps, "n_replicas": n_replicas, "adaptive": False}
     quick = config.model_copy(
         update={
@@ -120,7 +122,7 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine) -> Cost:
     )
 
 
-def _timed_replicas(chains: ChainSettings, geometry: Geometry, engine: Engine) -> int:
+def _timed_replicas(chains: ChainSettings, geometry: Geometry, engine: Engine, long_step: float) -> int:
     """All, unless the engine runs them one by one with so slow a potential that the steps would take very long."""
     if engine.n_at_once > 1:
         return chains.n_replicas
@@ -128,7 +130,7 @@ def _timed_replicas(chains: ChainSettings, geometry: Geometry, engine: Engine) -
     start = time.perf_counter()
     engine.evaluate(structures)
     seconds = (time.perf_counter() - start) / _N_TIMED * chains.chain_evaluations
-    return min(chains.n_replicas, max(_FEWEST, int(_LONG_STEP / seconds)))
+    return min(chains.n_replicas, max(_FEWEST, int(long_step / seconds)))
 
 
 def _readable(seconds: float) -> str:

@@ -16,8 +16,9 @@ from openmm_cgflow.cli import main
 from openmm_cgflow.config import Config, validate
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.errors import CGFlowError
-from openmm_cgflow.paper import exact
+from openmm_cgflow.paper.exact import compare_exactly
 from openmm_cgflow.paper.targets import DoubleWell, GaussianMixture, new_target, target_system
+from openmm_cgflow.runs import exact
 from openmm_cgflow.settings import SystemSettings, TargetSettings
 
 TARGETS = [DoubleWell(), GaussianMixture(2, 1), GaussianMixture(10, 1)]
@@ -124,8 +125,8 @@ def test_settings_that_do_not_go_together(tree, words):
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    monkeypatch.setattr(exact, "_N_DRAWS", 5000)
-    monkeypatch.setattr(exact, "_N_MARGINAL", 10_000)
+    """What neither the command nor `evaluate` lets its user choose."""
+    monkeypatch.setattr(exact, "compare_exactly", functools.partial(compare_exactly, n_draws=5000))
 
 
 @pytest.mark.parametrize("method", ["pmf", "reverse_kl", "joint"])

@@ -74,15 +74,14 @@ def test_cost_of_a_learned_pmf_is_bounded_by_its_limits(butane):
     assert limited.plan.n_steps == 3 + 4
 
 
-def test_fewer_replicas_of_a_slow_potential_are_timed(butane, monkeypatch):
+def test_fewer_replicas_of_a_slow_potential_are_timed(butane):
     """And what they cost is scaled to all."""
     config, geometry, engine = butane
     config = with_settings(config, chains={"n_replicas": 64}, stopping={"max_rounds": 7})
     counts = [engine.n_energy_evaluations]
     whole = measure_cost(config, geometry, engine)
     counts.append(engine.n_energy_evaluations)
-    monkeypatch.setattr("openmm_cgflow.runs.estimate._LONG_STEP", 0.0)
-    quick = measure_cost(config, geometry, engine)
+    quick = measure_cost(config, geometry, engine, long_step=0.0)
     counts.append(engine.n_energy_evaluations)
     in_whole, in_quick = np.diff(counts)
     assert in_quick < 0.35 * in_whole  # 16 of 64 replicas
