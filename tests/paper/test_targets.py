@@ -126,7 +126,7 @@ def test_settings_that_do_not_go_together(tree, words):
 @pytest.fixture
 def few_draws(monkeypatch):
     """What neither the command nor `evaluate` lets its user choose."""
-    monkeypatch.setattr(exact, "compare_exactly", functools.partial(compare_exactly, n_draws=5000))
+    monkeypatch.setattr(exact, "compare_exactly", functools.partial(compare_exactly, n_draws=2000))
 
 
 @pytest.mark.parametrize("method", ["pmf", "reverse_kl", "joint"])
