@@ -1,125 +1,99 @@
 """The directive ``all-settings``: every setting with its type, default and description, read from the models.
 
-Each becomes a target of the role ``setting``, so that a page that names one that does not exist fails the build.
+Each becomes a target of the role ``setting``, so that a page that names one that does not exist fails the build. The
+directive ``free-settings`` lists those that may change when a run is continued.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from docutils import nodes
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from sphinx.addnodes import desc_name, desc_signature
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from openmm_cgflow import units
-from openmm_cgflow.config import Config
+from openmm_cgflow.config import Config, free_settings
+from openmm_cgflow.describe import Setting, describe, find_setting
+from openmm_cgflow.settings import Mark
 
-_logger = logging.getLogger(__name__)
-
-_WORDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", Path: "path"}
-_UNITS = {units.Temperature: "K", units.Time: "ps", units.Friction: "1/ps", units.Mass: "Da", units.Seconds: "s"}
-_BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+_KNOWN = {setting.path for setting in describe(Config)}
 
 
 class AllSettings(SphinxDirective):
     """Takes no arguments; fills the page with a section for each section of the settings."""
 
     def run(self) -> list[nodes.Node]:
-        text = "\n".join(_sections(Config))
-        missing = re.findall(r"^`{4}\{setting\} (\S+)\n[^\n]*\n`{4}$", text, re.MULTILINE)
-        if missing and Config.model_config.get("use_attribute_docstrings"):
-            _logger.warning("settings without a description: %s", ", ".join(missing), location=self.get_location())
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
+        return self.parse_text_to_nodes("\n".join(_page(list(describe(Config)))), allow_section_headings=True)
 
 
-def _sections(config: type[BaseModel]) -> Iterator[str]:
+class FreeSettings(SphinxDirective):
+    """Takes no arguments; a list of what may change when a run is continued."""
+
+    def run(self) -> list[nodes.Node]:
+        lines = []
+        for path in free_settings():
+            setting = find_setting(Config, path.split("."))
+            assert setting is not None  # both come from the same models
+            name = f"{{ref}}`{path} <section-{path}>`, all of it" if setting.is_section else f"{{setting}}`{path}`"
+            lines.append(f"- {name}: {_markdown(setting.summary, '')}")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def _page(settings: list[Setting]) -> Iterator[str]:
+    """Settings outside of sections first, then section by section."""
     yield "## The whole run\n"
-    for name, field in config.model_fields.items():
-        if _model(field.annotation) is None:
-            yield from _setting(name, field)
-    for name, field in config.model_fields.items():
-        if model := _model(field.annotation):
-            yield from _section(name, model, field)
+    yield from _entries(settings, "")
+    for section in (setting for setting in settings if setting.is_section):
+        yield f"(section-{section.path})=\n## {section.path}\n\n{_description(section)}\n"
+        yield from _entries(settings, section.path)
 
 
-def _section(path: str, model: type[BaseModel], field: FieldInfo) -> Iterator[str]:
-    yield f"## {path}\n"
-    yield f"{_markdown(inspect.getdoc(model) or '')} {_markdown(field.description or '')}\n"
-    inner = {name: child for name, child in model.model_fields.items() if _model(child.annotation)}
-    for name, child in model.model_fields.items():
-        if name not in inner:
-            yield from _setting(f"{path}.{name}", child)
-    for name, child in inner.items():
-        yield from _section(f"{path}.{name}", _model(child.annotation), child)
+def _entries(settings: list[Setting], section: str) -> Iterator[str]:
+    for setting in settings:
+        if not setting.is_section and setting.path.rpartition(".")[0] == section:
+            yield f"````{{setting}} {setting.path}\n{_facts(setting)}\n\n{_description(setting)}\n````"
 
 
-def _setting(path: str, field: FieldInfo) -> Iterator[str]:
-    kind = _kind(field.annotation, tuple(field.metadata))
-    if field.is_required():
-        default = "required"
-    elif (value := field.get_default(call_default_factory=True)) in (None, [], {}):
-        default = "not set"
-    else:
-        default = f"default `{_scalar(value)}`"
-    examples = "".join(f"; such as `{_scalar(value)}`" for value in (field.examples or [])[:1])
-    description = _markdown(field.description or "")
-    yield f"````{{setting}} {path}\n{kind}; {default}{examples}\n\n{description}".rstrip() + "\n````"
+def _facts(setting: Setting) -> str:
+    kind, allowed = setting.type, " ".join(setting.allowed).replace(">=", "≥").replace("<=", "≤")
+    if kind == "word":
+        kind, allowed = "one of " + ", ".join(f"`{word}`" for word in setting.allowed), ""
+    elif kind.startswith("mapping") and " or " in kind:
+        kind = "mapping of names to plain values"
+    each = "each " if kind.startswith("list") else ""
+    facts = [" in ".join(filter(None, (kind, setting.unit))) + (f", {each}{allowed}" if allowed else "")]
+    if setting.default in ("[]", "{}"):
+        facts.append("empty by default")
+    elif setting.default:
+        # A third is not known to sixteen digits.
+        facts.append("default `" + re.sub(r"(\.\d{4})\d+", r"\1", setting.default) + "`")
+    else:  # what may be left out has an example
+        facts.append("not set" if setting.example else "required")
+    if setting.example:
+        facts.append(f"such as `{setting.example}`")
+    if Mark.SHOWN in setting.marks:
+        facts.append("in the file of `init`")
+    return "; ".join(facts)
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
-    choices = get_args(annotation) or (annotation,)
-    return next((item for item in choices if inspect.isclass(item) and issubclass(item, BaseModel)), None)
+def _description(setting: Setting) -> str:
+    section = setting.path if setting.is_section else setting.path.rpartition(".")[0]
+    return f"{_markdown(setting.summary, section)}\n\n{_markdown(setting.details, section)}".strip()
 
 
-def _kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """Type and bounds in words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if hasattr(annotation, "__metadata__"):  # Annotated
-        return _kind(arguments[0], (*annotation.__metadata__, *metadata))
-    if origin in (Union, UnionType):
-        return " or ".join(_kind(item, metadata) for item in arguments if item is not NoneType)
-    if origin is Literal:
-        return "one of " + ", ".join(f"`{item}`" for item in arguments)
-    if origin in (list, tuple) and Ellipsis not in arguments:
-        first, comma, rest = _kind(arguments[0]).partition(",")
-        return f"{'list of' if origin is list else len(arguments)} {first}s{comma}{rest}"
-    if origin is dict:
-        return "names, each with a " + _kind(arguments[1]).replace("`true` or `false` or", "truth value,")
-    word = _WORDS.get(
-        annotation, "file or folder" if getattr(annotation, "__name__", "") == "Path" else str(annotation)
-    )
-    unit = [name for quantity, name in _UNITS.items() if quantity.__metadata__[0] in metadata]
-    bounds = [
-        text.format(_scalar(getattr(item, name)))
-        for name, text in _BOUNDS.items()
-        for item in metadata
-        if getattr(item, name, None) is not None
-    ]
-    return ", ".join([f"quantity, {unit[0]}" if unit else word, *bounds])
+def _markdown(text: str, section: str) -> str:
+    """Words that are explained one by one stand out, and names of settings lead to them."""
+    text = re.sub(r"(^|; )([a-z_]+):(?= )", r"\1`\2`:", text)
 
+    def linked(found: re.Match[str]) -> str:
+        name = found[0]
+        path = name if "." in name else f"{section}.{name}"
+        return f"{{setting}}`{name} <{path}>`" if path in _KNOWN else name
 
-def _scalar(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    value = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-
-
-def _markdown(text: str) -> str:
-    """A docstring's reStructuredText as Markdown: what it uses are paragraphs, literals and roles."""
-    text = re.sub(r":\w+(?::\w+)?:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return re.sub(r"(?<![\w.`])[a-z]+(?:[._][a-z]+)+(?![\w`])", linked, text)
 
 
 def _parse(env: BuildEnvironment, signature: str, node: desc_signature) -> str:
@@ -132,4 +106,5 @@ def _parse(env: BuildEnvironment, signature: str, node: desc_signature) -> str:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_object_type("setting", "setting", "single: %s (setting)", _parse)
     app.add_directive("all-settings", AllSettings)
+    app.add_directive("free-settings", FreeSettings)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
