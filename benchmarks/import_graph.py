@@ -11,9 +11,9 @@ rules on the same graph. The terms of the table:
 - **through the root**: ``from openmm_cgflow import x``, where x is not a module.
 - **type hints**: imports under ``if TYPE_CHECKING``. Nothing executes them, but a reader follows them all the same.
 - **moves**: the functions that a command calls, depth first in the order of the calls and each once: a move is from one
-  to the next in another module, a **climb** a move to a higher storey. Calls are followed where the syntax says what is
-  called: a function or class of this or an imported module, a method of ``self`` or of a class by its name. What an
-  object answers that was handed in cannot be followed.
+  to the next in another folder or module, a **climb** a move to a higher storey. Calls are followed where the syntax
+  says what is called: a function or class of this or an imported module, a method of ``self`` or of a class by its
+  name. What an object answers that was handed in cannot be followed.
 - **from a PDB to a DCD**: the longest chain of imports from a module that calls the writer of trajectories down to the
   module that reads structures, and the writer: what stands between the file that comes in and the one that goes out.
 """
@@ -26,7 +26,7 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
-from package_tree import Package, chain, cycles, definitions, folder_of, levels, read
+from package_tree import Package, chain, cycles, definitions, folder_of, levels, longest, read
 
 __all__ = ["from_pdb_to_dcd", "table", "walk"]
 
@@ -91,6 +91,12 @@ def _position(call: ast.Call) -> tuple[int, int]:
     return call.end_lineno or 0, call.end_col_offset or 0
 
 
+def _moves(path: list[str], storeys: dict[str, int]) -> tuple[int, int, int]:
+    """How many different places, moves from one to another, and climbs among these."""
+    moves = [(a, b) for a, b in pairwise(path) if a != b]
+    return len(set(path)), len(moves), sum(storeys[b] > storeys[a] for a, b in moves)
+
+
 def table(package: Package) -> list[str]:
     """What the command prints."""
     graph, hinted = package.graph(), package.graph(typing=True)
@@ -120,12 +126,12 @@ def table(package: Package) -> list[str]:
     lines += [f"{label:40}{one!s:>10}{other!s:>18}".rstrip() for label, one, other in rows]
     for title, one in (("modules", hinted), ("folders", hinted_folders)):
         lines += [f"cycle of {title}: {' '.join(names)}" for names in cycles(one)]
-    lines += ["", f"{'':40}{'modules':>10}{'moves':>8}{'climbs':>8}"]
-    storeys = levels(hinted)
+    lines.append(f"longest chain of folders: {' '.join(longest(hinted_folders))}")
+    lines += ["", f"{'':22}{'folders':>8}{'moves':>8}{'climbs':>8}{'modules':>10}{'moves':>8}{'climbs':>8}"]
     for label, function in STARTS.items():
         path = walk(package, function)
-        climbs = sum(storeys[b] > storeys[a] for a, b in pairwise(path))
-        lines.append(f"{label:40}{len(set(path)):>10}{len(path) - 1:>8}{climbs:>8}")
+        counts = [*_moves([folder_of(name) for name in path], levels(hinted_folders)), *_moves(path, levels(hinted))]
+        lines.append(f"{label:22}" + "".join(f"{n:>{10 if k == 3 else 8}}" for k, n in enumerate(counts)))
     path = from_pdb_to_dcd(package)
     lines += ["", f"from a PDB to a DCD, {len(path)} modules of {len(set(map(folder_of, path)))} folders:"]
     return [*lines, *(f"  {name}" for name in path)]

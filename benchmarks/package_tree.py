@@ -10,7 +10,19 @@ from pathlib import Path
 
 import networkx as nx
 
-__all__ = ["PACKAGE", "Import", "Module", "Package", "chain", "cycles", "definitions", "folder_of", "levels", "read"]
+__all__ = [
+    "PACKAGE",
+    "Import",
+    "Module",
+    "Package",
+    "chain",
+    "cycles",
+    "definitions",
+    "folder_of",
+    "levels",
+    "longest",
+    "read",
+]
 
 PACKAGE = "openmm_cgflow"
 
@@ -201,6 +213,12 @@ def chain(graph: nx.DiGraph, top: str, bottom: str) -> list[str]:
         if node == mapping[bottom] or below:
             best[node] = sorted(members[node]) + below
     return best.get(mapping[top], [])
+
+
+def longest(graph: nx.DiGraph) -> list[str]:
+    """The longest chain of imports of all."""
+    chains = [chain(graph, top, bottom) for top in graph for bottom in graph if not graph[bottom]]
+    return max(chains, key=lambda path: (len(path), path))
 
 
 def definitions(tree: ast.Module) -> dict[str, ast.AST]:

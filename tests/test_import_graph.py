@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from import_graph import from_pdb_to_dcd, table, walk
-from package_tree import Package, chain, cycles, levels, read
+from package_tree import Package, chain, cycles, levels, longest, read
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -88,6 +88,7 @@ def test_storeys_and_cycles(package):
     assert cycles(package.graph()) == []
     assert cycles(package.graph(typing=True)) == [["high.c", "high.d"]]
     assert cycles(package.folder_graph(typing=True)) == []
+    assert longest(package.folder_graph()) == ["cli", "high", "low"]
     assert set(package.folder_graph().edges) == {("cli", "high"), ("high", "low")}
 
 
@@ -116,11 +117,13 @@ def test_the_command_prints_the_table_of_this_tree(root):
     command = [sys.executable, BENCHMARKS / "import_graph.py"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert printed == table(read(root))
-    numbers = {line[:40].strip(): line[40:].split() for line in printed}
+    numbers = {line[:22].strip(): line[22:].split() for line in printed}
     assert int(numbers["modules"][0]) == len(list((root / "openmm_cgflow").rglob("*.py")))
-    modules, moves, climbs = map(int, numbers["cli train"])
-    assert 0 < climbs < moves
-    assert 10 < modules <= moves + 1
+    counts = list(map(int, numbers["cli train"]))
+    for places, moves, climbs in (counts[:3], counts[3:]):
+        assert 0 < climbs < moves
+        assert 10 < places <= moves + 1
+    assert all(few <= many for few, many in zip(counts[:3], counts[3:], strict=True))
 
 
 def test_the_command_refuses_a_tree_without_the_package(tmp_path):
