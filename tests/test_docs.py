@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib
 import importlib.util
 import re
 import shlex
@@ -99,11 +100,28 @@ def test_settings_that_are_named_exist(pages):
 def test_modules_that_are_named_exist(pages):
     for name, text in pages.items():
         for path in set(re.findall(r"`(openmm_cgflow(?:\.\w+)+)`", text)):
-            parent, _, last = path.rpartition(".")
-            exists = importlib.util.find_spec(parent) and (
-                last in ("__version__", *openmm_cgflow.__all__) or importlib.util.find_spec(path)
-            )
-            assert exists, f"{name}: {path}"
+            assert exists(path), f"{name}: {path}"
+
+
+def exists(path):
+    """Whether a module has that name, or something in a module."""
+    module, names = path, []
+    while not is_module(module):
+        module, _, last = module.rpartition(".")
+        names.insert(0, last)
+    found = importlib.import_module(module)
+    for name in names:
+        if not hasattr(found, name):
+            return False
+        found = getattr(found, name)
+    return True
+
+
+def is_module(path):
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def commands(text):
@@ -175,3 +193,33 @@ def test_columns_of_metrics_are_described(pages, shown):
         columns = next(csv.reader(file))
     for column in columns:
         assert f"`{column}`" in pages["docs/judging.md"], column
+
+
+def rows(text, heading):
+    """Cells of the table whose first line begins with the heading."""
+    table = re.search(rf"^\| ?{heading} .*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+
+
+def test_folders_are_those_of_the_house(root, pages):
+    from house_rules import MAY_IMPORT
+
+    package, told = root / "openmm_cgflow", {}
+    for name, purpose, allowed in rows(pages["docs/developing.md"], "folder"):
+        folder = name.strip("`")
+        told[folder] = ast.get_docstring(ast.parse((package / folder / "__init__.py").read_text())).split("\n\n")[0]
+        assert purpose == told[folder]
+        if "/" not in folder:
+            assert set(allowed.split(", ")) - {""} == set(MAY_IMPORT[folder].split()), folder
+    assert set(told) == {path.parent.relative_to(package).as_posix() for path in package.rglob("*/__init__.py")}
+
+
+def test_import_graph_is_the_one_that_was_printed(root, pages):
+    printed = (root / "benchmarks/results/import_graph.txt").read_text().split("import_graph.py\n")
+    for label, *numbers in rows(pages["docs/developing.md"], r"\| before"):
+        name = label.partition(",")[0] if "climbs" in label else label
+        for number, part in zip(numbers, printed, strict=True):
+            line = re.search(rf"^ *{re.escape(name)}  +(.*)$", part, re.MULTILINE)[1]
+            told, there = re.findall(r"\d+", number), re.findall(r"\d+", line)
+            there = there[:3] if "folders:" in label else there  # beside them stand the modules
+            assert there[-len(told) :] == told, label
