@@ -58,6 +58,11 @@ def read_system_xml(path: Path) -> openmm.System:
     try:
         python_functions(text)
     except Exception as error:  # whatever unpickling a user's class raises
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("openmm_cgflow."):
+            raise CGFlowError(
+                f"{path}: its potential was written by another version of openmm-cgflow, which has no module "
+                f"{error.name} now; make the file anew"
+            ) from error
         raise CGFlowError(
             f"{path}: its potential cannot be read: {type(error).__name__}: {error}; the module it was made with must "
             "be installed, or its folder be in PYTHONPATH"

@@ -45,7 +45,10 @@ def load_state(path: Path, molecular_system: MolecularSystem | None = None) -> d
     """
     state = torch.load(path, weights_only=True)
     if state.get("format") != _FORMAT:
-        raise CGFlowError(f"{path}: written by another version of openmm-cgflow (format {state.get('format')})")
+        raise CGFlowError(
+            f"{path}: written by another version of openmm-cgflow (format {state.get('format')}, and this one reads "
+            f"{_FORMAT}). Train again in another directory, or open it with the version that provenance.json names"
+        )
     if molecular_system is None:
         return state
     changed = ""

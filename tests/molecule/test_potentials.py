@@ -283,6 +283,17 @@ def test_module_missing_where_a_system_is_read(butane, tmp_path):
     )
 
 
+def test_a_potential_of_another_version_is_told_from_a_missing_module(tmp_path):
+    """Its modules had other names, and what is pickled finds them by name."""
+    pickled = b"copenmm_cgflow.torchforce\nTorchEnergy\n."
+    path = tmp_path / "system.xml"
+    path.write_text(f'<System><Forces><Force function="{pickled.hex()}" type="PythonForce"/></Forces></System>')
+    with pytest.raises(
+        CGFlowError, match=r"another version.*openmm_cgflow\.torchforce now; make the file anew"
+    ):
+        read_system_xml(path)
+
+
 def test_paths_are_relative_to_the_file(butane, tmp_path):
     tree = {
         "system": {
