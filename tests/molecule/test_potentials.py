@@ -288,9 +288,7 @@ def test_a_potential_of_another_version_is_told_from_a_missing_module(tmp_path):
     pickled = b"copenmm_cgflow.torchforce\nTorchEnergy\n."
     path = tmp_path / "system.xml"
     path.write_text(f'<System><Forces><Force function="{pickled.hex()}" type="PythonForce"/></Forces></System>')
-    with pytest.raises(
-        CGFlowError, match=r"another version.*openmm_cgflow\.torchforce now; make the file anew"
-    ):
+    with pytest.raises(CGFlowError, match=r"another version.*openmm_cgflow\.torchforce now; make the file anew"):
         read_system_xml(path)
 
 
