@@ -8,4 +8,4 @@ class CGFlowError(Exception):
 
 
 class ReplicaError(CGFlowError):
-    """Too many replicas of the fast atoms were quarantined in one call of the sampler."""
+    """Too many replicas of the fast atoms were quarantined in one call of an engine."""

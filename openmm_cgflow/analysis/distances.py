@@ -154,9 +154,9 @@ def ks_distance(a: np.ndarray, weights_a: np.ndarray, b: np.ndarray, weights_b: 
     """Kolmogorov-Smirnov distance of two weighted samples, the largest difference of their cumulative distributions.
 
     Arguments:
-        a: AnchorValues, shape (n,).
+        a: Values, shape (n,).
         weights_a: Non-negative, not necessarily normalised, shape (n,).
-        b: AnchorValues, shape (m,).
+        b: Values, shape (m,).
         weights_b: Non-negative, not necessarily normalised, shape (m,).
     """
     values = np.concatenate((a, b))

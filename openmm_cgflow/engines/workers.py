@@ -187,7 +187,7 @@ class ContextsEngine:
                 raise
         except (loky.BrokenProcessPool, loky.process_executor.TerminatedWorkerError) as error:
             raise CGFlowError(
-                "A worker process of the sampler ended unexpectedly: killed, or out of memory. Resume the run, with a "
+                "A worker process of the engine ended unexpectedly: killed, or out of memory. Resume the run, with a "
                 f"smaller chains.n_workers if memory was short. The pool said: {str(error).splitlines()[0]}"
             ) from None
 

@@ -198,7 +198,7 @@ class RunDirectory:
         """Writes ``provenance.json``: versions, machine, command, and what the caller knows.
 
         Arguments:
-            record: For JSON. Its ``started`` tells sessions apart: when it differs from the file's, the file's record
+            record: For JSON. Its ``started`` tells processes apart: when it differs from the file's, the file's record
                 moves to ``earlier_sessions``.
         """
         earlier: list[dict[str, Any]] = []

@@ -32,18 +32,18 @@ CHARMM_READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def structure_file(config: SystemSettings) -> Path:
+def structure_file(settings: SystemSettings) -> Path:
     """The file with the starting positions.
 
     Raises:
         CGFlowError: If a synthetic target is named instead.
     """
-    if config.structure is None:
+    if settings.structure is None:
         raise CGFlowError(
             "system.target names a synthetic system and no files: train takes it as it is, and "
             "openmm_cgflow.paper.targets.target_system builds it"
         )
-    return config.structure
+    return settings.structure
 
 
 def read_positions(path: Path, readers: dict[str, Callable[[str], Any]]) -> Any:
@@ -68,13 +68,13 @@ def read_positions(path: Path, readers: dict[str, Callable[[str], Any]]) -> Any:
     return content
 
 
-def positions_for(topology: app.Topology, config: SystemSettings, readers: dict[str, Callable[[str], Any]]) -> Any:
+def positions_for(topology: app.Topology, settings: SystemSettings, readers: dict[str, Callable[[str], Any]]) -> Any:
     """Positions of the structure file once its atoms match the topology's, which is one molecule without solvent."""
-    refuse_explicit_solvent(topology, str(config.topology))
-    content = read_positions(structure_file(config), readers)
+    refuse_explicit_solvent(topology, str(settings.topology))
+    content = read_positions(structure_file(settings), readers)
     if len(content.positions) != topology.getNumAtoms():
         raise CGFlowError(
-            f"{structure_file(config)} has {len(content.positions)} atoms but {config.topology} has "
+            f"{structure_file(settings)} has {len(content.positions)} atoms but {settings.topology} has "
             f"{topology.getNumAtoms()}; they must list the same atoms in the same order"
         )
     other = getattr(content, "topology", None)
@@ -82,9 +82,9 @@ def positions_for(topology: app.Topology, config: SystemSettings, readers: dict[
         for ours, theirs in zip(topology.atoms(), other.atoms(), strict=True):
             if None not in (ours.element, theirs.element) and ours.element.symbol != theirs.element.symbol:
                 raise CGFlowError(
-                    f"atom {ours.index} is {ours.residue.name}:{ours.name} ({ours.element.symbol}) in {config.topology}"
-                    f" but {theirs.residue.name}:{theirs.name} ({theirs.element.symbol}) in {config.structure}; they "
-                    "must list the same atoms in the same order"
+                    f"atom {ours.index} is {ours.residue.name}:{ours.name} ({ours.element.symbol}) in "
+                    f"{settings.topology} but {theirs.residue.name}:{theirs.name} ({theirs.element.symbol}) in "
+                    f"{settings.structure}; they must list the same atoms in the same order"
                 )
     return content.positions
 

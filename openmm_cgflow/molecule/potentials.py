@@ -69,12 +69,12 @@ class ReplicaEnergy(TorchEnergy):
 
 
 def add_potential(
-    config: PotentialSettings, topology: app.Topology, system: openmm.System, positions: np.ndarray
+    settings: PotentialSettings, topology: app.Topology, system: openmm.System, positions: np.ndarray
 ) -> list[str]:
     """Adds what ``system.potential`` names to a System.
 
     Arguments:
-        config: The potential.
+        settings: The potential.
         topology: Its atoms are the System's.
         system: Changed: it gets the potential's forces.
         positions: ``(n_atoms, 3)`` in nm, where the potential is tried.
@@ -85,10 +85,10 @@ def add_potential(
     Raises:
         CGFlowError: If the potential cannot be loaded or does not take such positions.
     """
-    if config.openmmml is not None:
-        return _add_openmmml(config.openmmml, config, topology, system)
-    module = _load_torchscript(config) if config.torchscript is not None else _call_factory(config)
-    source = str(config.torchscript or config.python)
+    if settings.openmmml is not None:
+        return _add_openmmml(settings.openmmml, settings, topology, system)
+    module = _load_torchscript(settings) if settings.torchscript is not None else _call_factory(settings)
+    source = str(settings.torchscript or settings.python)
     _refuse_wrong_energy(module, positions, source)
     if isinstance(module, torch.jit.ScriptModule):
         try:
@@ -103,9 +103,9 @@ def add_potential(
     return [f"{source}: evaluated by openmm.PythonForce, one structure at a time: it takes no batches"]
 
 
-def _call_factory(config: PotentialSettings) -> nn.Module:
-    assert config.python is not None
-    name, _, attribute = config.python.partition(":")
+def _call_factory(settings: PotentialSettings) -> nn.Module:
+    assert settings.python is not None
+    name, _, attribute = settings.python.partition(":")
     try:
         factory: Callable[..., Any] = getattr(importlib.import_module(name), attribute)
     except ImportError as error:
@@ -116,25 +116,25 @@ def _call_factory(config: PotentialSettings) -> nn.Module:
     except AttributeError as error:
         raise CGFlowError(f"system.potential.python: the module {name} has no {attribute}") from error
     try:
-        module = factory(**config.files, **config.options)
+        module = factory(**settings.files, **settings.options)
     except TypeError as error:
-        named = ", ".join((*config.files, *config.options)) or "no arguments"
-        raise CGFlowError(f"system.potential: {config.python} cannot be called with {named}: {error}") from error
+        named = ", ".join((*settings.files, *settings.options)) or "no arguments"
+        raise CGFlowError(f"system.potential: {settings.python} cannot be called with {named}: {error}") from error
     if not isinstance(module, nn.Module):
         raise CGFlowError(
-            f"system.potential: {config.python} returned a {type(module).__name__}, expected a torch.nn.Module"
+            f"system.potential: {settings.python} returned a {type(module).__name__}, expected a torch.nn.Module"
         )
     return module
 
 
-def _load_torchscript(config: PotentialSettings) -> torch.jit.ScriptModule:
-    assert config.torchscript is not None
+def _load_torchscript(settings: PotentialSettings) -> torch.jit.ScriptModule:
+    assert settings.torchscript is not None
     try:
-        return torch.jit.load(config.torchscript, map_location="cpu")
+        return torch.jit.load(settings.torchscript, map_location="cpu")
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CGFlowError(
-            f"{config.torchscript}: not a TorchScript module: {reason}; write one with "
+            f"{settings.torchscript}: not a TorchScript module: {reason}; write one with "
             "torch.jit.script(module).save(...)"
         ) from error
 
@@ -176,7 +176,7 @@ def _energy_and_gradient(module: nn.Module, xyz: Tensor) -> tuple[Tensor, Tensor
     return energy.detach().cpu(), gradient.cpu()
 
 
-def _add_openmmml(name: str, config: PotentialSettings, topology: app.Topology, system: openmm.System) -> list[str]:
+def _add_openmmml(name: str, settings: PotentialSettings, topology: app.Topology, system: openmm.System) -> list[str]:
     try:
         from openmmml import MLPotential
     except ImportError as error:
@@ -185,9 +185,9 @@ def _add_openmmml(name: str, config: PotentialSettings, topology: app.Topology, 
             "install it: pip install openmmml"
         ) from error
     try:
-        potential = MLPotential(name, **{argument: str(path) for argument, path in config.files.items()})
+        potential = MLPotential(name, **{argument: str(path) for argument, path in settings.files.items()})
         # The copy has no box.
-        made = potential.createSystem(copy_topology(topology), removeCMMotion=False, **config.options)
+        made = potential.createSystem(copy_topology(topology), removeCMMotion=False, **settings.options)
     except Exception as error:  # each potential of openmm-ml raises what its own library does
         if isinstance(error, KeyError) and error.args == (name,):
             reason = "it has no potential of this name; see the list in its documentation"
@@ -196,5 +196,5 @@ def _add_openmmml(name: str, config: PotentialSettings, topology: app.Topology, 
         raise CGFlowError(f"system.potential.openmmml: openmm-ml cannot make {name}: {reason}") from error
     for force in made.getForces():
         system.addForce(openmm.XmlSerializer.clone(force))
-    given = "".join(f", {option} {value}" for option, value in config.options.items())
+    given = "".join(f", {option} {value}" for option, value in settings.options.items())
     return [f"{name}: made by openmm-ml{given}"]

@@ -49,7 +49,7 @@ class Loaded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def load_files(config: SystemSettings) -> Loaded:
+def load_files(settings: SystemSettings) -> Loaded:
     """Follows the one route that the configuration names.
 
     Routes: PDB or mmCIF with force-field XML (``openmm.app.ForceField``) or a System XML; Amber prmtop
@@ -60,18 +60,18 @@ def load_files(config: SystemSettings) -> Loaded:
     Raises:
         CGFlowError: If a file is missing or unreadable, or the parameters do not fit the molecule.
     """
-    potential = config.potential
-    files = [config.structure, config.topology, config.system_xml, *config.parameters]
+    potential = settings.potential
+    files = [settings.structure, settings.topology, settings.system_xml, *settings.parameters]
     if potential is not None:
         files += [potential.torchscript, *potential.files.values()]
     for path in filter(None, files):
         if not path.is_file():
             raise CGFlowError(f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file")
-    if config.include_dir is not None and not config.include_dir.is_dir():
-        raise CGFlowError(f"{config.include_dir}: no such directory (system.include_dir)")
+    if settings.include_dir is not None and not settings.include_dir.is_dir():
+        raise CGFlowError(f"{settings.include_dir}: no such directory (system.include_dir)")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = _follow(config)
+        loaded = _follow(settings)
         if potential is not None:
             loaded = _with_potential(potential, loaded)
     # Each once and in order; how a reader closes its files or calls its libraries is not the user's concern.
@@ -108,28 +108,28 @@ def load_parmed(structure: parmed.Structure, implicit_solvent: str | None, sourc
     return Loaded(structure.topology, system, structure.positions, _solvent_note(implicit_solvent))
 
 
-def _follow(config: SystemSettings) -> Loaded:
-    if config.topology is None:
-        if config.parameters:
+def _follow(settings: SystemSettings) -> Loaded:
+    if settings.topology is None:
+        if settings.parameters:
             raise CGFlowError("system.parameters are CHARMM files and go with a psf topology (system.topology)")
-        return _from_structure(config)
-    suffix = config.topology.suffix.lower()
-    with config.topology.open("rb") as handle:
+        return _from_structure(settings)
+    suffix = settings.topology.suffix.lower()
+    with settings.topology.open("rb") as handle:
         is_amber = handle.read(8) == b"%VERSION"
     if is_amber or suffix in (".prmtop", ".parm7"):
-        return _from_amber(config, config.topology)
+        return _from_amber(settings, settings.topology)
     if suffix == ".top":
-        return _from_gromacs(config, config.topology)
+        return _from_gromacs(settings, settings.topology)
     if suffix == ".psf":
-        return _from_charmm(config, config.topology)
+        return _from_charmm(settings, settings.topology)
     raise CGFlowError(
-        f"{config.topology}: unknown kind of topology {suffix!r}; expected an Amber .prmtop or .parm7, a "
+        f"{settings.topology}: unknown kind of topology {suffix!r}; expected an Amber .prmtop or .parm7, a "
         "GROMACS .top or a CHARMM .psf file (a force field in XML goes under system.forcefield)"
     )
 
 
-def _from_structure(config: SystemSettings) -> Loaded:
-    path = structure_file(config)
+def _from_structure(settings: SystemSettings) -> Loaded:
+    path = structure_file(settings)
     if path.suffix.lower() == ".gro" or path.suffix.lower() not in READERS:
         raise CGFlowError(
             f"{path}: expected a PDB (.pdb) or mmCIF (.cif) file, whose residues and bonds the force field "
@@ -139,11 +139,11 @@ def _from_structure(config: SystemSettings) -> Loaded:
     refuse_explicit_solvent(structure.topology, str(path))  # before a force field misses its templates
     n_models = structure.getNumFrames()
     notes = () if n_models == 1 else (f"{path.name} holds {n_models} models; the first is used",)
-    if config.system_xml is not None:
-        return Loaded(structure.topology, read_system_xml(config.system_xml), structure.positions, notes)
-    if not config.forcefield:  # a potential alone
+    if settings.system_xml is not None:
+        return Loaded(structure.topology, read_system_xml(settings.system_xml), structure.positions, notes)
+    if not settings.forcefield:  # a potential alone
         return Loaded(structure.topology, _bare_system(structure.topology, path), structure.positions, notes)
-    system = system_from_force_field(config.forcefield, structure.topology, path)
+    system = system_from_force_field(settings.forcefield, structure.topology, path)
     return Loaded(structure.topology, system, structure.positions, notes)
 
 
@@ -156,42 +156,42 @@ def _bare_system(topology: app.Topology, path: Path) -> openmm.System:
     return system
 
 
-def _with_potential(config: PotentialSettings, loaded: Loaded) -> Loaded:
+def _with_potential(settings: PotentialSettings, loaded: Loaded) -> Loaded:
     from openmm_cgflow.molecule.potentials import add_potential  # the only way from here to torch
 
     system = openmm.XmlSerializer.clone(loaded.system)
     xyz = np.array(loaded.positions.value_in_unit(unit.nanometer))
-    notes = add_potential(config, loaded.topology, system, xyz)
+    notes = add_potential(settings, loaded.topology, system, xyz)
     return loaded._replace(system=system, notes=(*loaded.notes, *notes))
 
 
-def _from_amber(config: SystemSettings, path: Path) -> Loaded:
+def _from_amber(settings: SystemSettings, path: Path) -> Loaded:
     with reading(path, "cannot be read as an Amber prmtop; is the file complete?"):
         prmtop = app.AmberPrmtopFile(str(path))
-    positions = positions_for(prmtop.topology, config, AMBER_READERS)
-    hint = "" if config.implicit_solvent is None else "; does it hold GB radii (leap: set default PBradii mbondi2)?"
+    positions = positions_for(prmtop.topology, settings, AMBER_READERS)
+    hint = "" if settings.implicit_solvent is None else "; does it hold GB radii (leap: set default PBradii mbondi2)?"
     with reading(path, f"OpenMM cannot build a System from it{hint}"):
         system = prmtop.createSystem(
             **PLAIN,
-            implicitSolvent=_solvent_model(config),
+            implicitSolvent=_solvent_model(settings),
         )
     _refuse_zero_radii(system, path)
-    return Loaded(prmtop.topology, system, positions, _solvent_note(config.implicit_solvent))
+    return Loaded(prmtop.topology, system, positions, _solvent_note(settings.implicit_solvent))
 
 
-def _from_gromacs(config: SystemSettings, path: Path) -> Loaded:
-    if config.implicit_solvent is not None:
-        return _from_gromacs_by_parmed(config, path)
-    include = {} if config.include_dir is None else {"includeDir": str(config.include_dir)}
+def _from_gromacs(settings: SystemSettings, path: Path) -> Loaded:
+    if settings.implicit_solvent is not None:
+        return _from_gromacs_by_parmed(settings, path)
+    include = {} if settings.include_dir is None else {"includeDir": str(settings.include_dir)}
     with reading(path, "cannot be read as a GROMACS top (for include files set system.include_dir)"):
         top = app.GromacsTopFile(str(path), **include)
-    positions = positions_for(top.topology, config, {})
+    positions = positions_for(top.topology, settings, {})
     with reading(path, "OpenMM cannot build a System from it"):
         system = top.createSystem(**PLAIN)
     return Loaded(top.topology, system, positions, ())
 
 
-def _from_gromacs_by_parmed(config: SystemSettings, path: Path) -> Loaded:
+def _from_gromacs_by_parmed(settings: SystemSettings, path: Path) -> Loaded:
     try:
         from parmed import gromacs
     except ImportError as error:
@@ -200,45 +200,45 @@ def _from_gromacs_by_parmed(config: SystemSettings, path: Path) -> Loaded:
         ) from error
     usual = gromacs.GROMACS_TOPDIR
     # ParmEd takes its include directory from this module variable only.
-    if config.include_dir is not None:
-        gromacs.GROMACS_TOPDIR = str(config.include_dir)
+    if settings.include_dir is not None:
+        gromacs.GROMACS_TOPDIR = str(settings.include_dir)
     try:
         with reading(path, "ParmEd cannot read it as a GROMACS top (for include files set system.include_dir)"):
             structure = gromacs.GromacsTopologyFile(str(path))
     finally:
         gromacs.GROMACS_TOPDIR = usual
-    structure.positions = positions_for(structure.topology, config, {})
+    structure.positions = positions_for(structure.topology, settings, {})
     structure.box = None
-    loaded = load_parmed(structure, config.implicit_solvent, str(path))
+    loaded = load_parmed(structure, settings.implicit_solvent, str(path))
     return loaded._replace(notes=(*loaded.notes, "GB radii were assigned by ParmEd"))
 
 
-def _from_charmm(config: SystemSettings, path: Path) -> Loaded:
-    if not config.parameters:
+def _from_charmm(settings: SystemSettings, path: Path) -> Loaded:
+    if not settings.parameters:
         raise CGFlowError(
             f"{path}: a CHARMM psf needs its parameter files: set system.parameters to the .prm, .rtf or .str files"
         )
     with reading(path, "cannot be read as a CHARMM psf"):
         psf = app.CharmmPsfFile(str(path))
-    files = [str(name) for name in config.parameters]
+    files = [str(name) for name in settings.parameters]
     with reading(" ".join(files), "cannot be read as CHARMM parameters"):
         parameters = app.CharmmParameterSet(*files)
-    positions = positions_for(psf.topology, config, CHARMM_READERS)
+    positions = positions_for(psf.topology, settings, CHARMM_READERS)
     # OpenMM renamed the keyword after 8.5.
     known = inspect.signature(psf.createSystem).parameters
-    surface = {"sasaMethod" if "sasaMethod" in known else "gbsaModel": "ACE"} if config.implicit_solvent else {}
+    surface = {"sasaMethod" if "sasaMethod" in known else "gbsaModel": "ACE"} if settings.implicit_solvent else {}
     with reading(path, "OpenMM cannot build a System from it and the parameter files"):
         system = psf.createSystem(
             parameters,
             **PLAIN,
-            implicitSolvent=_solvent_model(config),
+            implicitSolvent=_solvent_model(settings),
             **surface,
         )
-    return Loaded(psf.topology, system, positions, _solvent_note(config.implicit_solvent))
+    return Loaded(psf.topology, system, positions, _solvent_note(settings.implicit_solvent))
 
 
-def _solvent_model(config: SystemSettings) -> Any:
-    return None if config.implicit_solvent is None else _SOLVENTS[config.implicit_solvent]
+def _solvent_model(settings: SystemSettings) -> Any:
+    return None if settings.implicit_solvent is None else _SOLVENTS[settings.implicit_solvent]
 
 
 def _refuse_zero_radii(system: openmm.System, path: Path) -> None:

@@ -19,7 +19,7 @@ _STRIPPED = {
     "MonteCarloAnisotropicBarostat": "there is no box",
     "MonteCarloMembraneBarostat": "there is no box",
     "MonteCarloFlexibleBarostat": "there is no box",
-    "AndersenThermostat": "the sampler brings its own Langevin thermostat",
+    "AndersenThermostat": "the fast atoms have a Langevin thermostat of their own",
 }
 _CUTOFF_FORCES = (openmm.NonbondedForce, openmm.CustomNonbondedForce, openmm.GBSAOBCForce, openmm.CustomGBForce)
 _OFFSET = 0.009
@@ -133,7 +133,7 @@ def _refuse_particles(system: openmm.System, label: Callable[[int], str]) -> Non
     if massless:
         raise CGFlowError(
             f"{len(massless)} particle(s) have no mass ({_some(massless, label)}): give every atom its "
-            "mass; slow atoms are frozen by the sampler itself, not by the caller's System"
+            "mass; slow atoms are frozen by openmm-cgflow itself, not by the caller's System"
         )
 
 

@@ -52,12 +52,12 @@ def topology_to_table(topology: app.Topology) -> dict[str, list]:
 def topology_from_table(table: dict[str, list]) -> app.Topology:
     """A topology from the table of :func:`topology_to_table`, but for bond orders."""
     result = app.Topology()
-    atoms, fast_atoms, residues = [], {}, {}
+    atoms, chains, residues = [], {}, {}
     for chain, chain_id, residue, name, residue_id, insertion_code, atom_name, symbol, atom_id in table["atoms"]:
-        if chain not in fast_atoms:
-            fast_atoms[chain] = result.addChain(chain_id)
+        if chain not in chains:
+            chains[chain] = result.addChain(chain_id)
         if residue not in residues:
-            residues[residue] = result.addResidue(name, fast_atoms[chain], residue_id, insertion_code)
+            residues[residue] = result.addResidue(name, chains[chain], residue_id, insertion_code)
         element = app.Element.getBySymbol(symbol) if symbol else None
         atoms.append(result.addAtom(atom_name, element, residues[residue], atom_id))
     for i, j in table["bonds"]:

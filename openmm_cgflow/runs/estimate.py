@@ -94,12 +94,12 @@ def measure_cost(config: Config, geometry: Geometry, engine: Engine, long_step: 
             "stopping": config.stopping.model_copy(update={"max_rounds": 100, "max_evaluations": math.inf}),
         }
     )
-    trainer = new_training(quick, geometry, engine).method
+    timed = new_training(quick, geometry, engine).method
     with one_torch_thread():  # as in a training
-        trainer.step()  # fills the pool and warms up
+        timed.step()  # fills the pool and warms up
         before, start = engine.n_energy_evaluations, time.perf_counter()
         for _ in range(_N_PROBE_STEPS):
-            trainer.step()
+            timed.step()
         seconds = time.perf_counter() - start
     evaluations = engine.n_energy_evaluations - before
     rate = evaluations / seconds

@@ -34,7 +34,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path, molecular_system: MolecularSystem | None = None) -> dict[str, Any]:
-    """Reads what :func:`save_state` wrote. Damage can make it raise anything; see ``rundir.load_checked``.
+    """Reads what :func:`save_state` wrote. Damage can make it raise anything; see ``load_checked``.
 
     Arguments:
         path: The file.

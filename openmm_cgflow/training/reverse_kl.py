@@ -1,6 +1,6 @@
 """Reverse-KL training of the flow on mean forces (paper eqs. 12-17), stage by stage down the temperature ladder.
 
-Nothing here knows OpenMM: the trainer sees coordinates, a flow and a :class:`MeanForceEstimator`.
+Nothing here knows OpenMM: the training sees coordinates, a flow and a :class:`MeanForceEstimator`.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def test_dead_worker_is_an_error(bath):
         engine.run(bath.starts(2), SHORT, seed=1)
         for process in engine._executor._processes.values():
             os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(CGFlowError, match="worker process of the sampler ended unexpectedly"):
+        with pytest.raises(CGFlowError, match="worker process of the engine ended unexpectedly"):
             engine.run(bath.starts(40), SHORT, seed=1)
 
 

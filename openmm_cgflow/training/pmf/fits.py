@@ -65,7 +65,7 @@ class MeanForceBuffer:
 
         Returns:
             ``z``, ``gradient`` = d(beta A)/dz and its ``variance``, shapes (n, n_features), ``weights`` (n, n_members)
-            and, where they are known, the parts ``slow`` and ``fast`` of the chains, as in ``meanforce.ChainParts``.
+            and, where they are known, the parts ``slow`` and ``fast`` of the chains, as in ``ChainParts``.
         """
         rounds = self.rounds[len(self.rounds) // 3 :]
         return {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
