@@ -78,11 +78,10 @@ def main() -> None:
         z = model.flow.sample(arguments.n, generator, arguments.scale)[0]
         schedule = Schedule(temperature, n_relax, _N_LONG, _N_LONG_FRAMES, _LONG_STRIDE)
         long = fast_atoms.run(z, schedule, seed=arguments.seed + 1, keep=False)
-        follow, fast_atoms.follow = fast_atoms.follow, None
         starts = {"harmonic draw": all_atom.build(z, model.geometry.draw_fast(z, temperature, generator))}
-        starts["nearest chain"] = all_atom.build(z, fast_atoms._nearest(z))
-        fast_atoms.follow = follow
-        starts["nearest chain, response"] = all_atom.build(z, fast_atoms._nearest(z))
+        y, before = fast_atoms.nearest(z)
+        starts["nearest chain"] = all_atom.build(z, y)
+        starts["nearest chain, response"] = all_atom.build(z, fast_atoms.moved(y, before, z))
         for name, n_layers in (("q(y | z), Gaussian", 0), ("q(y | z), splines", 4)):
             joint = conditional(config, model, taught, xyz, n_layers)
             base = joint.draw_base(len(z), generator)[1]

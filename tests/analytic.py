@@ -19,7 +19,7 @@ from openmm_cgflow.coordinates.slow import CartesianCoordinates, InternalCoordin
 from openmm_cgflow.coordinates.zmatrix import fast_zmatrix, slow_zmatrix
 from openmm_cgflow.engines.engine import Frames, Schedule
 from openmm_cgflow.forces.estimator import MeanForce
-from openmm_cgflow.forces.fast_atoms import FastAtoms
+from openmm_cgflow.forces.fast_atoms import FastAtoms, Follow
 from openmm_cgflow.molecule.bonds import bond_graph, stereocentres
 from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.units import thermal_beta
@@ -329,7 +329,7 @@ def chain_settings(**values: Any) -> ChainSettings:
     return ChainSettings(**{**numbers, **values})
 
 
-def chiral_chains(engine: Any = None, seed: int = 5, **values: Any) -> FastAtoms:
+def chiral_chains(engine: Any = None, seed: int = 5, follow: Follow | None = None, **values: Any) -> FastAtoms:
     """Chains of a four-atom slow chain with two fast atoms at a stereocentre, on an :class:`EchoEngine`."""
     bonds = [(0, 1), (1, 2), (2, 3), (1, 4), (1, 5)]
     xyz = random_structure(bonds, 1)
@@ -339,7 +339,7 @@ def chiral_chains(engine: Any = None, seed: int = 5, **values: Any) -> FastAtoms
     def draw_fast(z: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         return y + 0.02 * torch.randn((len(z), 2, 3), generator=generator, dtype=torch.float64)
 
-    return FastAtoms(engine or EchoEngine(), all_atom, draw_fast, chain_settings(**values), seed)
+    return FastAtoms(engine or EchoEngine(), all_atom, draw_fast, chain_settings(**values), seed, follow)
 
 
 def some_z(fast_atoms: FastAtoms, n: int, seed: int = 0) -> Tensor:

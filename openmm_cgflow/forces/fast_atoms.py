@@ -18,7 +18,10 @@ from openmm_cgflow.errors import ReplicaError
 from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import ChainSettings
 
-__all__ = ["FastAtoms", "Quarantine"]
+__all__ = ["FastAtoms", "Follow", "Quarantine"]
+
+Follow = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Fast coordinates, shape (B, n_fast, 3), moved along with slow ones, (B, n_features): (y, z before, z after) -> y."""
 
 _N_POOLS = 16  # calls whose end states stay in the pool
 _N_RELAX_DRAWN = 100  # descent steps of the thermal draws that the first pool starts from
@@ -52,8 +55,8 @@ class FastAtoms:
         draw_fast: Thermal draw of y: (z, temperature, generator) -> y, shape (B, n_fast, 3).
         settings: The ``chains`` section of the configuration.
         seed: The configuration's seed.
-        follow: Moves y along with z, (y, z before, z after) -> y, such as the learned response; without it, the fast
-            atoms start as their nearest neighbour's are.
+        follow: Moves y along with z, such as the learned response; without it, the fast atoms start as their nearest
+            neighbour's are.
 
     Attributes:
         pool: z, shape (n, n_features), and y, shape (n, n_fast, 3), where the chains of each of the last calls ended.
@@ -68,10 +71,10 @@ class FastAtoms:
         draw_fast: Callable[[Tensor, float, torch.Generator], Tensor],
         settings: ChainSettings,
         seed: int,
-        follow: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        follow: Follow | None = None,
     ) -> None:
         self.engine, self.all_atom, self.settings, self.seed = engine, all_atom, settings, seed
-        self._draw_fast, self.follow = draw_fast, follow
+        self._draw_fast, self._follow = draw_fast, follow
         self.quarantine = Quarantine()
         self.n_calls = 0
         self.pool: list[tuple[Tensor, Tensor]] = []
@@ -95,7 +98,8 @@ class FastAtoms:
         z = z.detach()
         if not self.pool:
             self._fill_pool(z, schedule.temperature)
-        frames = self.propagate(self.all_atom.build(z, self._nearest(z)), schedule, seed)
+        y, start = self.nearest(z)
+        frames = self.propagate(self.all_atom.build(z, self.moved(y, start, z)), schedule, seed)
         if keep:
             self._keep(z, frames)
         return frames
@@ -123,6 +127,32 @@ class FastAtoms:
             )
         return frames._replace(valid=valid)
 
+    def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Fast coordinates of the pool at the slow ones nearest to z, and these.
+
+        Returns:
+            Shapes (B, n_fast, 3) and (B, n_features), as z.
+        """
+        pool_z = torch.cat([entry[0] for entry in self.pool])
+        pool_y = torch.cat([entry[1] for entry in self.pool])
+        embed = self.all_atom.coordinates.features.embed
+        distance = torch.cdist(embed(z), embed(pool_z))
+        # Equal z, as in a test at one z, must not all descend from one ancestor: ties are broken at random.
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.TIES, self.n_calls))
+        ties = 1e-6 * torch.rand(distance.shape, generator=generator, dtype=distance.dtype)
+        nearest = (distance + ties).argmin(dim=-1)
+        return pool_y[nearest], pool_z[nearest]
+
+    def moved(self, y: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        """Fast coordinates taken along from one z to another by the response; as they were where there is none.
+
+        Arguments:
+            y: Shape (B, n_fast, 3).
+            start: z where they are, shape (B, n_features).
+            end: z where they go, of the same shape.
+        """
+        return y if self._follow is None else self._follow(y, start, end)
+
     def _fill_pool(self, z: Tensor, temperature: float) -> None:
         z = z[:: max(1, len(z) // self.settings.n_pool)]  # evenly: a batch may be sorted
         generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.FIRST_FAST_ATOMS))
@@ -133,18 +163,6 @@ class FastAtoms:
     def _keep(self, z: Tensor, frames: Frames[Tensor]) -> None:
         self.pool.append((z[frames.valid], self.all_atom.read_fast(frames.xyz[frames.valid, -1])))
         del self.pool[:-_N_POOLS]
-
-    def _nearest(self, z: Tensor) -> Tensor:
-        pool_z = torch.cat([entry[0] for entry in self.pool])
-        pool_y = torch.cat([entry[1] for entry in self.pool])
-        embed = self.all_atom.coordinates.features.embed
-        distance = torch.cdist(embed(z), embed(pool_z))
-        # Equal z, as in a test at one z, must not all descend from one ancestor: ties are broken at random.
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.TIES, self.n_calls))
-        ties = 1e-6 * torch.rand(distance.shape, generator=generator, dtype=distance.dtype)
-        nearest = (distance + ties).argmin(dim=-1)
-        y = pool_y[nearest]
-        return y if self.follow is None else self.follow(y, pool_z[nearest], z)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later run continues from, as tensors and numbers."""

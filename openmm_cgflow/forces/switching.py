@@ -57,7 +57,7 @@ def switch(
     """Moves one replica along each path.
 
     Arguments:
-        fast_atoms: Run the chains; their ``follow`` is the escort.
+        fast_atoms: Run the chains; their response, if they have one, is the escort.
         paths: Slow coordinates, shape (n, n_points, n_features).
         temperature: K.
         seed: Same seed, same works.
@@ -77,7 +77,7 @@ def switch(
     for step in range(1, paths.shape[1]):
         y = all_atom.read_fast(frames.xyz[:, 0])
         y = torch.where(valid[:, None, None], y, y[valid][:1])
-        shifted = fast_atoms.follow(y, paths[:, step - 1], paths[:, step]) if fast_atoms.follow else y
+        shifted = fast_atoms.moved(y, paths[:, step - 1], paths[:, step])
         moved = all_atom.build(paths[:, step], shifted)
         energy = torch.as_tensor(engine.evaluate(moved.numpy())[0])
         change = beta * (energy - frames.energy[:, 0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from openmm_cgflow.coordinates.all_atom import AllAtomMap
 from openmm_cgflow.coordinates.harmonic import Evaluate
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.errors import CGFlowError
+from openmm_cgflow.forces.fast_atoms import Follow
 from openmm_cgflow.model.free_energy import Energy, FlowPotential, PMFPotential, TorsionPotential
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.joint import JointFlow
@@ -26,9 +27,6 @@ __all__ = ["FlowDensity", "JointDensity", "PMFDensity", "Proposals", "TrainedDen
 Proposals = dict[str, Tensor]
 """Draws of a density: ``z`` (n, n_features), ``log_q`` (n,), ``log_weight`` (n,), and where whole structures were drawn
 ``xyz`` (n, n_atoms, 3) in nm, ``energy`` (n,) in kJ/mol and ``valid`` (n,)."""
-
-Follow = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Fast coordinates moved along with the slow ones: (y, z before, z after) -> y."""
 
 
 class TrainedDensity(ABC):

@@ -63,16 +63,15 @@ def test_fast_atoms_start_from_the_nearest_neighbour_in_the_pool():
 
 
 def test_fast_atoms_are_taken_along_from_their_neighbour():
-    engine = EchoEngine()
-    chains = chiral_chains(engine)
-    go(chains, some_z(chains, 20, 1))
-    asked = []
+    engine, asked = EchoEngine(), []
 
     def follow(y, start, end):
         asked.append((y, start, end))
         return y + torch.tensor([0.001, 0.02, 0.03])
 
-    chains.follow = follow
+    chains = chiral_chains(engine, follow=follow)
+    go(chains, some_z(chains, 20, 1))
+    asked.clear()
     z = some_z(chains, 5, 2)
     go(chains, z)
     ((y, start, end),) = asked
