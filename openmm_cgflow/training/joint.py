@@ -27,8 +27,8 @@ from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.networks.weights import clipped_softmax, relative_ess, weighted_log
 from openmm_cgflow.settings import ChainSettings, TemperingSettings, TrainingSettings
 from openmm_cgflow.training.ladder import N_ENERGY_BATCHES, Ladder
-from openmm_cgflow.training.optimisers import RunningAverage
-from openmm_cgflow.training.reverse_kl import GradientGuard
+from openmm_cgflow.training.method import Row
+from openmm_cgflow.training.optimisers import GradientGuard, RunningAverage
 from openmm_cgflow.units import thermal_beta
 
 __all__ = ["JointTraining"]
@@ -47,7 +47,7 @@ _ENOUGH_FOR_COVARIANCE = 2.0  # effective samples for each particle
 _REGULARITY = 1e-5  # nats, of what keeps the map invertible
 
 
-class Evaluated(NamedTuple):
+class _Evaluated(NamedTuple):
     """Samples that serve later updates.
 
     Attributes:
@@ -62,9 +62,9 @@ class Evaluated(NamedTuple):
     energy: Tensor
     log_q: Tensor
 
-    def followed_by(self, more: Evaluated, n: int) -> Evaluated:
+    def followed_by(self, more: _Evaluated, n: int) -> _Evaluated:
         """The last n of these and more."""
-        return Evaluated(*(torch.cat(parts)[-n:] for parts in zip(self, more, strict=True)))
+        return _Evaluated(*(torch.cat(parts)[-n:] for parts in zip(self, more, strict=True)))
 
 
 class JointTraining(Ladder):
@@ -111,7 +111,7 @@ class JointTraining(Ladder):
         # Gradients of earlier batches, forward KL alone, are much smaller than those of new ones.
         self.guard, self._replay_guard = GradientGuard(training), GradientGuard(training)
         self._kl: list[float] = []
-        self._earlier: Evaluated | None = None
+        self._earlier: _Evaluated | None = None
 
     @property
     def n_energy_evaluations(self) -> int:
@@ -136,7 +136,7 @@ class JointTraining(Ladder):
         ratio_from = ratio * (1.0 if uniform[2] < _FROM_SAME else uniform[3])
         return max(ratio, hottest), max(ratio_from, hottest)
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> Row:
         """One update. Returns a row of metrics.
 
         ``ess`` is the relative effective sample size of whole structures, and ``kl`` the estimate of KL(q || p) from
@@ -172,7 +172,7 @@ class JointTraining(Ladder):
         (-share * weighted_log(excess, log_new)).backward(inputs=self._densities)
         xyz[valid].backward((1 - share) / n_valid * residual, inputs=self._densities)
         norm, usable = self._update(self.guard)
-        drawn = Evaluated(torch.full_like(energy, ratio_from), at.detach(), energy, log_old_values)
+        drawn = _Evaluated(torch.full_like(energy, ratio_from), at.detach(), energy, log_old_values)
         self._earlier = drawn if self._earlier is None else self._earlier.followed_by(drawn, _N_KEPT)
         for _ in range(self.n_replays):
             self._replay(self._earlier)
@@ -210,7 +210,7 @@ class JointTraining(Ladder):
             if parameter.grad is not None:
                 parameter.sub_(_SPEED_OF_MAP * self.learning_rate * parameter.grad)
 
-    def _replay(self, earlier: Evaluated) -> None:
+    def _replay(self, earlier: _Evaluated) -> None:
         """An update by forward KL on earlier samples of the same temperature or somewhat hotter."""
         joint, beta = self.networks.trained, thermal_beta(self.target)
         ratio, _ = self._draw_ratios()
@@ -256,8 +256,7 @@ class JointTraining(Ladder):
             )
         return energy[valid], forces[valid], valid
 
-    def describe(self, row: dict[str, float]) -> str:
-        """A line on a row of metrics, for the progress bar."""
+    def describe(self, row: Row) -> str:
         text = f"stage {row['stage']} {row['temperature']:.0f} K"
         return text + f", ESS {row['ess']:.2f} and KL {row['kl']:.3f} at {self.target / row['beta_ratio']:.0f} K"
 
@@ -297,4 +296,4 @@ class JointTraining(Ladder):
         self.estimator.load_state_dict(state["estimator"])
         self._replay_guard.norms = list(state["replay_norms"])
         self.guard.norms, self._kl = list(state["norms"]), list(state["kl"])
-        self._earlier = None if state["earlier"] is None else Evaluated(*state["earlier"])
+        self._earlier = None if state["earlier"] is None else _Evaluated(*state["earlier"])

@@ -1,20 +1,24 @@
-"""Running averages of trained networks (Polyak and Juditsky 1992)."""
+"""What stands around an optimizer: running averages of networks, and a guard against large gradients."""
 
 from __future__ import annotations
 
 import copy
+import math
+from statistics import median
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["RunningAverage"]
+from openmm_cgflow.settings import TrainingSettings
+
+__all__ = ["GradientGuard", "RunningAverage"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
 class RunningAverage(Generic[_M]):
-    """A network that is trained and, beside it, the exponential average of its parameters.
+    """A network that is trained and, beside it, the exponential average of its parameters (Polyak and Juditsky 1992).
 
     Arguments:
         average: Becomes the average, in place; what is trained starts as its copy.
@@ -44,3 +48,30 @@ class RunningAverage(Generic[_M]):
         self.average.load_state_dict(state["average"])
         self.trained.load_state_dict(state["trained"])
         self.n_updates = state["n_updates"]
+
+
+class GradientGuard:
+    """Clips moderate gradients and skips very large ones against a running median of norms (paper section 3.3).
+
+    Arguments:
+        settings: What is moderate and very large, as multiples of the median, and how many updates it is taken over.
+
+    Attributes:
+        norms: Those of the last updates that were finite, skipped updates included.
+    """
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        self.settings = settings
+        self.norms: list[float] = []
+
+    def __call__(self, network: nn.Module) -> tuple[float, bool]:
+        """Clips the gradient in place; returns its norm before, and whether the update may be made."""
+        norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), math.inf))  # measured, not clipped
+        if not math.isfinite(norm):
+            return norm, False
+        typical = median(self.norms) if self.norms else norm
+        self.norms = [*self.norms, norm][-self.settings.median_window :]
+        if norm > self.settings.skip_factor * typical:
+            return norm, False
+        torch.nn.utils.clip_grad_norm_(network.parameters(), self.settings.clip_factor * typical)
+        return norm, True

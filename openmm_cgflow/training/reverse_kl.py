@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from openmm_cgflow.model.density import FlowDensity
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.settings import TemperingSettings, TrainingSettings
 from openmm_cgflow.training.ladder import Ladder
+from openmm_cgflow.training.method import Row
+from openmm_cgflow.training.optimisers import GradientGuard
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["GradientGuard", "ReverseKL", "reverse_kl_gradient"]
+__all__ = ["ReverseKL", "reverse_kl_gradient"]
 
 
 def reverse_kl_gradient(
@@ -57,26 +58,6 @@ def reverse_kl_gradient(
     mapped, _ = flow(base)
     mapped.backward(residual / force.valid.sum().clamp(min=1))
     return residual
-
-
-class GradientGuard:
-    """Clips moderate gradients and skips very large ones against a running median of norms (paper section 3.3)."""
-
-    def __init__(self, settings: TrainingSettings) -> None:
-        self.settings = settings
-        self.norms: list[float] = []
-
-    def __call__(self, flow: torch.nn.Module) -> tuple[float, bool]:
-        """Clips the gradient in place; returns its norm before, and whether the update may be made."""
-        norm = float(torch.nn.utils.clip_grad_norm_(flow.parameters(), math.inf))  # measured, not clipped
-        if not math.isfinite(norm):
-            return norm, False
-        typical = median(self.norms) if self.norms else norm
-        self.norms = [*self.norms, norm][-self.settings.median_window :]
-        if norm > self.settings.skip_factor * typical:
-            return norm, False
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), self.settings.clip_factor * typical)
-        return norm, True
 
 
 class ReverseKL(Ladder):
@@ -120,7 +101,7 @@ class ReverseKL(Ladder):
     def density(self) -> FlowDensity:
         return FlowDensity(self.coordinates, copy.deepcopy(self.flow).double())
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> Row:
         """One update. Returns a row of metrics.
 
         ``residual`` is the root mean square of d(beta A - log J + log q)/dz per unit of z, and ``noise`` the part of it
@@ -154,8 +135,7 @@ class ReverseKL(Ladder):
             "evaluations": self.estimator.n_energy_evaluations,
         }
 
-    def describe(self, row: dict[str, float]) -> str:
-        """A line on a row of metrics, for the progress bar."""
+    def describe(self, row: Row) -> str:
         text = f"stage {row['stage']} {row['temperature']:.0f} K"
         return text + f", residual {row['residual']:.2f} (noise {row['noise']:.2f})"
 

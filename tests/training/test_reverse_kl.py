@@ -14,7 +14,8 @@ from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.networks.flow import CGFlow
-from openmm_cgflow.training.reverse_kl import GradientGuard, reverse_kl_gradient
+from openmm_cgflow.training.optimisers import GradientGuard
+from openmm_cgflow.training.reverse_kl import reverse_kl_gradient
 from openmm_cgflow.units import thermal_beta
 
 BOUND = 4.0

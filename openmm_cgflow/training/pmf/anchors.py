@@ -23,8 +23,8 @@ from openmm_cgflow.networks.flow import SlowDensity
 from openmm_cgflow.networks.pmf import SlowFreeEnergy
 from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.training.method import EvaluationBudget, Row
-from openmm_cgflow.training.pmf.fits import AnchorValues
-from openmm_cgflow.training.pmf.state import PMFState
+from openmm_cgflow.training.pmf.fits import AnchorDifferences
+from openmm_cgflow.training.pmf.state import Phase, PMFState
 
 __all__ = ["Anchors", "low_paths"]
 
@@ -34,8 +34,12 @@ _N_SWITCHES = 16  # to a conformation and back, in one step
 _N_STEPS = 24  # at most
 _SMALLEST_ERROR = 0.02  # kT, that a difference counts with
 
+_N_NEIGHBOURS = 12  # of each vertex of the graph in which paths are sought
+_HIGHEST = 9.0  # kT above the lowest free energy, of conformations at the ends
+_SPACING = math.radians(8.0)  # of the torsions, between two points of a path
 
-class Anchors:
+
+class Anchors(Phase):
     """Free energies of some conformations by switching between them, for the last fit to hold on to.
 
     Switches until every difference is known to ``stopping.free_energy_error``, or at most 24 times as the budget
@@ -74,19 +78,19 @@ class Anchors:
         return self.n_steps + (not self.done)
 
     @property
-    def unmet(self) -> list[str]:
-        wanted, found = self.state.stopping.free_energy_error, []
+    def unmet(self) -> tuple[str, ...]:
         if not self.done:
-            return []
+            return ()
+        wanted, found = self.state.stopping.free_energy_error, []
         error = self.compare(self.state.pmf)["value_error"]
         if error > wanted:  # never so where it is nan
             found.append(f"differences by switching to {error:.3g} kT (wanted {wanted:g})")
         if self.lost:
             found.append(f"{len(self.lost)} conformations could not be switched to")
-        return found
+        return tuple(found)
 
     def begin(self) -> None:
-        """Chooses conformations and paths; see :func:`openmm_cgflow.training.pmf.anchors.low_paths`."""
+        """Chooses conformations and paths; see :func:`low_paths`."""
         if self.asked_for:
             state = self.state
             scale = min(state.exploring, state.flow_fitter.trained_up_to)
@@ -123,12 +127,12 @@ class Anchors:
             self._found = self._switches.differences(derive_seed(self.state.seed, Stream.ANCHOR_ERRORS))
 
     def _slowness(self, path: int) -> int:
-        """Of the next switches along a path."""
+        """How slow the next switches along a path are to be."""
         assert self._switches is not None and self._found is not None
         return slower(self._switches.slowness[path], self._found.dissipation[path])
 
     def _plan(self) -> None:
-        """Of the next step: the paths along which to switch, the cheapest first where not all can be afforded."""
+        """Chooses the paths of the next step, the cheapest first where not all can be afforded."""
         assert self._switches is not None and self._found is not None
         self._next = []
         if self.n_steps == _N_STEPS:
@@ -142,8 +146,8 @@ class Anchors:
                 self._next.append(path)
         self._next.sort()
 
-    def values(self) -> AnchorValues | None:
-        """What is known; None where nothing is."""
+    def differences(self) -> AnchorDifferences | None:
+        """Free energies of all conformations that are known relative to the lowest; None where none is."""
         if self._switches is None or self._found is None or not np.isfinite(self._found.error).any():
             return None
         known = torch.as_tensor(np.isfinite(self._found.error))
@@ -152,18 +156,18 @@ class Anchors:
         error = error.clamp(min=_SMALLEST_ERROR)
         generator = torch.Generator().manual_seed(derive_seed(self.state.seed, Stream.ANCHOR_WEIGHTS))
         weights = torch.empty((len(error), self.state.settings.n_members)).exponential_(generator=generator)
-        return AnchorValues(*(part[known].float() for part in (start, end, value, error, weights)))
+        return AnchorDifferences(*(part[known].float() for part in (start, end, value, error, weights)))
 
     @torch.no_grad()
     def compare(self, pmf: SlowFreeEnergy) -> dict[str, float]:
         """The largest error of a difference, and how far the PMF is from them, root mean square by precision, kT."""
-        values = self.values()
-        if values is None:
+        known = self.differences()
+        if known is None:
             return {"value_error": math.nan, "value_misfit": math.nan}
-        away = pmf(values.end) - pmf(values.start) - values.difference
-        precision = values.error**-2
+        away = pmf(known.end) - pmf(known.start) - known.difference
+        precision = known.error**-2
         misfit = (precision * away.square()).sum() / precision.sum()
-        return {"value_error": float(values.error.max()), "value_misfit": float(misfit.sqrt())}
+        return {"value_error": float(known.error.max()), "value_misfit": float(misfit.sqrt())}
 
     def describe(self, row: Row) -> str:
         return f"switching: free energies to {row['value_error']:.2f} kT, PMF off by {row['value_misfit']:.2f} kT"
@@ -177,11 +181,6 @@ class Anchors:
         self.n_steps, self._next, self.lost = state["n_steps"], list(state["next"]), list(state["lost"])
         self._switches = None if state["switches"] is None else Switches.from_state(state["switches"])
         self._evaluate()
-
-
-_N_NEIGHBOURS = 12
-_HIGHEST = 9.0  # kT above the lowest free energy, of conformations at the ends
-_SPACING = math.radians(8.0)  # of the torsions, between two points of a path
 
 
 @torch.no_grad()

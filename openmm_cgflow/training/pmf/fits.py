@@ -13,7 +13,7 @@ from openmm_cgflow.networks.pmf import PMF, SlowFreeEnergy
 from openmm_cgflow.networks.response import FastResponse
 from openmm_cgflow.training.optimisers import RunningAverage
 
-__all__ = ["AnchorValues", "MeanForceBuffer", "PMFFitter", "ResponseFitter", "held_out_error", "squared_aim"]
+__all__ = ["AnchorDifferences", "MeanForceBuffer", "PMFFitter", "ResponseFitter", "held_out_error", "squared_aim"]
 
 # A mean force is fitted to within its own noise, but no better than these: close contacts, where forces are a hundred
 # times the thermal ones, would otherwise be all the fit looks at. The size is the *predicted* one: weights that depend
@@ -77,7 +77,7 @@ class MeanForceBuffer:
         self.rounds = [dict(one) for one in state["rounds"]]
 
 
-class AnchorValues(NamedTuple):
+class AnchorDifferences(NamedTuple):
     """Differences Phi(end) - Phi(start) that are known, with each ensemble member's random weights of them.
 
     Shapes (n, n_features), the same, (n,), (n,) and (n, n_members).
@@ -113,7 +113,7 @@ class PMFFitter:
         n_updates: int,
         generator: torch.Generator,
         scale: float = 1.0,
-        values: AnchorValues | None = None,
+        anchors: AnchorDifferences | None = None,
     ) -> float:
         """Continues the fit; returns the mean weighted square of the mean forces, about 1 where all is noise.
 
@@ -122,7 +122,7 @@ class PMFFitter:
             n_updates: Steps of Adam.
             generator: Source of all randomness.
             scale: Multiplies the learning rate.
-            values: Known differences.
+            anchors: Known differences.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = scale * self.learning_rate
@@ -139,19 +139,19 @@ class PMFFitter:
             squares = (predicted - gradient[rows]).square() / (noise + squared_aim(predicted.detach()))
             loss = (weights[rows].T[..., None] * squares).mean()
             total += float(loss.detach())
-            if values is not None:
-                loss = loss + _SHARE_OF_ANCHORS * self._misfit_of_values(values)
+            if anchors is not None:
+                loss = loss + _SHARE_OF_ANCHORS * self._misfit_of(anchors)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             self.networks.update()
         return total / n_updates
 
-    def _misfit_of_values(self, values: AnchorValues) -> Tensor:
+    def _misfit_of(self, anchors: AnchorDifferences) -> Tensor:
         members = self.networks.trained.members
         expand = (self.pmf.n_members, -1, -1)
-        predicted = members(values.end.expand(expand)) - members(values.start.expand(expand))
-        return (values.weights.T * ((predicted - values.difference) / values.error).square()).mean()
+        predicted = members(anchors.end.expand(expand)) - members(anchors.start.expand(expand))
+        return (anchors.weights.T * ((predicted - anchors.difference) / anchors.error).square()).mean()
 
     def state_dict(self) -> dict[str, Any]:
         return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}

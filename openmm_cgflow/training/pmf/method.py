@@ -55,19 +55,21 @@ class PMFTraining:
         self.rounds = Rounds(state, budget, chains, self.anchors.asked_for)
         self.last_fit = LastFit(state, self.anchors)
         self.polish = Polish(state)
+        # In their order.
+        self._phases: dict[str, Phase] = {
+            "rounds": self.rounds,
+            "anchors": self.anchors,
+            "last_fit": self.last_fit,
+            "polish": self.polish,
+        }
         self.temperatures = [state.temperature]
         self.n_steps = 0
         self._number = 0  # of the current phase
         self._stepped: Phase = self.rounds
 
     @property
-    def phases(self) -> dict[str, Phase]:
-        """By name, in their order."""
-        return {"rounds": self.rounds, "anchors": self.anchors, "last_fit": self.last_fit, "polish": self.polish}
-
-    @property
     def _phase(self) -> Phase:
-        return list(self.phases.values())[self._number]
+        return list(self._phases.values())[self._number]
 
     def _advanced(self) -> Phase:
         """The current phase, after those that are done."""
@@ -82,13 +84,13 @@ class PMFTraining:
 
     @property
     def outcome(self) -> Outcome:
-        begun = list(self.phases.values())[: self._number + 1]
+        begun = list(self._phases.values())[: self._number + 1]
         return Outcome(self.rounds.reason, tuple(problem for phase in begun for problem in phase.unmet))
 
     @property
     def expected_steps(self) -> int:
         """All steps, if the rounds end at their largest number or have ended."""
-        return sum(phase.expected_steps for phase in self.phases.values())
+        return sum(phase.expected_steps for phase in self._phases.values())
 
     @property
     def stage_done(self) -> bool:
@@ -129,11 +131,11 @@ class PMFTraining:
         return PMFDensity(state.coordinates, flow, copy.deepcopy(state.pmf), copy.deepcopy(state.response))
 
     def state_dict(self) -> dict[str, Any]:
-        phases = {name: phase.state_dict() for name, phase in self.phases.items()}
+        phases = {name: phase.state_dict() for name, phase in self._phases.items()}
         return {"n_steps": self.n_steps, "phase": self._number, "shared": self.state.state_dict(), **phases}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n_steps, self._number = state["n_steps"], state["phase"]
         self.state.load_state_dict(state["shared"])
-        for name, phase in self.phases.items():
+        for name, phase in self._phases.items():
             phase.load_state_dict(state[name])

@@ -12,7 +12,7 @@ from typing import Any
 
 from openmm_cgflow.training.method import Row
 from openmm_cgflow.training.pmf.anchors import Anchors
-from openmm_cgflow.training.pmf.state import PMFState
+from openmm_cgflow.training.pmf.state import Phase, PMFState
 
 __all__ = ["LastFit", "Polish"]
 
@@ -20,15 +20,13 @@ _UPDATES = 200  # of the potential of mean force, in one step
 _ESS_LOST = 0.03  # by a cycle of updates of the flow; the noise of the test is less
 
 
-class LastFit:
+class LastFit(Phase):
     """The fit of the potential of mean force to all that was measured, from the start.
 
     Arguments:
         state: Shared by all phases.
         anchors: Free-energy differences that the second half of the fit meets, too.
     """
-
-    unmet: list[str] = []  # noqa: RUF012
 
     def __init__(self, state: PMFState, anchors: Anchors) -> None:
         self.state, self.anchors = state, anchors
@@ -42,9 +40,6 @@ class LastFit:
     def expected_steps(self) -> int:
         return math.ceil(self.state.settings.final_updates / _UPDATES)
 
-    def begin(self) -> None:
-        pass
-
     def step(self) -> Row:
         state, n_updates = self.state, self.state.settings.final_updates
         noise_left = math.nan
@@ -52,9 +47,9 @@ class LastFit:
             noise_left = state.fit_response(n_updates, final=True)
             state.restart_pmf()
         # Far from them in the beginning, their large gradients would make Adam's steps small for a long time.
-        values = self.anchors.values() if self.n_steps >= self.expected_steps // 2 else None
+        anchors = self.anchors.differences() if self.n_steps >= self.expected_steps // 2 else None
         rate = 1 - self.n_steps / self.expected_steps
-        misfit = state.fit_pmf(min(_UPDATES, n_updates - self.n_steps * _UPDATES), rate, values)
+        misfit = state.fit_pmf(min(_UPDATES, n_updates - self.n_steps * _UPDATES), rate, anchors)
         self.n_steps += 1
         return state.tested() | {"misfit": misfit, "noise_left": noise_left}
 
@@ -68,7 +63,7 @@ class LastFit:
         self.n_steps = state["n_steps"]
 
 
-class Polish:
+class Polish(Phase):
     """Cycles of updates of the flow alone, while they help.
 
     A flow that gained nothing by a whole cycle starts anew, once: the first and wrong potentials that it saw leave
@@ -112,14 +107,11 @@ class Polish:
         return self._length * max(1, math.ceil(self.n_steps / self._length))
 
     @property
-    def unmet(self) -> list[str]:
+    def unmet(self) -> tuple[str, ...]:
         wanted = self.state.stopping.ess
         if not self.done or self.cycles[-1] >= wanted:
-            return []
-        return [f"effective sample size {self.cycles[-1]:.3g} (wanted {wanted:g})"]
-
-    def begin(self) -> None:
-        pass
+            return ()
+        return (f"effective sample size {self.cycles[-1]:.3g} (wanted {wanted:g})",)
 
     def step(self) -> Row:
         state, block = self.state, self.state.settings.polish_block
@@ -149,9 +141,8 @@ class Polish:
         """Takes a flow back that the cycle lost, and says how the one is that stays."""
         assert self._before is not None
         ess, before = self._before
-        on_the_way = (
-            self.state.flow_fitter.trained_up_to < 1 and before["trained_up_to"] < 1
-        )  # where no gain says nothing
+        # On the way to the model, no gain says nothing.
+        on_the_way = self.state.flow_fitter.trained_up_to < 1 and before["trained_up_to"] < 1
         self.gained = on_the_way or row["ess"] > ess + self.smallest_gain
         # A flow of many coordinates can be lost in a few updates, what was before is not. A new one must be better.
         is_new = self.anew_after > 0 and len(self.cycles) == self.anew_after

@@ -12,7 +12,7 @@ from torch import Tensor
 from openmm_cgflow.settings import ChainSettings
 from openmm_cgflow.training.method import EvaluationBudget, Row
 from openmm_cgflow.training.pmf.fits import held_out_error, squared_aim
-from openmm_cgflow.training.pmf.state import FlowTest, PMFState, state_populations
+from openmm_cgflow.training.pmf.state import FlowTest, Phase, PMFState, state_populations
 
 __all__ = ["BARRIER_SCALES", "Rounds"]
 
@@ -25,7 +25,7 @@ _ERROR_BEFORE_SWITCHING = 2.0
 _SHARE_OF_ROUNDS = 0.6  # of all evaluations, where some are needed for switching
 
 
-class Rounds:
+class Rounds(Phase):
     """Rounds of mean forces, until all criteria of the ``stopping`` section hold or a limit is reached.
 
     OpenMM never runs hotter than the target: with the slow atoms frozen there is no barrier to cross.
@@ -37,10 +37,8 @@ class Rounds:
         switched: Whether free energies are measured by switching afterwards, which takes a share of the budget.
 
     Attributes:
-        reason: Why the rounds ended; empty before.
+        reason: Why the rounds ended, with what they did not reach; empty before.
     """
-
-    unmet: list[str] = []  # noqa: RUF012  # what rounds did not reach is in their reason
 
     def __init__(self, state: PMFState, budget: EvaluationBudget, chains: ChainSettings, switched: bool) -> None:
         self.state, self.budget, self.chains, self.switched = state, budget, chains, switched
@@ -64,9 +62,6 @@ class Rounds:
         if not self.chains.adaptive:
             return n
         return math.ceil(n * min(1.0, max(0.25, self.state.stopping.held_out / self._held_out)))
-
-    def begin(self) -> None:
-        pass
 
     def step(self) -> Row:
         state, settings = self.state, self.state.settings

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from openmm_cgflow.networks.response import FastResponse
 from openmm_cgflow.networks.weights import WeightedSamples, weighted_samples
 from openmm_cgflow.settings import PMFSettings, StoppingSettings
 from openmm_cgflow.training.method import Row
-from openmm_cgflow.training.pmf.fits import AnchorValues, MeanForceBuffer, PMFFitter, ResponseFitter
+from openmm_cgflow.training.pmf.fits import AnchorDifferences, MeanForceBuffer, PMFFitter, ResponseFitter
 from openmm_cgflow.training.pmf.flow_fit import FlowFitter
 
 __all__ = ["FlowTest", "PMFState", "Phase", "state_populations"]
@@ -26,43 +27,43 @@ __all__ = ["FlowTest", "PMFState", "Phase", "state_populations"]
 _SMALLEST_POPULATION = 0.005  # states rarer than this do not count for convergence
 
 
-class Phase(Protocol):
+class Phase(ABC):
     """One phase of the default training; the next one begins where it is done."""
 
     @property
+    @abstractmethod
     def done(self) -> bool:
         """Whether it needs no more steps."""
-        ...
 
     @property
+    @abstractmethod
     def expected_steps(self) -> int:
         """All of its steps, as far as that is known by now."""
-        ...
 
     @property
-    def unmet(self) -> list[str]:
+    def unmet(self) -> tuple[str, ...]:
         """What it ended without, one phrase each; empty before its end."""
-        ...
+        return ()
 
     def begin(self) -> None:
-        """To be called once, when the phase before is done."""
-        ...
+        """To be called once, when the phase before is done; most have nothing to prepare."""
+        return
 
+    @abstractmethod
     def step(self) -> Row:
         """Makes one step; returns what it tells, in any order."""
-        ...
 
+    @abstractmethod
     def describe(self, row: Row) -> str:
         """A line on one of its rows."""
-        ...
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What the phase knows beside the shared state."""
-        ...
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
-        ...
 
 
 class FlowTest(NamedTuple):
@@ -169,18 +170,18 @@ class PMFState:
         parts = ChainParts(data["slow"], data["fast"])
         return self.response_fitter.fit(data["z"], parts, n_updates, self.generator, final)
 
-    def fit_pmf(self, n_updates: int, rate: float = 1.0, values: AnchorValues | None = None) -> float:
+    def fit_pmf(self, n_updates: int, rate: float = 1.0, anchors: AnchorDifferences | None = None) -> float:
         """Continues the fit of the potential of mean force; returns its misfit, about 1 where all is noise.
 
         Arguments:
             n_updates: Steps of Adam.
             rate: Multiplies the learning rate.
-            values: Free-energy differences to be met as well.
+            anchors: Free-energy differences to be met as well.
 
         Raises:
             CGFlowError: If the fit diverges.
         """
-        misfit = self.pmf_fitter.fit(self.data(), n_updates, self.generator, rate, values)
+        misfit = self.pmf_fitter.fit(self.data(), n_updates, self.generator, rate, anchors)
         if not math.isfinite(misfit):
             raise CGFlowError(
                 f"the fit of the potential of mean force diverged after round {len(self.buffer.rounds)}; the last "

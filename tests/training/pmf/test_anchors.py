@@ -61,7 +61,7 @@ def started(config, n_circular=2, earlier=0):
 def finish(values, estimator):
     while not values.done:
         values.step()
-    return values.values()
+    return values.differences()
 
 
 @pytest.mark.parametrize("error", [0.2, 0.1])
@@ -122,13 +122,13 @@ def test_it_stops_within_the_evaluations():
     finish(values, estimator)
     assert values.n_steps == 24
     values, estimator = started(settings(limit=1000), earlier=900)
-    assert values.done and values.values() is None
+    assert values.done and values.differences() is None
 
 
 @pytest.mark.parametrize(("n_switched", "n_circular"), [(0, 2), (4, 0)])
 def test_nothing_to_switch(n_switched, n_circular):
     values, _ = started(settings(n_switched), n_circular)
-    assert values.done and values.values() is None and values.n_steps == 0
+    assert values.done and values.differences() is None and values.n_steps == 0
     assert all(math.isnan(value) for value in values.compare(phi).values())
 
 

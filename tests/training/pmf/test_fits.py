@@ -11,7 +11,7 @@ from pmf_models import PRECISION, in_a_box, new_pmf, pmf_of, random_z
 from openmm_cgflow.coordinates.features import Torsions
 from openmm_cgflow.forces.estimator import MeanForce
 from openmm_cgflow.paper.box import BoxFeatures
-from openmm_cgflow.training.pmf.fits import AnchorValues, MeanForceBuffer, PMFFitter, held_out_error
+from openmm_cgflow.training.pmf.fits import AnchorDifferences, MeanForceBuffer, PMFFitter, held_out_error
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_known_differences_mend_errors_that_mean_forces_have_in_common():
     start, end = basins[[0, 0, 0]], basins[[1, 1, 1]] + torch.tensor([[0.0], [0.3], [-0.3]])
     noise = torch.tensor([0.05, -0.03, 0.02])
     known = (free_energy(end) - free_energy(start)).float() + noise
-    values = AnchorValues(start.float(), end.float(), known, torch.full((3,), 0.05), torch.ones((3, 4)))
+    values = AnchorDifferences(start.float(), end.float(), known, torch.full((3,), 0.05), torch.ones((3, 4)))
     errors, misfits = {}, {}
     for name, given in {"without": None, "with": values}.items():
         pmf = new_pmf(hidden=(24, 24), seed=3)
