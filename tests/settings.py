@@ -101,7 +101,9 @@ TINY_LADDER = (
     "training.n_steps=3",
     "training.n_steps_last=4",
 )
-# Two stages of it, on top of other settings.
+# The joint density of slow and fast coordinates, down the same ladder.
+TINY_JOINT = (*TINY_LADDER, "training.method=joint")
+# Two stages of the paper's own method, on top of other settings.
 TWO_STAGES = (
     *_LADDER,
     "tempering.schedule=linear",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ import pytest
 import torch
 import yaml
 from openmm import app, unit
-from settings import TINY_WITHOUT_SWITCHING, TWO_STAGES
+from settings import TINY_WITHOUT_SWITCHING, TWO_STAGES, TWO_STAGES_JOINT
 
 from openmm_cgflow import __version__, load
 from openmm_cgflow.cli import main
@@ -80,12 +81,23 @@ def ladder(butane, folder):
     return output
 
 
-@pytest.fixture(params=["pmf", "reverse_kl"])
-def either(request, finished):
-    """Options and finished run of both methods."""
-    if request.param == "pmf":
-        return (), finished
-    return ("--set", *TWO_STAGES), request.getfixturevalue("ladder")
+@pytest.fixture(scope="module")
+def joint(butane, folder):
+    """A run of the joint density that must not be changed."""
+    output = folder / "joint"
+    assert main(["train", str(butane), "-o", str(output), "--set", *TWO_STAGES_JOINT]) == 0
+    return output
+
+
+@pytest.fixture(params=["pmf", "reverse_kl", "joint"])
+def each_method(request):
+    """Options and finished run of every method."""
+    options, run = {
+        "pmf": ((), "finished"),
+        "reverse_kl": (("--set", *TWO_STAGES), "ladder"),
+        "joint": (("--set", *TWO_STAGES_JOINT), "joint"),
+    }[request.param]
+    return options, request.getfixturevalue(run)
 
 
 @pytest.fixture
@@ -97,27 +109,6 @@ def run(finished, tmp_path):
 @pytest.fixture
 def alanine(systems):
     return (systems / "alanine_dipeptide" / "alanine_dipeptide.pdb").read_text()
-
-
-@pytest.fixture
-def refused(capsys):
-    """Runs a command that must end with exit code 2 and one message that has the given words; returns the message."""
-
-    def run(*arguments, says):
-        capsys.readouterr()
-        try:
-            code = main([str(item) for item in arguments])
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        error = capsys.readouterr().err
-        assert code == 2, error
-        assert len(re.findall(r"^openmm-cgflow( \w+)?: error: ", error, re.MULTILINE)) == 1, error
-        assert "Traceback" not in error
-        for word in says:
-            assert word in error, error
-        return error
-
-    return run
 
 
 def output_of(capsys, *arguments):
@@ -317,8 +308,8 @@ def test_xtc_is_written_too(finished, tmp_path, capsys):
     np.testing.assert_allclose(first.xyz, second.xyz, atol=1e-3)  # xtc rounds
 
 
-def test_max_time_stops_and_the_printed_command_finishes(butane, either, tmp_path, monkeypatch, capsys):
-    options, finished = either
+def test_max_time_stops_and_the_printed_command_finishes(butane, each_method, tmp_path, monkeypatch, capsys):
+    options, finished = each_method
     output = tmp_path / "my run"
     with half_a_minute_each(monkeypatch):
         text = output_of(capsys, "train", butane, "-o", output, "--max-time", "3m", *options)
@@ -829,6 +820,30 @@ def test_a_run_of_version_0_1(butane, run, tmp_path, refused):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     for item in ("sampler.n_replicas=8", "sampling.n_samples=3", "coordinates.box=6"):
         refused("check", butane, "--set", item, says=[f"--set {item}", "the name is now"])
+
+
+def test_a_run_of_an_older_format(tmp_path, root, refused):
+    """What version 0.1 wrote is refused for its names and, with these mended, for its format; nothing is touched."""
+    run = tmp_path / "run"
+    with zipfile.ZipFile(root / "tests" / "data" / "run_of_version_0.1.zip") as archive:
+        archive.extractall(run)
+    sample = ("sample", run, "-n", 1, "-o", tmp_path / "new.dcd")
+    export = ("export", run, "--format", "torchscript", "-o", tmp_path / "model.pt")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    renamed = [
+        "config.yaml",
+        *(f"{old}: written for version 0.1" for old in ("sampler", "sampling", "coordinates.box")),
+    ]
+    refused("evaluate", run, "-o", tmp_path / "evaluation", says=["config.yaml", *renamed])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    text = (run / "config.yaml").read_text()
+    for old, new in (("\nsampler:", "\nchains:"), ("\nsampling:", "\nsamples:"), ("\n  box:", "\n  half_edge:")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (run / "config.yaml").write_text(text)
+    for command in (sample, export):
+        refused(*command, says=["stage_00.pt", "another version", "format 5"])
+    assert sorted(tmp_path.iterdir()) == [run]
 
 
 def test_the_stage_before_a_lost_one_is_sampled(ladder, tmp_path, capsys):

@@ -88,22 +88,6 @@ def against_grid(run, grid):
     return evaluate(run.path, grid, output=run.path.parent / "grid")
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs a command that must end with exit code 2 and one message that has the given words."""
-
-    def check(*arguments, says):
-        capsys.readouterr()
-        assert main(["evaluate", *(str(item) for item in arguments)]) == 2
-        error = capsys.readouterr().err
-        assert len(re.findall(r"^openmm-cgflow: error: ", error, re.MULTILINE)) == 1, error
-        assert "Traceback" not in error
-        for word in says:
-            assert word in error, error
-
-    return check
-
-
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +348,7 @@ def test_two_slow_torsions_make_a_map(alanine, slow, tmp_path):
 def test_a_residue_can_be_chosen(run, grid, refused, tmp_path):
     found = evaluate(run.path, grid, residue="ALA2", output=tmp_path)
     assert list(found.maps) == ["ALA2"]
-    refused(run.path, "--residue", "ALA3", says=["residue 'ALA3'", "the run has ALA2"])
+    refused("evaluate", run.path, "--residue", "ALA3", says=["residue 'ALA3'", "the run has ALA2"])
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -466,9 +450,9 @@ def test_wrong_options(run, md, grid, refused, tmp_path):
         (["--weights", tmp_path / "w.txt"], ["give --reference"]),
         (["--samples", tmp_path / "none.dcd"], ["none.dcd", "no such file", "openmm-cgflow sample"]),
     ):
-        refused(run.path, *options, says=says)
-    refused(tmp_path / "nothing", says=["no such run directory"])
-    refused(tmp_path, says=["not a run directory"])
+        refused("evaluate", run.path, *options, says=says)
+    refused("evaluate", tmp_path / "nothing", says=["no such run directory"])
+    refused("evaluate", tmp_path, says=["not a run directory"])
 
 
 def test_spoiled_runs(run, grid, refused, tmp_path, alanine):
@@ -477,27 +461,27 @@ def test_spoiled_runs(run, grid, refused, tmp_path, alanine):
 
     folder = spoiled("without samples")
     (folder / "samples.dcd").unlink()
-    refused(folder, says=["samples.dcd", "openmm-cgflow sample '", "-n 10000"])
+    refused("evaluate", folder, says=["samples.dcd", "openmm-cgflow sample '", "-n 10000"])
     folder = spoiled("without colvar")
     (folder / "samples.colvar").unlink()
-    refused(folder, says=["samples.colvar", "no such file"])
+    refused("evaluate", folder, says=["samples.colvar", "no such file"])
     folder = spoiled("other lengths")
     basin_frames(alanine, {"alphaR": 3}).save(str(folder / "samples.dcd"))
-    refused(folder, says=["5000 rows", "3 frames"])
+    refused("evaluate", folder, says=["5000 rows", "3 frames"])
     folder = spoiled("no weights")
     write_samples(folder / "samples.dcd", basin_frames(alanine, {"beta": 2}), {"log_weight": np.full(2, -np.inf)})
-    refused(folder, says=["samples.colvar", "log_weight"])
+    refused("evaluate", folder, says=["samples.colvar", "log_weight"])
     write_samples(folder / "samples.dcd", basin_frames(alanine, {"beta": 2}), {"log_weight": np.array([0.0, -np.inf])})
     assert evaluate(folder).samples["relative_ess"] == 0.5
     folder = spoiled("no partition")
     (folder / "slow_atoms.json").write_text("{}")
-    refused(folder, says=["slow_atoms.json", "restore"])
+    refused("evaluate", folder, says=["slow_atoms.json", "restore"])
     folder = spoiled("no topology")
     (folder / "topology.pdb").unlink()
-    refused(folder, says=["topology.pdb", "no such file"])
+    refused("evaluate", folder, says=["topology.pdb", "no such file"])
     folder = spoiled("a file in the way")
     (folder / "evaluation").write_text("")
-    refused(folder, says=["evaluation", "cannot write"])
+    refused("evaluate", folder, says=["evaluation", "cannot write"])
 
 
 def test_a_grid_of_which_residue(butane_run, grid):
