@@ -5,6 +5,7 @@ It is drawn as narrow as a phone is, so that its letters stay readable there.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import matplotlib
@@ -32,6 +33,7 @@ THEMES = {
 WIDTH, HEIGHT = 3.9, 5.45  # inches; one is a unit of the drawing
 BOX = 1.72, 0.78
 LEFT, RIGHT = 0.93, 2.97  # of the boxes' middles
+LINE = 0.128  # from one to the next; each is a text of its own, so that it is centred in any font
 
 
 def draw(theme: dict) -> Figure:
@@ -49,13 +51,17 @@ def draw(theme: dict) -> Figure:
         n_lines = text.count("\n") + 1
         top = y + (0.155 + 0.145 * n_lines) / 2
         axes.text(x, top, title, ha="center", va="top", size=9, weight="bold", color=theme["text"])
-        axes.text(x, top - 0.185, text, ha="center", va="top", size=8, color=theme["text"], linespacing=1.15)
+        for k, line in enumerate(text.split("\n")):
+            axes.text(x, top - 0.185 - LINE * k, line, ha="center", va="top", size=8, color=theme["text"])
 
     def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
         _arrow(axes, start, end, theme["quiet"])
 
     def note(x: float, y: float, text: str, ha: str = "center") -> None:
-        axes.text(x, y, text, ha=ha, va="center", size=8, style="italic", color=theme["quiet"], linespacing=1.15)
+        lines = text.split("\n")
+        for k, line in enumerate(lines):
+            at = y + LINE * ((len(lines) - 1) / 2 - k)
+            axes.text(x, at, line, ha=ha, va="center", size=8, style="italic", color=theme["quiet"])
 
     middle = WIDTH / 2
     half = BOX[1] / 2
@@ -91,8 +97,11 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 def main() -> None:
     folder = Path(__file__).parents[1] / "images"
-    # Letters as outlines look the same everywhere; without date and random names the file is always the same.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "loop", "font.family": "DejaVu Sans"}):
+    # Letters stay text, in a font of the reader's: none of these is wider than the first, which the boxes are made for.
+    # Without date and random names the file is always the same.
+    fonts = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "Geneva", "Arial"]}
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the others need not be here
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "loop", **fonts}):
         for name, theme in THEMES.items():
             draw(theme).savefig(folder / f"loop_{name}.svg", transparent=True, metadata={"Date": None})
 

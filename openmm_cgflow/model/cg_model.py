@@ -87,10 +87,12 @@ class CGModel:
 
     @property
     def temperature(self) -> float:
+        """Of this stage, in K."""
         return self.temperatures[-1]
 
     @property
     def stage(self) -> int:
+        """Number of the temperature in the ladder, 0 the hottest."""
         return len(self.temperatures) - 1
 
     @property
@@ -100,11 +102,12 @@ class CGModel:
 
     @property
     def coordinates(self) -> Coordinates:
+        """The slow coordinates z: their names, and their volume element."""
         return self.geometry.all_atom.coordinates
 
     @torch.no_grad()
     def log_prob(self, z: np.ndarray | Tensor) -> np.ndarray:
-        """log q(z), shape (n, n_features) -> (n,)."""
+        """Logarithm of the flow's density q(z), shape (n, n_features) -> (n,)."""
         return self.density.log_prob(torch.as_tensor(z, dtype=torch.float64)).numpy()
 
     @torch.no_grad()
@@ -201,7 +204,7 @@ class CGModel:
         return bead_system(self.molecular_system, self.partition, self.energy_of_positions(scale, energy))
 
     def read(self, xyz: np.ndarray) -> np.ndarray:
-        """z of all-atom positions, nm, shape (n, n_atoms, 3) -> (n, n_features)."""
+        """Slow coordinates z of all-atom positions in nm, shape (n, n_atoms, 3) -> (n, n_features)."""
         return self.density.read(torch.as_tensor(xyz, dtype=torch.float64), self.geometry.all_atom).numpy()
 
     def describe_map(self) -> list[str]:
