@@ -6,6 +6,7 @@ import mdtraj
 import numpy as np
 import pytest
 from conformers import atoms_of, basin_frames
+from molecules import ALANINE, BUTANE, frame
 
 from openmm_cgflow.analysis.reference import (
     GridReference,
@@ -20,8 +21,8 @@ COUNTS = {"alphaR": 4, "beta": 3, "PPII": 2, "phi > 0": 1}
 
 
 @pytest.fixture(scope="module")
-def structure(systems):
-    return load_structure(systems / "alanine_dipeptide" / "alanine_dipeptide.pdb")
+def structure():
+    return load_structure(ALANINE)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,8 @@ def test_unreadable_weights(tmp_path, structure, frames):
             load_reference(tmp_path / "md.dcd", structure, weights=tmp_path / name)
 
 
-def test_wrong_trajectories(tmp_path, structure, frames, systems):
-    butane = mdtraj.load(str(systems / "butane" / "butane.pdb"))
+def test_wrong_trajectories(tmp_path, structure, frames):
+    butane = frame(BUTANE)
     butane.save(str(tmp_path / "butane.dcd"))
     butane.save(str(tmp_path / "butane.pdb"))
     swapped = frames.atom_slice(range(22))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conformers import alanine_frames, atoms_of, basin_frames, repeated, turned
+from molecules import ALANINE, BUTANE, frame
 
 from openmm_cgflow.analysis import states
 from openmm_cgflow.coordinates.placement import signed_volumes
@@ -13,13 +14,13 @@ from openmm_cgflow.molecule.bonds import bond_graph, stereocentres
 
 
 @pytest.fixture(scope="module")
-def alanine(systems):
-    return mdtraj.load(str(systems / "alanine_dipeptide" / "alanine_dipeptide.pdb"))
+def alanine():
+    return frame(ALANINE)
 
 
 @pytest.fixture(scope="module")
-def butane(systems):
-    return mdtraj.load(str(systems / "butane" / "butane.pdb"))
+def butane():
+    return frame(BUTANE)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 """Molecules that the engines' tests share."""
 
 import pytest
+from molecules import alanine_in_water
 from toys import HarmonicBath
-
-from openmm_cgflow.molecule.system import MolecularSystem
 
 
 @pytest.fixture(scope="module")
@@ -12,6 +11,5 @@ def bath():
 
 
 @pytest.fixture(scope="module")
-def peptide(systems):
-    folder = systems / "alanine_dipeptide"
-    return MolecularSystem.from_files(folder / "alanine_dipeptide.pdb", ["amber99sbildn.xml", "amber99_obc.xml"])
+def peptide():
+    return alanine_in_water()

@@ -3,6 +3,7 @@
 import numpy as np
 import openmm
 import pytest
+from molecules import ALANINE
 from openmm import app, unit
 from toys import HarmonicBath, make_toy
 
@@ -242,8 +243,8 @@ def test_copies_too_close_are_noticed(builder):
     "forcefield",
     [("amber99sbildn.xml", "amber99_obc.xml"), ("amber19/protein.ff19SB.xml", "implicit/gbn2.xml")],
 )
-def test_copies_of_a_peptide(systems, forcefield):
-    pdb = app.PDBFile(str(systems / "alanine_dipeptide" / "alanine_dipeptide.pdb"))
+def test_copies_of_a_peptide(forcefield):
+    pdb = app.PDBFile(str(ALANINE))
     system = app.ForceField(*forcefield).createSystem(pdb.topology, removeCMMotion=False)
     positions = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
     assert copies_error(system, positions, 6.0) < 1e-9

@@ -3,6 +3,7 @@
 import numpy as np
 import openmm
 import pytest
+from molecules import alanine_in_water
 from toys import HarmonicBath, reference_settings
 
 from openmm_cgflow.engines import lattice as lattice_module
@@ -11,7 +12,6 @@ from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.engines.lattice import LatticeEngine
 from openmm_cgflow.engines.workers import ContextsEngine
 from openmm_cgflow.molecule.partition import Partition
-from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.settings import ChainSettings
 
 SCHEDULE = Schedule(300.0, n_relax=3, n_equilibration=5, n_frames=2, stride=4)
@@ -133,10 +133,9 @@ def test_rounds_that_keep_failing_end_in_single_contexts(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_engine_on_a_gpu(systems, gpu_platform):
+def test_engine_on_a_gpu(gpu_platform):
 
-    folder = systems / "alanine_dipeptide"
-    peptide = MolecularSystem.from_files(folder / "alanine_dipeptide.pdb", ["amber99sbildn.xml", "amber99_obc.xml"])
+    peptide = alanine_in_water()
     slow = Partition.resolve(peptide, "backbone").slow
     start = np.repeat(peptide.positions[None], 64, axis=0)
     schedule = Schedule(300.0, n_relax=20, n_equilibration=1000, n_frames=5, stride=100)

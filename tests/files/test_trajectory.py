@@ -1,6 +1,7 @@
 import mdtraj
 import numpy as np
 import pytest
+from molecules import ALANINE, frame
 
 from openmm_cgflow.analysis.states import peptide_torsions
 from openmm_cgflow.errors import CGFlowError
@@ -15,8 +16,8 @@ from openmm_cgflow.files.trajectory import (
 
 
 @pytest.fixture(scope="module")
-def peptide(systems):
-    return mdtraj.load(str(systems / "alanine_dipeptide" / "alanine_dipeptide.pdb"))
+def peptide():
+    return frame(ALANINE)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import molecules
 import numpy as np
 import openmm
 import pytest
@@ -50,13 +51,12 @@ def names(molecule, partition):
 
 @pytest.fixture(scope="module")
 def alanine():
-    return MolecularSystem.from_files(SYSTEMS / "alanine_dipeptide" / "alanine_dipeptide.pdb", ["amber99sbildn.xml"])
+    return molecules.alanine_in_vacuum()
 
 
 @pytest.fixture(scope="module")
 def butane():
-    folder = SYSTEMS / "butane"
-    return MolecularSystem.from_files(folder / "butane.pdb", [str(folder / "butane.xml")])
+    return molecules.butane()
 
 
 def test_backbone_of_alanine_dipeptide(alanine):

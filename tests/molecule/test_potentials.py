@@ -12,6 +12,7 @@ import openmm
 import pytest
 import torch
 import yaml
+from molecules import BUTANE, BUTANE_FORCEFIELD
 from settings import TINY
 from toys import HarmonicBath
 
@@ -30,14 +31,14 @@ SHORT = Schedule(300.0, n_relax=2, n_equilibration=3, n_frames=2, stride=2)
 
 
 @pytest.fixture(scope="module")
-def butane(systems):
+def butane():
     """Settings of n-butane without an energy."""
-    return {"structure": systems / "butane" / "butane.pdb"}
+    return {"structure": BUTANE}
 
 
 @pytest.fixture(scope="module")
-def force_field(systems):
-    return {"forcefield": [str(systems / "butane" / "butane.xml")]}
+def force_field():
+    return {"forcefield": BUTANE_FORCEFIELD}
 
 
 def molecule(settings, kind="python", value="learned:all_pairs", **potential):

@@ -1,11 +1,11 @@
 """Every file route gives the same energy, and every bad file one clear message."""
 
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import openmm
 import pytest
+from molecules import ALANINE, AMBER
 from openmm import app, unit
 
 from openmm_cgflow.errors import CGFlowError
@@ -15,9 +15,6 @@ from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.settings import SystemSettings
 
-ALANINE = Path(__file__).parents[2] / "systems" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
-VACUUM = ["amber99sbildn.xml"]
-
 
 def energy_of(molecule, xyz=None):
     return energy_and_forces(molecule.system, molecule.positions if xyz is None else xyz)[0]
@@ -25,7 +22,7 @@ def energy_of(molecule, xyz=None):
 
 @pytest.fixture(scope="module")
 def vacuum():
-    return MolecularSystem.from_files(ALANINE, VACUUM)
+    return MolecularSystem.from_files(ALANINE, AMBER)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,7 @@ def written(tmp_path_factory, vacuum):
 @pytest.mark.parametrize(
     ("structure", "settings"),
     [
-        ("ala.cif", {"forcefield": VACUUM}),
+        ("ala.cif", {"forcefield": AMBER}),
         ("ala.cif", {"system_xml": "system.xml"}),
         ("ala.inpcrd", {"topology": "ala.prmtop"}),
         ("ala.rst7", {"topology": "ala.prmtop"}),
@@ -81,7 +78,7 @@ def test_implicit_solvent_with_a_prmtop_equals_the_force_field_xml(written, solv
     molecule = MolecularSystem.from_files(
         written / "ala.inpcrd", topology=written / "ala.prmtop", implicit_solvent=solvent
     )
-    reference = MolecularSystem.from_files(ALANINE, [*VACUUM, f"implicit/{solvent}.xml"])
+    reference = MolecularSystem.from_files(ALANINE, [*AMBER, f"implicit/{solvent}.xml"])
     # OpenMM assigns other radii than mbondi2 in HCT and GBn, and then says so.
     tolerance = 3.0 if solvent in ("hct", "gbn") else 1e-4
     assert energy_of(molecule, reference.positions) == pytest.approx(energy_of(reference), abs=tolerance)
@@ -94,7 +91,7 @@ def test_implicit_solvent_with_a_prmtop_equals_the_force_field_xml(written, solv
 @pytest.mark.parametrize("solvent", ["obc2", "gbn2"])
 def test_implicit_solvent_with_a_gromacs_top(written, vacuum, solvent):
     molecule = MolecularSystem.from_files(written / "ala.gro", topology=written / "ala.top", implicit_solvent=solvent)
-    reference = MolecularSystem.from_files(ALANINE, [*VACUUM, f"implicit/{solvent}.xml"])
+    reference = MolecularSystem.from_files(ALANINE, [*AMBER, f"implicit/{solvent}.xml"])
     assert energy_of(molecule, vacuum.positions) == pytest.approx(energy_of(reference), abs=1.0)  # ParmEd's radii
     assert abs(energy_of(molecule, vacuum.positions) - energy_of(vacuum)) > 20
     assert "GB radii were assigned by ParmEd" in molecule.notes
@@ -246,13 +243,13 @@ def test_charmm_without_or_with_wrong_parameters(charmm, tmp_path):
             charmm / "lig.pdb", topology=charmm / "lig.psf", parameters=[charmm / "lig.rtf", partial]
         )
     with pytest.raises(CGFlowError, match=r"go with a psf topology"):
-        MolecularSystem.from_files(ALANINE, VACUUM, parameters=[charmm / "lig.prm"])
+        MolecularSystem.from_files(ALANINE, AMBER, parameters=[charmm / "lig.prm"])
 
 
 def test_from_files_takes_a_configuration(vacuum):
-    config = SystemSettings(structure=ALANINE, forcefield=VACUUM)
+    config = SystemSettings(structure=ALANINE, forcefield=AMBER)
     assert MolecularSystem.from_files(config).fingerprint() == vacuum.fingerprint()
-    assert MolecularSystem.from_files(str(ALANINE), VACUUM[0]).fingerprint() == vacuum.fingerprint()
+    assert MolecularSystem.from_files(str(ALANINE), AMBER[0]).fingerprint() == vacuum.fingerprint()
     assert load_files(config).system.getNumConstraints() == 0
 
 
@@ -283,14 +280,14 @@ def without(*names):
 
 def test_settings_that_contradict_each_other(tmp_path):
     refuse("exactly one of forcefield", ALANINE)
-    refuse("exactly one of forcefield", ALANINE, VACUUM, system_xml=tmp_path / "a.xml")
-    refuse("implicit_solvent goes with topology", ALANINE, VACUUM, implicit_solvent="obc2")
+    refuse("exactly one of forcefield", ALANINE, AMBER, system_xml=tmp_path / "a.xml")
+    refuse("implicit_solvent goes with topology", ALANINE, AMBER, implicit_solvent="obc2")
     refuse(r"system\.implicit_solvent", ALANINE, topology="a.top", implicit_solvent="water")
 
 
 def test_missing_files(tmp_path, written):
-    refuse(r"nowhere\.pdb: no such file", tmp_path / "nowhere.pdb", VACUUM)
-    refuse("is a directory, not a file", tmp_path, VACUUM)
+    refuse(r"nowhere\.pdb: no such file", tmp_path / "nowhere.pdb", AMBER)
+    refuse("is a directory, not a file", tmp_path, AMBER)
     refuse(r"nowhere\.prmtop: no such file", ALANINE, topology=tmp_path / "nowhere.prmtop")
     refuse(r"nowhere\.xml: no such file", ALANINE, system_xml=tmp_path / "nowhere.xml")
     refuse(r"nowhere\.prm: no such file", ALANINE, topology=written / "ala.top", parameters=[tmp_path / "nowhere.prm"])
@@ -310,7 +307,7 @@ def test_missing_files(tmp_path, written):
 )
 def test_unknown_force_fields_name_near_ones(name, near):
     assert near in near_force_fields(name)
-    refuse(f"unknown force field '{name}'; did you mean .*{near}", ALANINE, [*VACUUM, name])
+    refuse(f"unknown force field '{name}'; did you mean .*{near}", ALANINE, [*AMBER, name])
 
 
 def test_a_force_field_that_resembles_nothing(tmp_path):
@@ -323,24 +320,24 @@ def test_a_force_field_that_resembles_nothing(tmp_path):
 def test_missing_hydrogens_say_what_to_run(tmp_path):
     hydrogens = ("H", "HA", "H1", "H2", "H3", "HB1", "HB2", "HB3")
     path = edited(tmp_path, without(*hydrogens))
-    text = refuse("hydrogens are missing in ACE1, ALA2, NME3", path, VACUUM)
+    text = refuse("hydrogens are missing in ACE1, ALA2, NME3", path, AMBER)
     assert f"pdbfixer {path} --add-atoms=hydrogen" in text and "modeller.addHydrogens(" in text and str(path) in text
     some = edited(tmp_path, without("HA", "HB3"))
-    refuse("hydrogens are missing in ALA2: .*missing 2 H atoms", some, VACUUM)
+    refuse("hydrogens are missing in ALA2: .*missing 2 H atoms", some, AMBER)
 
 
 def test_the_hydrogen_recipe_works(tmp_path, monkeypatch):
     path = edited(tmp_path, without("H", "HA", "H1", "H2", "H3", "HB1", "HB2", "HB3"))
-    recipe = refuse("hydrogens", path, VACUUM).split("or in Python\n")[1]
+    recipe = refuse("hydrogens", path, AMBER).split("or in Python\n")[1]
     monkeypatch.chdir(tmp_path)
     exec(textwrap.dedent(recipe), {})
-    assert MolecularSystem.from_files("with_hydrogens.pdb", VACUUM).n_atoms == 22
+    assert MolecularSystem.from_files("with_hydrogens.pdb", AMBER).n_atoms == 22
 
 
 def test_residues_without_template(tmp_path):
-    text = refuse("no template for ALA2", edited(tmp_path, without("CB")), VACUUM)
+    text = refuse("no template for ALA2", edited(tmp_path, without("CB")), AMBER)
     assert "system.system_xml" in text and "CONECT" in text
-    refuse("no template for LIG2", edited(tmp_path, lambda text: text.replace(" ALA ", " LIG ")), VACUUM)
+    refuse("no template for LIG2", edited(tmp_path, lambda text: text.replace(" ALA ", " LIG ")), AMBER)
 
 
 @pytest.mark.parametrize("name", ["implicit/obc2.xml", "implicit/gbn2.xml", "amber99_obc.xml"])
@@ -361,13 +358,13 @@ HETATM   33 NA    NA C   1      25.000  20.000  20.000  1.00  0.00          NA
 
 def test_explicit_water_and_ions(tmp_path):
     path = edited(tmp_path, lambda text: text.replace("TER ", WATER + "TER ", 1))
-    text = refuse(r"explicit water or ions \(.*\) are not supported yet", path, [*VACUUM, "tip3p.xml"])
+    text = refuse(r"explicit water or ions \(.*\) are not supported yet", path, [*AMBER, "tip3p.xml"])
     assert "HOH" in text and "NA" in text and "implicit" in text
 
 
 def test_a_box_record_alone_is_dropped(tmp_path, vacuum):
     box = "CRYST1    1.000    1.000    1.000  90.00  90.00  90.00 P 1           1\n"
-    molecule = MolecularSystem.from_files(edited(tmp_path, lambda text: box + text), VACUUM)
+    molecule = MolecularSystem.from_files(edited(tmp_path, lambda text: box + text), AMBER)
     assert any("box" in note for note in molecule.notes)
     assert molecule.fingerprint() == vacuum.fingerprint()
 
@@ -378,7 +375,7 @@ def test_two_molecules(tmp_path):
         moved = [f"{line[:21]}B{line[22:30]}{float(line[30:38]) + 20:8.3f}{line[38:]}" for line in atoms]
         return "\n".join([*atoms, "TER", *moved, "TER", "END"]) + "\n"
 
-    refuse("2 separate molecules .22 atom.*several molecules are not supported", edited(tmp_path, doubled), VACUUM)
+    refuse("2 separate molecules .22 atom.*several molecules are not supported", edited(tmp_path, doubled), AMBER)
 
 
 def test_nan_coordinates(tmp_path):
@@ -388,23 +385,23 @@ def test_nan_coordinates(tmp_path):
         lines[row] = lines[row][:30] + "     nan" + lines[row][38:]
         return "\n".join(lines) + "\n"
 
-    refuse(r"not finite numbers: ALA2:CA \(atom 8\)", edited(tmp_path, spoil), VACUUM)
+    refuse(r"not finite numbers: ALA2:CA \(atom 8\)", edited(tmp_path, spoil), AMBER)
 
 
 @pytest.mark.parametrize("name", ["garbage.pdb", "garbage.cif", "empty.pdb"])
 def test_unreadable_structures(tmp_path, name):
     path = tmp_path / name
     path.write_text("" if name.startswith("empty") else "ATOM  this is no coordinate file at all, nor ever was one\n")
-    refuse(name, path, VACUUM)
+    refuse(name, path, AMBER)
     path.write_bytes(bytes(range(256)))
-    refuse(name, path, VACUUM)
+    refuse(name, path, AMBER)
 
 
 def test_unknown_kinds_of_files(tmp_path, written):
     odd = tmp_path / "ala.xyz"
     odd.write_text("22\n")
-    refuse("expected a PDB", odd, VACUUM)
-    refuse("expected a PDB", written / "ala.gro", VACUUM)
+    refuse("expected a PDB", odd, AMBER)
+    refuse("expected a PDB", written / "ala.gro", AMBER)
     refuse("unknown kind of coordinates '.xyz'", odd, topology=written / "ala.prmtop")
     refuse("unknown kind of topology '.xyz'", ALANINE, topology=odd)
 

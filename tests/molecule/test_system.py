@@ -1,18 +1,15 @@
 """MolecularSystem: what is changed in a System, what is refused, and that the caller's objects stay as they were."""
 
-from pathlib import Path
-
 import numpy as np
 import openmm
 import pytest
+from molecules import ALANINE
 from openmm import app, unit
 
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.sanitize import energy_and_forces
 from openmm_cgflow.molecule.system import MolecularSystem
 from openmm_cgflow.molecule.topology import topology_from_table, topology_to_table
-
-ALANINE = Path(__file__).parents[2] / "systems" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 
 
 @pytest.fixture(scope="module")

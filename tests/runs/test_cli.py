@@ -23,6 +23,7 @@ import openmm
 import pytest
 import torch
 import yaml
+from molecules import ALANINE, AMBER_IN_WATER
 from openmm import app, unit
 from settings import TINY_WITHOUT_SWITCHING, TWO_STAGES, TWO_STAGES_JOINT
 
@@ -107,8 +108,8 @@ def run(finished, tmp_path):
 
 
 @pytest.fixture
-def alanine(systems):
-    return (systems / "alanine_dipeptide" / "alanine_dipeptide.pdb").read_text()
+def alanine():
+    return ALANINE.read_text()
 
 
 def output_of(capsys, *arguments):
@@ -136,7 +137,7 @@ def configuration(folder, name="molecule.yaml", **settings):
     return path
 
 
-def peptide(folder, text, forcefield=("amber99sbildn.xml", "amber99_obc.xml"), **settings):
+def peptide(folder, text, forcefield=AMBER_IN_WATER, **settings):
     (folder / "molecule.pdb").write_text(text)
     return configuration(folder, system={"structure": "molecule.pdb", "forcefield": list(forcefield)}, **settings)
 
@@ -361,54 +362,54 @@ def test_seed_and_settings_and_overwrite(butane, finished, run, capsys):
 # --- bad input: configuration and molecule, refused by check and by train ------------------------------------------
 
 
-def missing_structure(folder, systems, alanine):
+def missing_structure(folder, alanine):
     return configuration(folder, system={"structure": "nowhere.pdb", "forcefield": ["amber99sbildn.xml"]})
 
 
-def missing_configuration(folder, systems, alanine):
+def missing_configuration(folder, alanine):
     return folder / "nowhere.yaml"
 
 
-def directory_as_configuration(folder, systems, alanine):
+def directory_as_configuration(folder, alanine):
     return folder
 
 
-def text_as_configuration(folder, systems, alanine):
+def text_as_configuration(folder, alanine):
     (folder / "broken.yaml").write_text("system: [unclosed\n")
     return folder / "broken.yaml"
 
 
-def pdb_as_configuration(folder, systems, alanine):
+def pdb_as_configuration(folder, alanine):
     (folder / "molecule.pdb").write_text(alanine)
     return folder / "molecule.pdb"
 
 
-def empty_configuration(folder, systems, alanine):
+def empty_configuration(folder, alanine):
     (folder / "empty.yaml").write_text("# nothing yet\n")
     return folder / "empty.yaml"
 
 
-def no_system_section(folder, systems, alanine):
+def no_system_section(folder, alanine):
     return configuration(folder)
 
 
-def unknown_force_field(folder, systems, alanine):
+def unknown_force_field(folder, alanine):
     return peptide(folder, alanine, ["amber99sb-ildn.xml", "amber99_obc.xml"])
 
 
-def missing_hydrogens(folder, systems, alanine):
+def missing_hydrogens(folder, alanine):
     return peptide(folder, without(alanine, *HYDROGENS))
 
 
-def residue_without_template(folder, systems, alanine):
+def residue_without_template(folder, alanine):
     return peptide(folder, alanine.replace(" ALA ", " LIG "))
 
 
-def implicit_solvent_alone(folder, systems, alanine):
+def implicit_solvent_alone(folder, alanine):
     return peptide(folder, alanine, ["implicit/obc2.xml"])
 
 
-def explicit_water(folder, systems, alanine):
+def explicit_water(folder, alanine):
     water = (
         "HETATM   30  O   HOH A   9      20.000  20.000  20.000  1.00  0.00           O\n"
         "HETATM   31  H1  HOH A   9      20.957  20.000  20.000  1.00  0.00           H\n"
@@ -434,27 +435,27 @@ def stubborn_constraints(folder, systems, alanine):
     return with_system(folder, systems, change)
 
 
-def empty_selection(folder, systems, alanine):
+def empty_selection(folder, alanine):
     return peptide(folder, alanine, partition={"slow": "name XX"})
 
 
-def senseless_selection(folder, systems, alanine):
+def senseless_selection(folder, alanine):
     return peptide(folder, alanine, partition={"slow": "backbones and"})
 
 
-def disconnected_selection(folder, systems, alanine):
+def disconnected_selection(folder, alanine):
     return peptide(folder, alanine, partition={"slow": "name CA O CH3"})
 
 
-def everything_selected(folder, systems, alanine):
+def everything_selected(folder, alanine):
     return peptide(folder, alanine, partition={"slow": "all"})
 
 
-def index_out_of_range(folder, systems, alanine):
+def index_out_of_range(folder, alanine):
     return peptide(folder, alanine, partition={"slow": [0, 1, 400]})
 
 
-def slow_ring(folder, systems, alanine):
+def slow_ring(folder, alanine):
     """Four carbons in a square, a hydrogen on each, held by springs."""
     square = np.array([[1, 1, 0], [-1, 1, 0], [-1, -1, 0], [1, -1, 0]], dtype=float)
     bonds = [(0, 1), (1, 2), (2, 3), (3, 0), *((i, i + 4) for i in range(4))]
@@ -476,38 +477,38 @@ def slow_ring(folder, systems, alanine):
     return configuration(folder, system={"structure": "ring.pdb", "system_xml": "system.xml"})
 
 
-def unknown_key(folder, systems, alanine):
+def unknown_key(folder, alanine):
     return peptide(folder, alanine, chains={"n_replica": 16})
 
 
-def unknown_section(folder, systems, alanine):
+def unknown_section(folder, alanine):
     return peptide(folder, alanine, chain={"n_replicas": 16})
 
 
-def wrong_unit(folder, systems, alanine):
+def wrong_unit(folder, alanine):
     return peptide(folder, alanine, chains={"timestep": "1 K"})
 
 
-def unknown_unit(folder, systems, alanine):
+def unknown_unit(folder, alanine):
     return peptide(folder, alanine, temperature="300 Kelvins")
 
 
-def out_of_range(folder, systems, alanine):
+def out_of_range(folder, alanine):
     return peptide(folder, alanine, temperature="-3 K")
 
 
-def nan_coordinates(folder, systems, alanine):
+def nan_coordinates(folder, alanine):
     line = next(line for line in alanine.splitlines() if line[12:16].strip() == "CA")
     return peptide(folder, alanine.replace(line, line[:30] + "     nan" + line[38:]))
 
 
-def overlapping_atoms(folder, systems, alanine):
+def overlapping_atoms(folder, alanine):
     lines = alanine.splitlines()
     first, second = (next(line for line in lines if line[12:16].strip() == name) for name in ("HB1", "HB2"))
     return peptide(folder, alanine.replace(second, second[:30] + first[30:54] + second[54:]))
 
 
-def absent_platform(folder, systems, alanine):
+def absent_platform(folder, alanine):
     return peptide(folder, alanine, chains={"platform": "Cudo", "n_workers": 1})
 
 

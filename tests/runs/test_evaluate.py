@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conformers import CENTRES, alanine_frames, atoms_of, basin_frames, repeated, turned, write_run, write_samples
+from molecules import ALANINE, BUTANE, frame
 from settings import TINY_WITH_FRAMES
 
 from openmm_cgflow import load_config, train
@@ -27,8 +28,8 @@ N = 5000
 
 
 @pytest.fixture(scope="module")
-def alanine(systems):
-    return mdtraj.load(str(systems / "alanine_dipeptide" / "alanine_dipeptide.pdb"))
+def alanine():
+    return frame(ALANINE)
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +302,8 @@ def butane_run(systems, tmp_path_factory):
     return output
 
 
-def test_slow_torsions_without_a_peptide(butane_run, systems, tmp_path, capsys):
-    structure = mdtraj.load(str(systems / "butane" / "butane.pdb"))
+def test_slow_torsions_without_a_peptide(butane_run, tmp_path, capsys):
+    structure = frame(BUTANE)
     angles = np.random.default_rng(5).choice(np.radians([180, 65, -65]), 600, p=[0.6, 0.3, 0.1])
     turned(repeated(structure, 600), (0, 1, 2, 3), angles).save(str(tmp_path / "md.xtc"))
     assert main(["evaluate", str(butane_run), "--reference", str(tmp_path / "md.xtc")]) == 0
@@ -325,7 +326,7 @@ def test_slow_torsions_without_a_peptide(butane_run, systems, tmp_path, capsys):
     assert not list(folder.glob("map*"))
 
 
-def test_two_slow_torsions_make_a_map(alanine, slow, tmp_path):
+def test_two_slow_torsions_make_a_map(alanine, slow):
     """Alanine dipeptide as one residue has no φ and ψ by name, but two slow torsions."""
     topology = mdtraj.Topology()
     residue = topology.add_residue("LIG", topology.add_chain(), 1)

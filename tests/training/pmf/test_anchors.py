@@ -79,7 +79,7 @@ def test_every_difference_is_known_as_well_as_asked(error):
     assert 0.3 < per_path / (1.1 / error**2) < 3
 
 
-def test_easy_paths_are_left_when_they_are_known(monkeypatch):
+def test_easy_paths_are_left_when_they_are_known():
     values, estimator = started(settings(error=0.1))
     lengths, switch = [], estimator.switch
     estimator.switch = lambda asked, *how: (lengths.append(len(asked)), switch(asked, *how))[1]
