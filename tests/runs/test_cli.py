@@ -362,54 +362,54 @@ def test_seed_and_settings_and_overwrite(butane, finished, run, capsys):
 # --- bad input: configuration and molecule, refused by check and by train ------------------------------------------
 
 
-def missing_structure(folder, alanine):
+def missing_structure(folder, systems, alanine):
     return configuration(folder, system={"structure": "nowhere.pdb", "forcefield": ["amber99sbildn.xml"]})
 
 
-def missing_configuration(folder, alanine):
+def missing_configuration(folder, systems, alanine):
     return folder / "nowhere.yaml"
 
 
-def directory_as_configuration(folder, alanine):
+def directory_as_configuration(folder, systems, alanine):
     return folder
 
 
-def text_as_configuration(folder, alanine):
+def text_as_configuration(folder, systems, alanine):
     (folder / "broken.yaml").write_text("system: [unclosed\n")
     return folder / "broken.yaml"
 
 
-def pdb_as_configuration(folder, alanine):
+def pdb_as_configuration(folder, systems, alanine):
     (folder / "molecule.pdb").write_text(alanine)
     return folder / "molecule.pdb"
 
 
-def empty_configuration(folder, alanine):
+def empty_configuration(folder, systems, alanine):
     (folder / "empty.yaml").write_text("# nothing yet\n")
     return folder / "empty.yaml"
 
 
-def no_system_section(folder, alanine):
+def no_system_section(folder, systems, alanine):
     return configuration(folder)
 
 
-def unknown_force_field(folder, alanine):
+def unknown_force_field(folder, systems, alanine):
     return peptide(folder, alanine, ["amber99sb-ildn.xml", "amber99_obc.xml"])
 
 
-def missing_hydrogens(folder, alanine):
+def missing_hydrogens(folder, systems, alanine):
     return peptide(folder, without(alanine, *HYDROGENS))
 
 
-def residue_without_template(folder, alanine):
+def residue_without_template(folder, systems, alanine):
     return peptide(folder, alanine.replace(" ALA ", " LIG "))
 
 
-def implicit_solvent_alone(folder, alanine):
+def implicit_solvent_alone(folder, systems, alanine):
     return peptide(folder, alanine, ["implicit/obc2.xml"])
 
 
-def explicit_water(folder, alanine):
+def explicit_water(folder, systems, alanine):
     water = (
         "HETATM   30  O   HOH A   9      20.000  20.000  20.000  1.00  0.00           O\n"
         "HETATM   31  H1  HOH A   9      20.957  20.000  20.000  1.00  0.00           H\n"
@@ -435,27 +435,27 @@ def stubborn_constraints(folder, systems, alanine):
     return with_system(folder, systems, change)
 
 
-def empty_selection(folder, alanine):
+def empty_selection(folder, systems, alanine):
     return peptide(folder, alanine, partition={"slow": "name XX"})
 
 
-def senseless_selection(folder, alanine):
+def senseless_selection(folder, systems, alanine):
     return peptide(folder, alanine, partition={"slow": "backbones and"})
 
 
-def disconnected_selection(folder, alanine):
+def disconnected_selection(folder, systems, alanine):
     return peptide(folder, alanine, partition={"slow": "name CA O CH3"})
 
 
-def everything_selected(folder, alanine):
+def everything_selected(folder, systems, alanine):
     return peptide(folder, alanine, partition={"slow": "all"})
 
 
-def index_out_of_range(folder, alanine):
+def index_out_of_range(folder, systems, alanine):
     return peptide(folder, alanine, partition={"slow": [0, 1, 400]})
 
 
-def slow_ring(folder, alanine):
+def slow_ring(folder, systems, alanine):
     """Four carbons in a square, a hydrogen on each, held by springs."""
     square = np.array([[1, 1, 0], [-1, 1, 0], [-1, -1, 0], [1, -1, 0]], dtype=float)
     bonds = [(0, 1), (1, 2), (2, 3), (3, 0), *((i, i + 4) for i in range(4))]
@@ -477,38 +477,38 @@ def slow_ring(folder, alanine):
     return configuration(folder, system={"structure": "ring.pdb", "system_xml": "system.xml"})
 
 
-def unknown_key(folder, alanine):
+def unknown_key(folder, systems, alanine):
     return peptide(folder, alanine, chains={"n_replica": 16})
 
 
-def unknown_section(folder, alanine):
+def unknown_section(folder, systems, alanine):
     return peptide(folder, alanine, chain={"n_replicas": 16})
 
 
-def wrong_unit(folder, alanine):
+def wrong_unit(folder, systems, alanine):
     return peptide(folder, alanine, chains={"timestep": "1 K"})
 
 
-def unknown_unit(folder, alanine):
+def unknown_unit(folder, systems, alanine):
     return peptide(folder, alanine, temperature="300 Kelvins")
 
 
-def out_of_range(folder, alanine):
+def out_of_range(folder, systems, alanine):
     return peptide(folder, alanine, temperature="-3 K")
 
 
-def nan_coordinates(folder, alanine):
+def nan_coordinates(folder, systems, alanine):
     line = next(line for line in alanine.splitlines() if line[12:16].strip() == "CA")
     return peptide(folder, alanine.replace(line, line[:30] + "     nan" + line[38:]))
 
 
-def overlapping_atoms(folder, alanine):
+def overlapping_atoms(folder, systems, alanine):
     lines = alanine.splitlines()
     first, second = (next(line for line in lines if line[12:16].strip() == name) for name in ("HB1", "HB2"))
     return peptide(folder, alanine.replace(second, second[:30] + first[30:54] + second[54:]))
 
 
-def absent_platform(folder, alanine):
+def absent_platform(folder, systems, alanine):
     return peptide(folder, alanine, chains={"platform": "Cudo", "n_workers": 1})
 
 
