@@ -105,7 +105,7 @@ def build_geometry(
 
 
 def new_density(config: Config, geometry: Geometry, temperature: float) -> TrainedDensity:
-    """What a training by ``training.method`` leaves at a temperature in K: untrained, to be filled from a file."""
+    """What a training by ``training.method`` leaves at a temperature in K: untrained."""
     method, coordinates, seed = config.training.method, geometry.coordinates, config.seed
     flow = new_flow(config.flow, geometry, seed)
     if method == "joint":

@@ -24,11 +24,8 @@ from openmm_cgflow.files.run_directory import RunDirectory
 from openmm_cgflow.forces.estimator import EngineEnergies, MolecularMeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.model.cg_model import CGModel
-from openmm_cgflow.networks.flow import new_flow
-from openmm_cgflow.networks.joint import new_joint
-from openmm_cgflow.networks.pmf import new_pmf
-from openmm_cgflow.networks.response import new_response
-from openmm_cgflow.runs.build import Setup, new_model
+from openmm_cgflow.model.density import JointDensity, PMFDensity
+from openmm_cgflow.runs.build import Setup, new_density, new_model
 from openmm_cgflow.runs.load import model_state, save_state
 from openmm_cgflow.training.joint import JointTraining
 from openmm_cgflow.training.ladder import start_temperature
@@ -230,25 +227,22 @@ class Training(NamedTuple):
 
 def new_training(config: Config, geometry: Geometry, engine: Engine) -> Training:
     """What ``training.method`` names, at its start."""
-    kind, temperature, seed = config.training.method, config.temperature, config.seed
-    flow, chains = new_flow(config.flow, geometry, seed), config.chains
-    fast = engine, geometry.all_atom, geometry.draw_fast, chains, seed
-    if kind == "pmf":
-        pmf = new_pmf(config.pmf, geometry, seed)
-        response = new_response(config.pmf, geometry, temperature, seed)
-        fast_atoms = FastAtoms(*fast, response.follow)
+    chains, temperature, seed = config.chains, config.temperature, config.seed
+    density = new_density(config, geometry, temperature)
+    fast_atoms = FastAtoms(engine, geometry.all_atom, geometry.draw_fast, chains, seed, density.follow)
+    if isinstance(density, PMFDensity):
         estimator = MolecularMeanForce(fast_atoms, chains, chains.adaptive)
-        learned = geometry.coordinates, flow, pmf, response, estimator
-        state = PMFState(config.pmf, config.stopping, temperature, seed, *learned)
+        networks = density.flow, density.pmf, density.response
+        state = PMFState(config.pmf, config.stopping, temperature, seed, density.coordinates, *networks, estimator)
         budget = EvaluationBudget(config.stopping.max_evaluations, estimator)
         return Training(PMFTraining(state, budget, chains), fast_atoms)
-    ladder, fast_atoms = (config.training, config.tempering, temperature), FastAtoms(*fast)
-    if kind == "joint":
-        joint = new_joint(flow, config.joint, config.flow, geometry, temperature, seed)
-        learned_at_once = joint, geometry.coordinates, EngineEnergies(engine)
-        return Training(JointTraining(*ladder, chains, config.joint.n_replays, seed, *learned_at_once), fast_atoms)
+    ladder = config.training, config.tempering, temperature
+    if isinstance(density, JointDensity):
+        energies, n_replays = EngineEnergies(engine), config.joint.n_replays
+        joint = JointTraining(*ladder, chains, n_replays, seed, density.joint, density.coordinates, energies)
+        return Training(joint, fast_atoms)
     forces = MolecularMeanForce(fast_atoms, chains)
-    return Training(ReverseKL(*ladder, chains.n_replicas, seed, geometry.coordinates, flow, forces), fast_atoms)
+    return Training(ReverseKL(*ladder, chains.n_replicas, seed, density.coordinates, density.flow, forces), fast_atoms)
 
 
 def hottest_temperature(config: Config) -> float:
