@@ -137,7 +137,6 @@ def ramachandran(
     phi: np.ndarray,
     psi: np.ndarray,
     *,
-    weights: np.ndarray | None = None,
     temperature: float | None = None,
     title: str = "",
 ) -> Figure:
@@ -146,11 +145,10 @@ def ramachandran(
     Arguments:
         phi: Radians, shape (n,).
         psi: Radians, shape (n,).
-        weights: Weights of the samples, shape (n,).
         temperature: K.
         title: Such as the residue.
     """
-    density, energy = free_energy_map(phi, psi, weights=weights)
+    density, energy = free_energy_map(phi, psi)
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axis = figure.subplots()
     highest = max(1.0, np.ceil(energy[density > 0].max()))
@@ -171,13 +169,12 @@ def ramachandran(
     return figure
 
 
-def torsion_marginals(names: Sequence[str], values: np.ndarray, *, weights: np.ndarray | None = None) -> Figure:
+def torsion_marginals(names: Sequence[str], values: np.ndarray) -> Figure:
     """The density of each torsion.
 
     Arguments:
         names: One for each torsion.
         values: Radians, shape (n_samples, n_torsions).
-        weights: Weights of the samples, shape (n_samples,).
     """
     if values.ndim != 2 or values.shape[1] != len(names):
         raise ValueError(f"got values of shape {values.shape}, expected (n_samples, {len(names)})")
@@ -186,7 +183,7 @@ def torsion_marginals(names: Sequence[str], values: np.ndarray, *, weights: np.n
     figure = Figure(figsize=(max(4.5, 3.2 * n_columns), 0.4 + 2.4 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, sharex=True, squeeze=False).ravel()
     for k, name in enumerate(names):
-        density, centres = torsion_density(values[:, k], weights=weights)
+        density, centres = torsion_density(values[:, k])
         degrees = np.degrees(centres)
         axes[k].stairs(
             density * np.pi / 180, np.linspace(-180, 180, len(density) + 1), fill=True, color=_BLUE, alpha=0.25

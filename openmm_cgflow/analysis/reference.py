@@ -50,9 +50,9 @@ class GridReference:
     probability: np.ndarray
     centers: np.ndarray
 
-    def rebinned(self, n_bins: int = N_BINS) -> np.ndarray:
-        """Probabilities on other bins by overlap of areas, which keeps the mass exactly, shape (n_bins, n_bins)."""
-        edges = np.linspace(-np.pi, np.pi, n_bins + 1)
+    def rebinned(self) -> np.ndarray:
+        """Probabilities on the bins of comparisons by overlap of areas, which keeps the mass, shape (36, 36)."""
+        edges = np.linspace(-np.pi, np.pi, N_BINS + 1)
         overlap = circle_overlap(self.centers, np.column_stack((edges[:-1], edges[1:])))
         return overlap @ self.probability @ overlap.T
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.features import on_circle
 from openmm_cgflow.coordinates.placement import Placement, signed_volumes
 from openmm_cgflow.coordinates.slow import Coordinates
 from openmm_cgflow.coordinates.zmatrix import ZMatrix
@@ -117,8 +117,7 @@ class MoleculeMap(AllAtomMap):
         return self.placement.read(xyz)
 
     def wrap_fast(self, difference: Tensor) -> Tensor:
-        dihedral = torch.remainder(difference[..., 2:] + math.pi, 2 * math.pi) - math.pi
-        return torch.cat((difference[..., :2], dihedral), dim=-1)
+        return torch.cat((difference[..., :2], on_circle(difference[..., 2:])), dim=-1)
 
     def log_volume_fast(self, y: Tensor) -> Tensor:
         return (2 * torch.log(y[..., 0]) + torch.log(torch.sin(y[..., 1]))).sum(-1)

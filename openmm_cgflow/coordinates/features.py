@@ -28,7 +28,7 @@ Support = Literal["circle", "interval", "bounded"]
 
 
 def on_circle(angles: Tensor) -> Tensor:
-    """The same angles in [-pi, pi), radians, of any shape."""
+    """Angles brought to [-pi, pi), radians, of any shape."""
     return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
 
 
@@ -60,7 +60,7 @@ class SlowFeatures(ABC):
 
     @property
     def n_features(self) -> int:
-        """Of z."""
+        """Number of slow coordinates z."""
         return self.n_circular + self.n_bounded
 
     @property

@@ -77,13 +77,13 @@ class Geometry(ABC):
 
     @property
     def coordinates(self) -> Coordinates:
-        """Of the slow atoms."""
+        """The coordinates of the slow atoms."""
         return self.all_atom.coordinates
 
     @property
     def kinds(self) -> str:
         """What the slow coordinates are, for people."""
-        return self.all_atom.coordinates.features.describe()
+        return self.coordinates.features.describe()
 
     @abstractmethod
     def fast_rotamers(self) -> list[str]:
@@ -129,7 +129,7 @@ class Geometry(ABC):
 
 @dataclass(frozen=True)
 class MoleculeGeometry(Geometry):
-    """Of a molecule: Z-matrices, and the harmonic reference around the input structure.
+    """The geometry of a molecule: Z-matrices, and the harmonic reference around the input structure.
 
     Attributes:
         harmonic: Minimum, Hessian and torsion scans.
@@ -137,7 +137,6 @@ class MoleculeGeometry(Geometry):
     """
 
     harmonic: HarmonicReference
-
     hottest: float
 
     @classmethod

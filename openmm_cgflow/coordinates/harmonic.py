@@ -28,6 +28,7 @@ __all__ = ["Evaluate", "HarmonicReference"]
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Positions (n, n_atoms, 3), nm -> energies (n,), kJ/mol, and forces (n, n_atoms, 3), kJ/mol/nm."""
 
 _STEP = (2e-4, 2e-3, 2e-3)  # finite differences: nm, rad, rad
 _WIDEST = (0.05, 0.5, 0.5)  # no stiff coordinate is taken to be wider than this at 300 K: nm, rad, rad
@@ -58,7 +59,7 @@ class HarmonicReference:
         """Minimises near the input structure and measures curvatures there.
 
         Arguments:
-            evaluate: Positions (B, n_atoms, 3) nm -> energies (B,) kJ/mol and forces (B, n_atoms, 3) kJ/mol/nm.
+            evaluate: The energy and its forces.
             slow: Z-matrix of the slow atoms.
             fast: Z-matrix of the fast atoms.
             positions: Input structure, nm, shape (n_atoms, 3).

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openmm_cgflow.coordinates.features import SlowFeatures, Torsions
+from openmm_cgflow.coordinates.features import SlowFeatures, Torsions, on_circle
 from openmm_cgflow.coordinates.placement import Placement, bond_angle_dihedral, place_first_three
 from openmm_cgflow.coordinates.zmatrix import ZMatrix
 from openmm_cgflow.errors import CGFlowError
 
-__all__ = ["SMALLEST_BOND", "CartesianCoordinates", "Coordinates", "InternalCoordinates"]
+__all__ = ["CartesianCoordinates", "Coordinates", "InternalCoordinates"]
 
-SMALLEST_BOND = 0.03  # nm
+_SMALLEST_BOND = 0.03  # nm
 _SMALLEST_SINE = 0.05  # rad from a straight or a folded angle
 
 
@@ -150,7 +150,7 @@ class InternalCoordinates(Coordinates):
                 raise CGFlowError(f"{names[-1]} is straight; such a chain has no torsion. Choose other slow atoms")
             # A stiff dihedral beyond half a turn would count conformations twice.
             turn = (middle - math.pi, middle + math.pi)
-            smallest, largest = ((SMALLEST_BOND, 1.0), (_SMALLEST_SINE, math.pi - _SMALLEST_SINE), turn)[kind]
+            smallest, largest = ((_SMALLEST_BOND, 1.0), (_SMALLEST_SINE, math.pi - _SMALLEST_SINE), turn)[kind]
             low.append(max(middle - half, smallest))
             high.append(min(middle + half, largest))
             if (k, kind) in slots[:n_torsions]:
@@ -183,7 +183,7 @@ class InternalCoordinates(Coordinates):
         """Inverse of :meth:`table`; stiff dihedrals are unwrapped into their interval."""
         values = table.flatten(-2).index_select(-1, self.slot)
         middle = (self.low + self.high) / 2
-        turned = torch.remainder(values - middle + math.pi, 2 * math.pi) - math.pi + middle
+        turned = on_circle(values - middle) + middle
         return self.from_physical(torch.where(self.slot_kind == 2, turned, values))
 
     def to_xyz(self, z: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class CartesianCoordinates(Coordinates):
         axes = [(1, "x"), (2, "x"), (2, "y"), *((k, axis) for k in range(3, len(atoms)) for axis in "xyz")]
         names = [f"{axis} {labels[atoms[k]]}" for k, axis in axes]
         low, high = centre - half_width, centre + half_width
-        low[[0, 2]] = np.maximum(low[[0, 2]], SMALLEST_BOND)
+        low[[0, 2]] = np.maximum(low[[0, 2]], _SMALLEST_BOND)
         super().__init__(atoms, names, np.zeros(len(names), dtype=bool), low, high, bound)
         flat = torch.tensor([3 * k + "xyz".index(axis) for k, axis in axes])
         self.register_buffer("flat", flat)

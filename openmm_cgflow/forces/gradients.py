@@ -13,6 +13,10 @@ from openmm_cgflow.engines.engine import Frames
 
 __all__ = ["LARGEST_SPREAD", "comoving_gradients", "frame_gradients", "mean_and_variance", "part_means", "shortened"]
 
+LARGEST_SPREAD = 10.0
+"""Times the median; chains that vary more than this say nothing of the others."""
+_N_PARTS = 4  # of a chain, kept of every mean force
+
 
 def frame_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames[Tensor], beta: float, estimator: str) -> Tensor:
     """d(beta U)/dz of every frame, shape (B, n_frames, n_features).
@@ -50,11 +54,6 @@ def _repeated(z: Tensor, frames: Frames[Tensor]) -> Tensor:
 def _reduced(frames: Frames[Tensor], beta: float) -> Tensor:
     """d(beta U)/dx. Invalid replicas hold zeros that rebuild to nan: masked before anything is multiplied."""
     return torch.where(frames.valid[:, None, None, None], -beta * frames.forces, 0.0)
-
-
-LARGEST_SPREAD = 10.0
-"""Times the median; chains that vary more than this say nothing of the others."""
-_N_PARTS = 4  # of a chain, kept of every mean force
 
 
 def shortened(vectors: Tensor, multiple: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,9 +31,6 @@ from openmm_cgflow.settings import ChainSettings, SampleSettings
 from openmm_cgflow.units import thermal_beta
 
 __all__ = ["CGModel", "SamplingDefaults"]
-
-logger = logging.getLogger(__name__)
-
 
 _N_LOWEST = 4096  # samples, the lowest of which a ceiling is counted from
 
@@ -103,7 +99,7 @@ class CGModel:
     @property
     def coordinates(self) -> Coordinates:
         """The slow coordinates z: their names, and their volume element."""
-        return self.geometry.all_atom.coordinates
+        return self.geometry.coordinates
 
     @torch.no_grad()
     def log_prob(self, z: np.ndarray | Tensor) -> np.ndarray:

@@ -65,7 +65,7 @@ def new_force(energy: FreeEnergy, atoms: Sequence[int], mechanism: Mechanism) ->
 
 
 def traced(energy: FreeEnergy) -> torch.jit.ScriptModule:
-    """The same energy in TorchScript, without this package.
+    """A free energy in TorchScript, without this package.
 
     Tracing is exact: nothing in the energy branches on values.
     """

@@ -80,7 +80,21 @@ def draw_samples(
     settings: SampleSettings,
     must_stop: Callable[[], bool] | None = None,
 ) -> Samples:
-    """See :meth:`openmm_cgflow.model.cg_model.CGModel.sample`; ``KeyboardInterrupt`` once ``must_stop()`` is true."""
+    """Independent all-atom samples of a model; see :meth:`openmm_cgflow.model.cg_model.CGModel.sample`.
+
+    Arguments:
+        model: What is drawn from.
+        engine: Runs the fast atoms.
+        n: Number of samples.
+        seed: Same seed, same samples.
+        settings: The ``samples`` section of the configuration.
+        must_stop: Asked before every batch.
+
+    Raises:
+        CGFlowError: If a number is out of range.
+        ReplicaError: If too many chains fail.
+        KeyboardInterrupt: Once ``must_stop()`` is true.
+    """
     if n < 1:
         raise CGFlowError(f"number of samples: got {n}, expected at least 1")
     if not 0 < settings.acceptance <= 1:

@@ -78,8 +78,8 @@ def read_system_xml(path: Path) -> openmm.System:
     return system
 
 
-def near_force_fields(name: str, n: int = 3) -> list[str]:
-    """Force-field XML names shipped with OpenMM that resemble ``name``, the nearest first."""
+def near_force_fields(name: str) -> list[str]:
+    """At most three force-field XML names shipped with OpenMM that resemble ``name``, the nearest first."""
     data = Path(app.__file__).parent / "data"
     known = [path.relative_to(data).as_posix() for path in sorted(data.rglob("*.xml"))]
     wanted = _plain(name)
@@ -92,7 +92,7 @@ def near_force_fields(name: str, n: int = 3) -> list[str]:
 
     scores = {candidate: likeness(candidate) for candidate in known if candidate not in _NOT_FORCE_FIELDS}
     ranked = sorted(scores, key=scores.__getitem__, reverse=True)
-    return [candidate for candidate in ranked if scores[candidate] > 0.6][:n]
+    return [candidate for candidate in ranked if scores[candidate] > 0.6][:3]
 
 
 def _plain(name: str) -> str:

@@ -57,7 +57,7 @@ class ReplicaEnergy(TorchEnergy):
         return energy.detach().cpu().double().numpy(), -gradient.cpu().numpy()
 
     def replicated(self, n_copies: int) -> Self:
-        """The same module for a System of so many copies."""
+        """A function of the same module for a System of so many copies."""
         return type(self)(self.module, n_copies)
 
     def __getstate__(self) -> Any:

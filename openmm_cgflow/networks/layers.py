@@ -11,7 +11,7 @@ from zuko.lazy import LazyTransform
 from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, CouplingTransform, MonotonicRQSTransform, Transform
 
-from openmm_cgflow.coordinates.features import SlowFeatures, Support
+from openmm_cgflow.coordinates.features import SlowFeatures, Support, on_circle
 
 __all__ = [
     "ConditionalLinear",
@@ -39,10 +39,10 @@ class _CircularRotation(Transform):
         self.angle = angle
 
     def _call(self, x: Tensor) -> Tensor:
-        return torch.remainder(x + self.angle + math.pi, 2 * math.pi) - math.pi
+        return on_circle(x + self.angle)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return torch.remainder(y - self.angle + math.pi, 2 * math.pi) - math.pi
+        return on_circle(y - self.angle)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(x)

@@ -80,7 +80,9 @@ class PMF(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE))
 
     def measure_background(self, z: Tensor, gradient: Tensor) -> None:
-        """Of steep features, the parabola whose slopes are nearest to mean forces, and the scale of what it leaves.
+        """Measures the parabola whose slopes are nearest to mean forces, and the scale of what it leaves.
+
+        Only where features are steep; else nothing is done.
 
         Arguments:
             z: Shape (n, n_features).

@@ -71,7 +71,7 @@ class WeightedSamples(NamedTuple):
 
     @property
     def log_weights(self) -> Tensor:
-        """Of the target against the flow, unnormalised, shape (n,) (paper eq. 18, at the coarse-grained level)."""
+        """Log weights of the target against the flow, unnormalised, shape (n,) (paper eq. 18, coarse-grained)."""
         return -self.energy - self.log_q
 
     @property

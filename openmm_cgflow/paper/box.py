@@ -120,7 +120,7 @@ class BoxMap(AllAtomMap):
 
 @dataclass(frozen=True)
 class BoxGeometry(Geometry):
-    """Of particles without bonds: the fast ones are drawn around their starts, as widely as the energy allows.
+    """The geometry of particles without bonds: fast ones start in a cloud as wide as the energy allows.
 
     Attributes:
         scan: Mean energy with each coordinate of a particle moved to either side by ``_REACHES`` over the energy at the

@@ -135,7 +135,7 @@ class _Bases(nn.Module):
         self.register_buffer("sign_of_edge", torch.ones(n_atoms, n_atoms).triu() - torch.ones(n_atoms, n_atoms).tril())
 
     def forward(self, xyz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of positions (B, n_atoms, 3).
+        """Basis functions at positions (B, n_atoms, 3), nm.
 
         Returns:
             The radial basis (B, n, n, 6), the radial part of the spherical one (B, n, n, 7, 6), and Legendre

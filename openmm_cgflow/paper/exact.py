@@ -23,9 +23,10 @@ from openmm_cgflow.paper.linear_map import along_x
 from openmm_cgflow.paper.targets import Target
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["N_BINS", "ExactEvaluation", "Level", "Mode", "compare_exactly"]
+__all__ = ["ExactEvaluation", "Level", "Mode", "compare_exactly"]
 
 _FOR_HISTOGRAMS = 10  # times the draws for averages, over all slow coordinates
+_N_BINS = 36  # on each axis of the map of a slow and a fast coordinate
 _N_MARGINAL_BINS = 50
 _FRACTIONS = (0.03, 0.1, 0.3)  # of the target's beta, at which a model of one temperature is looked at, too
 
@@ -220,20 +221,16 @@ def _joint(target: Target, x: np.ndarray, beta: float, rng: np.random.Generator,
     columns = [0, target.n_slow]
     exact = target.sample(_FOR_HISTOGRAMS * n_draws, beta, rng)[:, columns]
     low, high = np.quantile(exact, (1e-4, 1 - 1e-4), axis=0)
-    inner = np.linspace(low, high, N_BINS - 1)  # the outermost bins are open
+    inner = np.linspace(low, high, _N_BINS - 1)  # the outermost bins are open
 
     def histogram(points: np.ndarray) -> np.ndarray:
         cells = [np.digitize(points[:, k], inner[:, k]) for k in range(2)]
-        counts = np.bincount(cells[0] * N_BINS + cells[1], minlength=N_BINS**2)
-        return counts.reshape(N_BINS, N_BINS) / len(points)
+        counts = np.bincount(cells[0] * _N_BINS + cells[1], minlength=_N_BINS**2)
+        return counts.reshape(_N_BINS, _N_BINS) / len(points)
 
     reference = histogram(exact)
     perfect = histogram(target.sample(len(x), beta, rng)[:, columns])
     return compare(reference, histogram(x[:, columns])).kl, compare(reference, perfect).kl
-
-
-N_BINS = 36
-"""Bins on each axis of the map of a slow and a fast coordinate."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +320,7 @@ class ExactEvaluation:
                 f"{name:26s}{mode.population:12.5f}{mode.exact:10.5f}{mode.mean_error:18.4f}{mode.spread_ratio:16.3f}"
             )
         lines += [
-            f"KL(exact || samples) of a slow and a fast coordinate, {N_BINS} x {N_BINS} bins: {self.kl_joint:.5f} "
+            f"KL(exact || samples) of a slow and a fast coordinate, {_N_BINS} x {_N_BINS} bins: {self.kl_joint:.5f} "
             f"nats; as many exact samples score {self.kl_joint_floor:.5f}",
             "",
             f"{'model at beta, mol/kJ':24s}{'KL(exact || model)':>24s}{'KL slow':>10s}{'ESS':>8s}{'outside':>10s}   "

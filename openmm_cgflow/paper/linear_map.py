@@ -24,7 +24,7 @@ def along_x(x: Tensor) -> Tensor:
 
 
 class _Frame(NamedTuple):
-    """Of pseudo-particles, one row for each temperature.
+    """Where pseudo-particles are and how they vary, one row for each temperature.
 
     Attributes:
         scale: Of z: slow pseudo-particles in it are in [-pi, pi], shape (n_ratios, n_slow).

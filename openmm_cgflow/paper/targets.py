@@ -27,7 +27,7 @@ _FARTHEST = 60.0  # kT of the quartic term, where the quadrature ends
 
 
 def _sum_over_particles(expression: str, constants: np.ndarray) -> openmm.CustomExternalForce:
-    """Of a function of the position and a constant of each of the first particles, c."""
+    """The sum of a function of the position and of a constant c over the first particles."""
     force = openmm.CustomExternalForce(expression)
     force.addPerParticleParameter("c")
     for i, constant in enumerate(constants.tolist()):
@@ -98,7 +98,7 @@ class Target(ABC):
         return log_slow - 0.5 * (away**2).sum(1) - np.log(spread * math.sqrt(2 * math.pi)).sum()
 
     def populations(self, beta: float, rng: np.random.Generator, n: int = 200_000) -> np.ndarray:
-        """Of all modes, shape (n_modes,)."""
+        """Populations of all modes, shape (n_modes,)."""
         found = self.modes(self.sample_slow(n, beta, rng))
         return np.bincount(found, minlength=len(self.mode_names)) / n
 

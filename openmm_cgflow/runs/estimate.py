@@ -60,7 +60,7 @@ def dry_run(config: Config) -> Iterator[str]:
     yield "partition: " + partition.describe(molecular_system)
     with create_engine(molecular_system, partition.slow, config.chains) as engine:
         geometry = build_geometry(config, molecular_system, partition, hottest_temperature(config), engine.evaluate)
-        coordinates = geometry.all_atom.coordinates
+        coordinates = geometry.coordinates
         yield f"coordinates ({config.coordinates.kind}): {coordinates.n_features}, {geometry.kinds}"
         yield from (f"  {name}" for name in coordinates.names)
         yield f"handedness: {geometry.all_atom.n_stereocentres} stereocentre(s)"

@@ -123,7 +123,7 @@ class JointTraining(Ladder):
 
     @property
     def beta_ratio(self) -> float:
-        """Of the current stage."""
+        """The beta ratio of the current stage."""
         return self.target / self.temperature
 
     def _draw_ratios(self) -> tuple[float, float]:

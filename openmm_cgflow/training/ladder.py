@@ -56,7 +56,7 @@ class Ladder:
 
     @property
     def temperature(self) -> float:
-        """Of the current stage, K."""
+        """Temperature of the current stage, K."""
         return self.temperatures[-1]
 
     @property

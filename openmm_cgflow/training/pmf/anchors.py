@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -238,17 +238,23 @@ def low_paths(
         while vertices[-1] != start:
             vertices.append(int(previous[vertices[-1]]))
         curves.append(features.unwrap(torsions.numpy()[vertices[::-1]]))
+    even = torch.as_tensor(_evenly_spaced(curves))
+    return _centre(flow, on_circle(even.flatten(0, 1))).unflatten(0, even.shape[:2])
+
+
+def _evenly_spaced(curves: Sequence[np.ndarray]) -> np.ndarray:
+    """Curves through the same points, with equally many at equal distances, shape (n_curves, n_points, n_circular)."""
     lengths = [np.linalg.norm(np.diff(curve, axis=0), axis=1) for curve in curves]
-    n_steps = 1 + max(math.ceil(length.sum() / _SPACING) for length in lengths)
-    resampled = []
+    n_points = 1 + max(math.ceil(length.sum() / _SPACING) for length in lengths)
+    even = []
     for curve, length in zip(curves, lengths, strict=True):
         arc = np.concatenate(([0.0], np.cumsum(np.maximum(length, 1e-9))))
-        resampled.append(interp1d(arc, curve, axis=0)(np.linspace(0.0, arc[-1], n_steps)))
-    flat = torch.as_tensor(np.array(resampled)).flatten(0, 1)
-    return _centre(flow, on_circle(flat)).unflatten(0, (len(targets), n_steps))
+        even.append(interp1d(arc, curve, axis=0)(np.linspace(0.0, arc[-1], n_points)))
+    return np.array(even)
 
 
 def _centre(flow: SlowDensity, torsions: Tensor) -> Tensor:
+    """z of torsions, the bounded coordinates where the flow puts its base's centre."""
     middle = torsions.new_zeros((len(torsions), flow.features.n_bounded))
     return torch.cat((torsions, flow.map_bounded(torsions, middle)), dim=-1)
 
