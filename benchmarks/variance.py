@@ -20,7 +20,7 @@ import openmm_cgflow as cgf
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.forces.gradients import comoving_gradients, frame_gradients
+from openmm_cgflow.forces.gradients import cartesian_gradients, comoving_gradients
 from openmm_cgflow.units import thermal_beta
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     beta, valid = thermal_beta(config.temperature), frames.valid
     comoving, balance = comoving_gradients(all_atom, z, frames, beta)
     estimates = {
-        "Cartesian": frame_gradients(all_atom, z, frames, beta, "cartesian"),
+        "Cartesian": cartesian_gradients(all_atom, z, frames, beta),
         "co-moving": comoving,
         "response": comoving + model.density.response.correction(z, balance),
     }

@@ -6,10 +6,9 @@ The frames are independent samples of a density, not a time series: what the for
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
 
 import mdtraj
 import numpy as np
@@ -18,9 +17,7 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, writing
 
 __all__ = [
-    "SamplesLike",
     "check_trajectory_path",
-    "colvar_columns",
     "colvar_constants",
     "read_colvar",
     "write_colvar",
@@ -28,21 +25,6 @@ __all__ = [
 ]
 
 _FIELDS, _SET = "#! FIELDS ", "#! SET "
-
-
-class SamplesLike(Protocol):
-    """What :class:`openmm_cgflow.model.cg_model.Samples` has."""
-
-    @property
-    def trajectory(self) -> mdtraj.Trajectory: ...
-    @property
-    def z(self) -> np.ndarray: ...
-    @property
-    def log_q(self) -> np.ndarray: ...
-    @property
-    def log_weight(self) -> np.ndarray | None: ...
-    @property
-    def energy(self) -> np.ndarray: ...
 
 
 def check_trajectory_path(path: Path) -> None:
@@ -94,24 +76,6 @@ def _replace_dcd_title(path: Path) -> None:
             raise ValueError(f"{path}: not the DCD header that MDTraj writes")
         file.seek(180)
         file.write(b"REMARKS independent samples, their time is an index".ljust(80))
-
-
-def colvar_columns(
-    samples: SamplesLike, names: Sequence[str], torsions: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The columns of ``samples.colvar``, each of shape (n,).
-
-    ``log_q``, ``log_weight`` (after training on a potential of mean force), ``energy`` (kJ/mol), φ and ψ of peptides
-    (radians), then z: torsions in radians, scaled bounded features.
-
-    Arguments:
-        samples: From :meth:`openmm_cgflow.model.cg_model.CGModel.sample`.
-        names: Of the features of z, as in ``coordinates.names``.
-        torsions: φ and ψ, as :func:`openmm_cgflow.analysis.states.peptide_torsions` names them, each of shape (n,).
-    """
-    z = {"z." + "_".join(name.split()): samples.z[:, k] for k, name in enumerate(names)}
-    weight = {} if samples.log_weight is None else {"log_weight": samples.log_weight}
-    return {"log_q": samples.log_q, **weight, "energy": samples.energy, **torsions, **z}
 
 
 def write_colvar(path: Path, columns: Mapping[str, np.ndarray], constants: Mapping[str, float] | None = None) -> None:

@@ -16,8 +16,8 @@ from openmm_cgflow.engines.engine import Evaluator, Schedule
 from openmm_cgflow.forces.fast_atoms import FastAtoms
 from openmm_cgflow.forces.gradients import (
     LARGEST_SPREAD,
+    cartesian_gradients,
     comoving_gradients,
-    frame_gradients,
     mean_and_variance,
     part_means,
 )
@@ -144,8 +144,8 @@ class MolecularMeanForce:
 
     Arguments:
         fast_atoms: Runs the chains.
-        settings: The ``chains`` section of the configuration: the schedule of the chains, and which estimator; see
-            :func:`frame_gradients`.
+        settings: The ``chains`` section of the configuration: the schedule of the chains, and which gradients
+            of their frames are the mean force.
         adaptive: Whether the length of the chains follows what they show; the schedule is then the shortest.
 
     Attributes:
@@ -180,7 +180,7 @@ class MolecularMeanForce:
             gradients, balance = comoving_gradients(all_atom, z, frames, beta)
             parts = ChainParts(part_means(gradients), part_means(balance))
         else:
-            gradients = frame_gradients(all_atom, z, frames, beta, settings.estimator)
+            gradients = cartesian_gradients(all_atom, z, frames, beta)
         gradient, variance = mean_and_variance(gradients, frames.valid)
         energies = torch.where(frames.valid[:, None], frames.energy, 0.0)
         energy, energy_variance = mean_and_variance(energies[..., None], frames.valid)

@@ -11,31 +11,25 @@ from torch import Tensor
 from openmm_cgflow.coordinates.all_atom import AllAtomMap
 from openmm_cgflow.engines.engine import Frames
 
-__all__ = ["LARGEST_SPREAD", "comoving_gradients", "frame_gradients", "mean_and_variance", "part_means", "shortened"]
+__all__ = [
+    "LARGEST_SPREAD",
+    "cartesian_gradients",
+    "comoving_gradients",
+    "mean_and_variance",
+    "part_means",
+    "shortened",
+]
 
 LARGEST_SPREAD = 10.0
 """Times the median; chains that vary more than this say nothing of the others."""
 _N_PARTS = 4  # of a chain, kept of every mean force
 
 
-def frame_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames[Tensor], beta: float, estimator: str) -> Tensor:
-    """d(beta U)/dz of every frame, shape (B, n_frames, n_features).
-
-    ``comoving`` holds the fast atoms' internal coordinates and contracts the forces on all atoms; ``cartesian``, the
-    paper's, holds their positions and contracts the forces on the slow atoms alone. Both average to the mean force.
-    """
-    if estimator == "comoving":
-        return comoving_gradients(all_atom, z, frames, beta)[0]
-    repeated = _repeated(z, frames)
-    built = all_atom.coordinates.to_xyz(repeated)
-    (gradient,) = torch.autograd.grad(built, repeated, _reduced(frames, beta)[..., list(all_atom.slow), :])
-    return torch.where(frames.valid[:, None, None], gradient, 0.0)
-
-
 def comoving_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames[Tensor], beta: float) -> tuple[Tensor, Tensor]:
     """d(beta U)/dz and the force balance of the fast coordinates y, beta dU/dy - d ln J/dy, of every frame.
 
-    J is the volume element of y. At every z, the balance averages to zero over the fast atoms.
+    The fast atoms' internal coordinates y are held while z moves, so the forces on all atoms count. J is the volume
+    element of y. Over the fast atoms, the former averages to the mean force, and the balance to zero at every z.
 
     Returns:
         Shapes (B, n_frames, n_features) and (B, n_frames, 3 n_fast).
@@ -45,6 +39,20 @@ def comoving_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames[Tensor], 
     (volume,) = torch.autograd.grad(all_atom.log_volume_fast(y).sum(), y)
     valid = frames.valid[:, None, None]
     return torch.where(valid, slow, 0.0), torch.where(valid, (fast - volume).flatten(2), 0.0)
+
+
+def cartesian_gradients(all_atom: AllAtomMap, z: Tensor, frames: Frames[Tensor], beta: float) -> Tensor:
+    """d(beta U)/dz of every frame at fixed positions of the fast atoms, which is the paper's choice.
+
+    The forces on slow atoms alone count. It averages to the mean force, too, with more noise.
+
+    Returns:
+        Shape (B, n_frames, n_features).
+    """
+    repeated = _repeated(z, frames)
+    built = all_atom.coordinates.to_xyz(repeated)
+    (gradient,) = torch.autograd.grad(built, repeated, _reduced(frames, beta)[..., list(all_atom.slow), :])
+    return torch.where(frames.valid[:, None, None], gradient, 0.0)
 
 
 def _repeated(z: Tensor, frames: Frames[Tensor]) -> Tensor:

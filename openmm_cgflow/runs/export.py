@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import openmm
 import torch
 
@@ -15,7 +16,7 @@ from openmm_cgflow.analysis.states import peptide_torsions
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.atomic import atomic_path, atomic_write, writing
 from openmm_cgflow.files.run_directory import RunDirectory
-from openmm_cgflow.files.trajectory import colvar_columns, write_colvar, write_trajectory
+from openmm_cgflow.files.trajectory import write_colvar, write_trajectory
 from openmm_cgflow.model.cg_model import CGModel
 from openmm_cgflow.model.force import traced
 from openmm_cgflow.model.free_energy import Energy, FreeEnergy
@@ -23,7 +24,7 @@ from openmm_cgflow.model.sampling import Samples
 from openmm_cgflow.molecule.torch_force import of_all_atoms
 from openmm_cgflow.runs.load import load
 
-__all__ = ["Form", "export", "plot_samples", "save_samples", "save_torchscript"]
+__all__ = ["Form", "colvar_columns", "export", "plot_samples", "save_samples", "save_torchscript"]
 
 Form = Literal["python-force", "torchscript", "openmmml"]
 """``openmm.PythonForce`` as XML; TorchScript, positions in nm -> kJ/mol; a folder for openmm-ml."""
@@ -127,6 +128,22 @@ def save_samples(model: CGModel, samples: Samples, path: Path, topology: Path | 
     columns = colvar_columns(samples, model.coordinates.names, peptide_torsions(samples.trajectory))
     write_colvar(colvar, columns, {"temperature_K": model.temperature})
     return [path, colvar, *([topology] if topology else [])]
+
+
+def colvar_columns(samples: Samples, names: Sequence[str], torsions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of ``samples.colvar``, each of shape (n,).
+
+    ``log_q``, ``log_weight`` (after training on a potential of mean force), ``energy`` (kJ/mol), φ and ψ of peptides
+    (radians), then z: torsions in radians, scaled bounded features.
+
+    Arguments:
+        samples: From :meth:`openmm_cgflow.model.cg_model.CGModel.sample`.
+        names: Of the features of z, as in ``coordinates.names``.
+        torsions: φ and ψ, as :func:`peptide_torsions` names them, each of shape (n,).
+    """
+    z = {"z." + "_".join(name.split()): samples.z[:, k] for k, name in enumerate(names)}
+    weight = {} if samples.log_weight is None else {"log_weight": samples.log_weight}
+    return {"log_q": samples.log_q, **weight, "energy": samples.energy, **torsions, **z}
 
 
 def plot_samples(model: CGModel, samples: Samples, folder: Path) -> None:

@@ -3,11 +3,9 @@ import numpy as np
 import pytest
 from molecules import ALANINE, frame
 
-from openmm_cgflow.analysis.states import peptide_torsions
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.files.trajectory import (
     check_trajectory_path,
-    colvar_columns,
     colvar_constants,
     read_colvar,
     write_colvar,
@@ -112,28 +110,6 @@ def test_colvar_refusals(tmp_path):
     path.write_text("#! FIELDS time a\n#! SET temperature_K warm\n")
     with pytest.raises(CGFlowError, match="needs a name and a number"):
         colvar_constants(path)
-
-
-class Samples:
-    """What a model returns, with or without importance weights."""
-
-    def __init__(self, trajectory, log_weight=None):
-        self.trajectory, self.log_weight = trajectory, log_weight
-        self.z = np.arange(40.0).reshape(20, 2)
-        self.log_q, self.energy = np.zeros(20), np.ones(20)
-
-
-def test_colvar_columns(trajectory):
-    columns = colvar_columns(Samples(trajectory), ["dihedral A-B", "bond C"], peptide_torsions(trajectory))
-    assert list(columns) == ["log_q", "energy", "phi_ALA2", "psi_ALA2", "z.dihedral_A-B", "z.bond_C"]
-    assert np.array_equal(columns["z.bond_C"], np.arange(1.0, 40.0, 2))
-
-
-def test_importance_weights_are_a_column_where_there_are_any(trajectory):
-    weights = np.linspace(-2, 1, 20)
-    columns = colvar_columns(Samples(trajectory, weights), ["dihedral A-B", "bond C"], {})
-    assert list(columns)[:3] == ["log_q", "log_weight", "energy"]
-    assert np.array_equal(columns["log_weight"], weights)
 
 
 def test_a_table_without_rows(tmp_path):

@@ -20,7 +20,7 @@ from analytic import (
 from openmm_cgflow.engines.engine import Frames, Schedule
 from openmm_cgflow.forces.estimator import MolecularMeanForce
 from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.forces.gradients import frame_gradients, mean_and_variance
+from openmm_cgflow.forces.gradients import cartesian_gradients, comoving_gradients, mean_and_variance
 from openmm_cgflow.units import thermal_beta
 
 TEMPERATURE = 300.0
@@ -32,6 +32,8 @@ BONDS = [(A, B), (B, C), (C, D), (C, E), (E, F)]
 SLOW, FAST = [0, 1, 3, 4], [2, 5]
 # Negative constants push the fast atoms out of the chain; F feels the far end A, so every torsion and angle matters.
 SPRINGS = [(C, E, 2e4), (D, E, -5e3), (B, E, -5e3), (E, F, 1e4), (C, F, -3e3), (A, F, 2e3), (A, E, 5e2)]
+
+GRADIENTS = {"comoving": lambda *given: comoving_gradients(*given)[0], "cartesian": cartesian_gradients}
 
 
 def bath(correlation=0.0):
@@ -117,7 +119,7 @@ def test_mean_force_of_the_quadratic_bath(kind, estimator):
     z = random_z(all_atom.coordinates, 150, torch.Generator().manual_seed(2), spread_of(kind))
     frames = run(all_atom, engine, z, 40)
     expected = exact(all_atom, engine, z)
-    gradients = frame_gradients(all_atom, z, frames, BETA, estimator)
+    gradients = GRADIENTS[estimator](all_atom, z, frames, BETA)
     assert gradients.shape == (150, 40, 6)
     assert float(pulls(gradients, expected).abs().max()) < 4
     # The standard errors themselves: squared deviations in their units average to one.
@@ -130,7 +132,7 @@ def test_estimators_agree_with_each_other_frame_by_frame():
     all_atom, engine = molecule(), bath()
     z = random_z(all_atom.coordinates, 200, torch.Generator().manual_seed(3), 0.5)
     frames = run(all_atom, engine, z, 30)
-    one, other = (frame_gradients(all_atom, z, frames, BETA, e) for e in ("comoving", "cartesian"))
+    one, other = (GRADIENTS[e](all_atom, z, frames, BETA) for e in ("comoving", "cartesian"))
     assert float(pulls(one - other, torch.zeros(6)).abs().max()) < 4
     assert float((one - other).abs().max()) > 1
 
@@ -151,7 +153,7 @@ def test_a_wrong_mean_force_is_noticed(fault):
     else:
         forces = -forces
     for estimator in ("comoving", "cartesian"):
-        gradients = frame_gradients(all_atom, z, frames._replace(forces=forces), beta, estimator)
+        gradients = GRADIENTS[estimator](all_atom, z, frames._replace(forces=forces), beta)
         assert float(chi_square(gradients, exact(all_atom, engine, z)).max()) > 1 + 10 * math.sqrt(2 / 150)
 
 
@@ -163,8 +165,8 @@ def test_comoving_without_the_fast_atoms_forces_is_the_cartesian_estimator():
     frames = run(all_atom, engine, z, 4)
     forces = frames.forces.clone()
     forces[:, :, engine.fast] = 0
-    without = frame_gradients(all_atom, z, frames._replace(forces=forces), BETA, "comoving")
-    torch.testing.assert_close(without, frame_gradients(all_atom, z, frames, BETA, "cartesian"))
+    without = GRADIENTS["comoving"](all_atom, z, frames._replace(forces=forces), BETA)
+    torch.testing.assert_close(without, cartesian_gradients(all_atom, z, frames, BETA))
 
 
 def test_comoving_is_less_noisy_where_fast_atoms_are_stiff():
@@ -177,7 +179,7 @@ def test_comoving_is_less_noisy_where_fast_atoms_are_stiff():
     expected = exact(all_atom, engine, z)
     variance = {}
     for estimator in ("comoving", "cartesian"):
-        gradients = frame_gradients(all_atom, z, frames, BETA, estimator)
+        gradients = GRADIENTS[estimator](all_atom, z, frames, BETA)
         assert float(pulls(gradients, expected).abs().max()) < 4
         variance[estimator] = mean_and_variance(gradients, frames.valid)[1].mean(0)
     ratio = variance["cartesian"] / variance["comoving"]
@@ -192,7 +194,7 @@ def test_same_mean_force_from_correlated_frames():
     frames = run(all_atom, engine, z, 12)
     expected = exact(all_atom, engine, z)
     for estimator in ("comoving", "cartesian"):
-        gradients = frame_gradients(all_atom, z, frames, BETA, estimator)
+        gradients = GRADIENTS[estimator](all_atom, z, frames, BETA)
         mean, variance = mean_and_variance(gradients, frames.valid)
         assert float(pulls(gradients, expected).abs().max()) < 4
         size = ((mean - expected).square().mean(0) / variance.mean(0)).sqrt()
@@ -214,7 +216,7 @@ def test_gradient_of_a_frame_is_a_derivative_of_the_energy():
         return 0.5 * (xyz * (engine.laplacian @ xyz)).sum((-1, -2))
 
     for estimator in ("comoving", "cartesian"):
-        found = frame_gradients(all_atom, z, frames, BETA, estimator)
+        found = GRADIENTS[estimator](all_atom, z, frames, BETA)
         for k in range(6):
             step = 1e-5 * torch.eye(6).double()[k]
             difference = energy(z + step, estimator == "comoving") - energy(z - step, estimator == "comoving")
@@ -235,8 +237,8 @@ def test_invalid_frames_do_not_leak():
     valid[[3, 7]] = False
     broken = Frames(xyz, forces, energy, valid)
     for estimator in ("comoving", "cartesian"):
-        clean = frame_gradients(all_atom, z, frames, BETA, estimator)
-        found = frame_gradients(all_atom, z, broken, BETA, estimator)
+        clean = GRADIENTS[estimator](all_atom, z, frames, BETA)
+        found = GRADIENTS[estimator](all_atom, z, broken, BETA)
         assert (found[~valid] == 0).all()
         assert torch.equal(found[valid], clean[valid])
 

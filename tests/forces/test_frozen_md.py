@@ -10,7 +10,7 @@ from openmm_cgflow import MolecularSystem, Partition, load_config
 from openmm_cgflow.engines.choose import create_engine
 from openmm_cgflow.engines.engine import Schedule
 from openmm_cgflow.forces.fast_atoms import FastAtoms
-from openmm_cgflow.forces.gradients import frame_gradients
+from openmm_cgflow.forces.gradients import cartesian_gradients, comoving_gradients
 from openmm_cgflow.runs.build import build_geometry
 from openmm_cgflow.runs.loop import hottest_temperature
 from openmm_cgflow.units import thermal_beta
@@ -124,9 +124,9 @@ def test_both_estimators_have_the_same_mean(at_one_z):
     """Co-moving and Cartesian, on the same frames; the noise of the co-moving one is far smaller."""
     _, _, geometry, frames = at_one_z
     z = geometry.all_atom.read_slow(frames.xyz[:, 0])
+    given = geometry.all_atom, z, frames, thermal_beta(TEMPERATURE)
     comoving, cartesian = (
-        frame_gradients(geometry.all_atom, z, frames, thermal_beta(TEMPERATURE), estimator).mean(1).numpy()
-        for estimator in ("comoving", "cartesian")
+        gradients.mean(1).numpy() for gradients in (comoving_gradients(*given)[0], cartesian_gradients(*given))
     )
     difference = cartesian - comoving  # one row a chain, and the chains are independent
     assert np.abs(difference.mean(0) / (difference.std(0, ddof=1) / np.sqrt(len(difference)))).max() < 4
