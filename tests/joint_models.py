@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from openmm_cgflow.coordinates.all_atom import InternalThermalMap
 from openmm_cgflow.coordinates.features import N_SCALE_FEATURES, Torsions
-from openmm_cgflow.coordinates.thermal_map import InternalThermalMap
 from openmm_cgflow.networks.flow import CGFlow, ConditionalFlow
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.paper.box import BoxCoordinates, BoxFeatures

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.coordinates.all_atom import AllAtomMap, MoleculeMap
+from openmm_cgflow.coordinates.all_atom import AllAtomMap, InternalThermalMap, MoleculeMap, ThermalMap
 from openmm_cgflow.coordinates.harmonic import Evaluate, HarmonicReference
 from openmm_cgflow.coordinates.slow import CartesianCoordinates, Coordinates, InternalCoordinates
-from openmm_cgflow.coordinates.thermal_map import InternalThermalMap, ThermalMap
 from openmm_cgflow.coordinates.zmatrix import ZMatrix, fast_zmatrix, reference_triple, rotamers, slow_zmatrix
 from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.molecule.bonds import amide_bonds, bond_graph, stereocentres

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.all_atom import ThermalMap
 from openmm_cgflow.coordinates.features import N_SCALE_FEATURES
 from openmm_cgflow.coordinates.geometry import Geometry
-from openmm_cgflow.coordinates.thermal_map import ThermalMap
 from openmm_cgflow.networks.flow import CGFlow, ConditionalFlow
 from openmm_cgflow.seeds import Stream, derive_seed
 from openmm_cgflow.settings import FlowSettings, JointSettings

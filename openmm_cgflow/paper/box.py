@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_cgflow.coordinates.all_atom import AllAtomMap
+from openmm_cgflow.coordinates.all_atom import AllAtomMap, ThermalMap
 from openmm_cgflow.coordinates.features import N_HARMONICS, SlowFeatures, Support, harmonics
 from openmm_cgflow.coordinates.geometry import Geometry, Molecule, Saved
 from openmm_cgflow.coordinates.harmonic import Evaluate
 from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.coordinates.thermal_map import ThermalMap
 from openmm_cgflow.paper.linear_map import LinearMap, along_x
 from openmm_cgflow.settings import CoordinatesSettings, JointSettings
 from openmm_cgflow.units import thermal_beta

@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openmm_cgflow.coordinates.all_atom import ThermalMap, Widths, at_levels
 from openmm_cgflow.coordinates.slow import Coordinates
-from openmm_cgflow.coordinates.thermal_map import ThermalMap, Widths, at_levels
 
 __all__ = ["LinearMap", "along_x"]
 
