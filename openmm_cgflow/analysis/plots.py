@@ -65,7 +65,7 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
         (("barrier_scale",), "exploring barrier scale", True),
         (("residual", "noise"), "rms slope mismatch\n(kT per unit of z)", True),
         (("gradient_norm",), "gradient norm", True),
-        (("energy",), "mean potential energy\n(kJ/mol)", False),
+        (("energy",), "median potential energy\n(kJ/mol)", False),
         (("temperature",), "temperature (K)", False),
         (("invalid",), "quarantined\nreplicas", False),
     ]
