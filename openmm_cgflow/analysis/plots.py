@@ -60,7 +60,7 @@ def convergence(rows: Sequence[Mapping[str, float]]) -> Figure:
     panels = [
         (("ess",), "relative effective\nsample size", False),
         (("free_energy_error", "moved"), "free energy of states\n(kT)", True),
-        (("value_error", "value_misfit"), "differences by switching\n(kT)", True),
+        (("anchor_error", "anchor_misfit"), "differences by switching\n(kT)", True),
         (("held_out",), "held-out error\n(in units of noise)", True),
         (("barrier_scale",), "exploring barrier scale", True),
         (("residual", "noise"), "rms slope mismatch\n(kT per unit of z)", True),

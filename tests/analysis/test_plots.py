@@ -80,7 +80,7 @@ def test_convergence_shows_what_changes():
             "temperature": 300.0,
             "invalid": 0,
             "barrier_scale": nan,
-            "value_error": 1 / k if k > 4 else nan,
+            "anchor_error": 1 / k if k > 4 else nan,
         }
         for k in range(1, 10)
     ]
@@ -98,14 +98,14 @@ def test_a_panel_is_there_if_any_of_its_columns_changes():
     """Switching may be done in one step, from which on its error is what it is, and the fit still moves."""
     nan = float("nan")
     rows = [
-        {"step": k, "ess": 0.9, "value_error": 0.1 if k > 2 else nan, "value_misfit": 1 / k if k > 2 else nan}
+        {"step": k, "ess": 0.9, "anchor_error": 0.1 if k > 2 else nan, "anchor_misfit": 1 / k if k > 2 else nan}
         for k in range(1, 10)
     ]
     (axis,) = plots.convergence(rows).axes
     assert axis.get_ylabel().startswith("differences by switching") and axis.get_yscale() == "log"
     assert [line.get_label() for line in axis.lines if not line.get_label().startswith("_")] == [
-        "value error",
-        "value misfit",
+        "anchor error",
+        "anchor misfit",
     ]
 
 

@@ -122,7 +122,7 @@ def test_the_pmf_is_learned_at_the_target_temperature_and_the_end_is_named(finis
     rows = read_rows(RunDirectory(finished).metrics)
     assert len(rows) == 3 + 1 + 1 + 2
     assert [np.isfinite(row["held_out"]) for row in rows] == [True] * 3 + [False] * 4
-    assert [np.isfinite(row["value_misfit"]) for row in rows] == [False] * 3 + [True] * 4
+    assert [np.isfinite(row["anchor_misfit"]) for row in rows] == [False] * 3 + [True] * 4
 
 
 def test_the_check_by_switching_is_on_disk(finished, finished_ladder):

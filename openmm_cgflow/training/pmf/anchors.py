@@ -82,7 +82,7 @@ class Anchors(Phase):
         if not self.done:
             return ()
         wanted, found = self.state.stopping.free_energy_error, []
-        error = self.compare(self.state.pmf)["value_error"]
+        error = self.compare(self.state.pmf)["anchor_error"]
         if error > wanted:  # never so where it is nan
             found.append(f"differences by switching to {error:.3g} kT (wanted {wanted:g})")
         if self.lost:
@@ -163,14 +163,14 @@ class Anchors(Phase):
         """The largest error of a difference, and how far the PMF is from them, root mean square by precision, kT."""
         known = self.differences()
         if known is None:
-            return {"value_error": math.nan, "value_misfit": math.nan}
+            return {"anchor_error": math.nan, "anchor_misfit": math.nan}
         away = pmf(known.end) - pmf(known.start) - known.difference
         precision = known.error**-2
         misfit = (precision * away.square()).sum() / precision.sum()
-        return {"value_error": float(known.error.max()), "value_misfit": float(misfit.sqrt())}
+        return {"anchor_error": float(known.error.max()), "anchor_misfit": float(misfit.sqrt())}
 
     def describe(self, row: Row) -> str:
-        return f"switching: free energies to {row['value_error']:.2f} kT, PMF off by {row['value_misfit']:.2f} kT"
+        return f"switching: free energies to {row['anchor_error']:.2f} kT, PMF off by {row['anchor_misfit']:.2f} kT"
 
     def state_dict(self) -> dict[str, Any]:
         switches = None if self._switches is None else self._switches.state_dict()

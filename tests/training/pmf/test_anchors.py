@@ -136,8 +136,8 @@ def test_comparison_tells_a_right_pmf_from_a_wrong_one():
     values, estimator = started(settings(error=0.1))
     finish(values, estimator)
     right = values.compare(phi)
-    assert right["value_error"] <= 0.1 and right["value_misfit"] < 0.2
-    assert values.compare(lambda z: 2 * phi(z))["value_misfit"] > 0.5
+    assert right["anchor_error"] <= 0.1 and right["anchor_misfit"] < 0.2
+    assert values.compare(lambda z: 2 * phi(z))["anchor_misfit"] > 0.5
 
 
 def test_conformations_that_cannot_be_reached_are_left_alone(caplog):
@@ -156,7 +156,7 @@ def test_conformations_that_cannot_be_reached_are_left_alone(caplog):
     assert values.lost == [1] and "1 of 4 conformations could not be switched to" in caplog.text
     ends = values._switches.paths[:, -1].float()
     assert torch.equal(found.end, ends[[0, 2, 3]]) and torch.isfinite(found.difference).all()
-    assert float(found.error.max()) <= 0.1 and values.compare(phi)["value_error"] <= 0.1
+    assert float(found.error.max()) <= 0.1 and values.compare(phi)["anchor_error"] <= 0.1
     again = new_anchors(settings(error=0.1))
     again.load_state_dict(values.state_dict())
     assert again.lost == [1] and again.done

@@ -202,12 +202,12 @@ def test_rows_tell_the_course(converged):
     assert [math.isfinite(row["held_out"]) for row in rows] == [k < n_rounds for k in range(len(rows))]
     assert [row["evaluations"] for row in rows[:n_rounds]] == [256 * (k + 1) for k in range(n_rounds)]
     n_switched = trainer.anchors.n_steps
-    assert n_switched >= 1 and [math.isfinite(row["value_error"]) for row in rows].index(True) == n_rounds
+    assert n_switched >= 1 and [math.isfinite(row["anchor_error"]) for row in rows].index(True) == n_rounds
     alone = rows[n_rounds + n_switched :]
     assert {row["evaluations"] for row in alone} == {trainer.state.estimator.n_energy_evaluations}  # no more are needed
     assert rows[n_rounds - 1]["evaluations"] < rows[n_rounds]["evaluations"]
     assert len(alone) == 2 + 3  # 300 updates of the PMF in blocks of 200, 150 of the flow in blocks of 50
-    assert alone[-1]["value_error"] <= 0.2 and alone[-1]["value_misfit"] < 0.3
+    assert alone[-1]["anchor_error"] <= 0.2 and alone[-1]["anchor_misfit"] < 0.3
     assert all(math.isnan(row["moved"]) for row in rows[:3])  # not known yet, so it cannot end here
     assert all(math.isnan(row["moved"]) for row in rows[n_rounds:])
     assert rows[0]["held_out"] > rows[n_rounds - 1]["held_out"]
@@ -289,7 +289,7 @@ def test_the_largest_number_of_rounds_is_kept():
 def test_what_the_steps_after_the_rounds_did_not_reach_is_named(converged, monkeypatch):
     trainer, rows = converged
     assert trainer.outcome.unmet == ()
-    known = rows[-1]["value_error"]
+    known = rows[-1]["anchor_error"]
     assert 0 < known < 0.2
     asked = settings(stopping={"ess": 0.999, "free_energy_error": known / 2, "max_polish_cycles": 1})
     monkeypatch.setattr(trainer.state, "stopping", asked.stopping)
