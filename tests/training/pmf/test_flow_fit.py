@@ -225,29 +225,36 @@ def sharp(z):
     return torch.logsumexp(modes + torch.tensor([0.8, 0.2]).double().log(), dim=-1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rises", [True, False])
-def test_narrow_modes_of_many_torsions_are_reached_by_and_by(rises):
-    """Trained at scale = 1 from the start, batches have no weight worth the name, and the flow stays where it was."""
+def narrow_modes():
+    """An untrained flow of four torsions, the narrow modes it is to learn, and random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flow = CGFlow(Torsions(4, 0), BOUND, 6, 2, 8, (32, 32), torch.zeros((0, 0))).float()
-    space, generator = BoxCoordinates(range(4), "abcd", math.pi), torch.Generator().manual_seed(1)
-    target = Known(sharp, space)
-    fitter = FlowFitter(flow, space, 5e-3, 256)
+    target = Known(sharp, BoxCoordinates(range(4), "abcd", math.pi))
+    return flow, target, torch.Generator().manual_seed(1)
+
+
+@pytest.mark.slow
+def test_narrow_modes_of_many_torsions_are_reached_by_and_by():
+    flow, target, generator = narrow_modes()
+    fitter = FlowFitter(flow, target.coordinates, 5e-3, 256)
     reached = []
     for _ in range(250):
-        if not rises:
-            fitter.trained_up_to = 1.0
         fitter.update(target, generator)
         reached.append(fitter.trained_up_to)
-    samples = weighted_samples(flow, target, space, 20000, generator)
-    if rises:
-        assert reached[0] < 0.1 and reached[-1] == 1.0
-        assert samples.ess > 0.5
-        assert float((samples.z[:, 0] > -0.1).double().mean()) == pytest.approx(0.2, abs=0.05)
-    else:
-        assert samples.ess < 0.01
+    samples = weighted_samples(flow, target, target.coordinates, 20000, generator)
+    assert reached[0] < 0.1 and reached[-1] == 1.0
+    assert samples.ess > 0.5
+    assert float((samples.z[:, 0] > -0.1).double().mean()) == pytest.approx(0.2, abs=0.05)
+
+
+def test_narrow_modes_have_no_weight_in_a_batch_of_the_start_but_at_the_scale_it_starts_with():
+    """At scale = 1 a few of 20,000 flat draws have all the weight; what a training there finds is a matter of luck."""
+    flow, target, generator = narrow_modes()
+    samples = weighted_samples(flow, target, target.coordinates, 20000, generator)
+    assert samples.ess * 20000 < 20
+    start = FlowFitter(flow, target.coordinates, 5e-3, 256).trained_up_to
+    assert relative_ess(-start * samples.energy - samples.log_q) > 0.1  # below that the scale would fall further
 
 
 def test_the_largest_scale_falls_where_even_its_start_is_too_far():
