@@ -140,7 +140,7 @@ def test_ci_script(root):
     assert "set -euo pipefail" in text
     assert "mktemp -d" in text
     assert "trap" in text
-    assert "--cov=openmm_cgflow" in text
+    assert "pytest --cov --cov-report" in text
     assert "sphinx-build -W" in text
     # No machine's own paths or hosts.
     assert not re.search(r"https?:|(?<![\w\"}./])/(?!usr/bin/env)[a-z]+", text)
