@@ -20,6 +20,7 @@ from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.joint import JointFlow
 from openmm_cgflow.networks.pmf import PMF
 from openmm_cgflow.networks.response import FastResponse
+from openmm_cgflow.networks.weights import weighted_samples
 from openmm_cgflow.units import thermal_beta
 
 __all__ = ["FlowDensity", "JointDensity", "PMFDensity", "Proposals", "TrainedDensity"]
@@ -171,9 +172,8 @@ class PMFDensity(TrainedDensity):
 
     @torch.no_grad()
     def propose(self, n: int, generator: torch.Generator, evaluate: Evaluate, keep_chirality: bool) -> Proposals:
-        z, log_q = self.sample(n, generator)
-        energy = (self.pmf.each(z) - self.coordinates.log_volume(z)).mean(0)
-        return {"log_weight": -energy - log_q, "z": z, "log_q": log_q}
+        drawn = weighted_samples(self.flow, self.pmf, self.coordinates, n, generator)
+        return {"log_weight": drawn.log_weights, "z": drawn.z, "log_q": drawn.log_q}
 
     def potential(self, energy: Energy | None) -> nn.Module:
         return self._of_flow(energy) if energy == "flow" else self._of_torsions(energy, PMFPotential(self.pmf))
