@@ -1,4 +1,4 @@
-"""What stands around an optimizer: running averages of networks, and a guard against large gradients."""
+"""What stands around an optimizer: running averages, fits that keep one, and a guard against large gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from openmm_cgflow.settings import TrainingSettings
 
-__all__ = ["GradientGuard", "RunningAverage"]
+__all__ = ["AveragedFit", "GradientGuard", "RunningAverage"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -48,6 +48,27 @@ class RunningAverage(Generic[_M]):
         self.average.load_state_dict(state["average"])
         self.trained.load_state_dict(state["trained"])
         self.n_updates = state["n_updates"]
+
+
+class AveragedFit(Generic[_M]):
+    """A network that Adam trains, and its running average, which is what is used; saved and continued together.
+
+    Arguments:
+        network: Becomes the average, in place.
+        decay: Of the average, per update.
+        learning_rate: Of Adam.
+    """
+
+    def __init__(self, network: _M, decay: float, learning_rate: float) -> None:
+        self.networks = RunningAverage(network, decay)
+        self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class GradientGuard:

@@ -11,7 +11,7 @@ from openmm_cgflow.forces.estimator import ChainParts, MeanForce
 from openmm_cgflow.forces.gradients import shortened
 from openmm_cgflow.networks.pmf import PMF, SlowFreeEnergy
 from openmm_cgflow.networks.response import FastResponse
-from openmm_cgflow.training.optimisers import RunningAverage
+from openmm_cgflow.training.optimisers import AveragedFit
 
 __all__ = ["AnchorDifferences", "MeanForceBuffer", "PMFFitter", "ResponseFitter", "held_out_error", "squared_aim"]
 
@@ -90,7 +90,7 @@ class AnchorDifferences(NamedTuple):
     weights: Tensor
 
 
-class PMFFitter:
+class PMFFitter(AveragedFit[PMF]):
     """Adam on the weighted squares of predicted minus measured mean force, and difference where some are known.
 
     The PMF is the running average of what Adam trains: single steps shake free energies of rare states by tenths of a
@@ -104,8 +104,7 @@ class PMFFitter:
 
     def __init__(self, pmf: PMF, learning_rate: float, batch_size: int = 1024) -> None:
         self.pmf, self.learning_rate, self.batch_size = pmf, learning_rate, batch_size
-        self.networks = RunningAverage(pmf, _AVERAGING)
-        self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
+        super().__init__(pmf, _AVERAGING, learning_rate)
 
     def fit(
         self,
@@ -153,13 +152,6 @@ class PMFFitter:
         predicted = members(anchors.end.expand(expand)) - members(anchors.start.expand(expand))
         return (anchors.weights.T * ((predicted - anchors.difference) / anchors.error).square()).mean()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.networks.load_state_dict(state["networks"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
 
 def squared_aim(predicted: Tensor) -> Tensor:
     """Squared error that the fit aims at, of predicted mean forces, shape (..., n_features) -> (..., 1)."""
@@ -178,7 +170,7 @@ def held_out_error(pmf: SlowFreeEnergy, z: Tensor, force: MeanForce) -> float:
     return float(ratio.median() / _MEDIAN_OF_NORMAL)
 
 
-class ResponseFitter:
+class ResponseFitter(AveragedFit[FastResponse]):
     """Adam on what fluctuates within a chain: the parts of a chain must give the same force.
 
     Arguments:
@@ -186,8 +178,7 @@ class ResponseFitter:
     """
 
     def __init__(self, response: FastResponse) -> None:
-        self.networks = RunningAverage(response, _RESPONSE_AVERAGING)
-        self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=_RESPONSE_RATE)
+        super().__init__(response, _RESPONSE_AVERAGING, _RESPONSE_RATE)
 
     def fit(
         self, z: Tensor, parts: ChainParts, n_updates: int, generator: torch.Generator, final: bool = False
@@ -224,10 +215,3 @@ class ResponseFitter:
             before += float((weight[rows] * slow[rows].square()).mean())
             after += float(loss.detach())
         return after / max(before, 1e-30)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.networks.load_state_dict(state["networks"])
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -18,7 +18,7 @@ from openmm_cgflow.forces.gradients import shortened
 from openmm_cgflow.networks.flow import CGFlow
 from openmm_cgflow.networks.pmf import SlowFreeEnergy
 from openmm_cgflow.networks.weights import clipped_softmax, relative_ess
-from openmm_cgflow.training.optimisers import RunningAverage
+from openmm_cgflow.training.optimisers import AveragedFit
 
 __all__ = ["FlowFitter"]
 
@@ -31,7 +31,7 @@ _ENOUGH, _TOO_FEW = 0.3, 0.1  # relative effective sample sizes of a batch at wh
 _LARGEST_FORCE = 5.0  # over the batch's median
 
 
-class FlowFitter:
+class FlowFitter(AveragedFit[CGFlow]):
     """Adam on the flow, for a PMF that may change between updates.
 
     The flow is the running average of what Adam trains, here too: its effective sample size is steadier and higher.
@@ -48,10 +48,9 @@ class FlowFitter:
     """
 
     def __init__(self, flow: CGFlow, coordinates: Coordinates, learning_rate: float, batch_size: int) -> None:
-        self.networks, self.coordinates = RunningAverage(flow, _AVERAGING), coordinates
-        self.learning_rate, self.batch_size = learning_rate, batch_size
+        super().__init__(flow, _AVERAGING, learning_rate)
+        self.coordinates, self.learning_rate, self.batch_size = coordinates, learning_rate, batch_size
         self.trained_up_to = _FIRST_SCALE if flow.n_circular else 1.0  # it is that of torsions
-        self.optimizer = torch.optim.Adam(self.networks.trained.parameters(), lr=learning_rate)
 
     def update(
         self,
@@ -137,10 +136,8 @@ class FlowFitter:
             self.trained_up_to = max(_SMALLEST_SCALE, self.trained_up_to / _RISE)
 
     def state_dict(self) -> dict[str, Any]:
-        networks, optimizer = self.networks.state_dict(), self.optimizer.state_dict()
-        return {"networks": networks, "optimizer": optimizer, "trained_up_to": self.trained_up_to}
+        return super().state_dict() | {"trained_up_to": self.trained_up_to}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.networks.load_state_dict(state["networks"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         self.trained_up_to = state["trained_up_to"]

@@ -140,23 +140,26 @@ class PMFState:
         self.generator = torch.Generator().manual_seed(seed)
         self.buffer = MeanForceBuffer(settings.n_members)
         self._pmf_start, self._flow_start = copy.deepcopy(pmf.state_dict()), copy.deepcopy(flow.state_dict())
-        self.pmf_fitter = PMFFitter(pmf, settings.learning_rate)
         self.response_fitter = ResponseFitter(response)
-        self.flow_fitter = FlowFitter(flow, coordinates, settings.flow_learning_rate, settings.flow_batch_size)
+        self.pmf_fitter, self.flow_fitter = self._new_pmf_fitter(), self._new_flow_fitter()
         self.exploring = 1.0
+
+    def _new_pmf_fitter(self) -> PMFFitter:
+        return PMFFitter(self.pmf, self.settings.learning_rate)
+
+    def _new_flow_fitter(self) -> FlowFitter:
+        settings = self.settings
+        return FlowFitter(self.flow, self.coordinates, settings.flow_learning_rate, settings.flow_batch_size)
 
     def restart_pmf(self) -> None:
         """Forgets all that the potential of mean force has learned."""
         self.pmf.load_state_dict(self._pmf_start)
-        self.pmf_fitter = PMFFitter(self.pmf, self.settings.learning_rate)
+        self.pmf_fitter = self._new_pmf_fitter()
 
     def restart_flow(self) -> None:
         """Forgets all that the flow has learned."""
         self.flow.load_state_dict(self._flow_start)
-        settings = self.settings
-        self.flow_fitter = FlowFitter(
-            self.flow, self.coordinates, settings.flow_learning_rate, settings.flow_batch_size
-        )
+        self.flow_fitter = self._new_flow_fitter()
 
     def data(self) -> dict[str, Tensor]:
         """All mean forces, with the noise removed that the response explains by now."""
