@@ -109,10 +109,8 @@ def _copy_model(run_directory: Path, stage: int, path: Path) -> None:
     """Copies what ``load`` and openmm-ml's ``MLPotential("cgflow", modelPath=...)`` need of a run, and no more.
 
     Raises:
-        CGFlowError: If the folder is there already, as a run's might be, or cannot be written.
+        CGFlowError: If the folder cannot be written.
     """
-    if path.exists():
-        raise CGFlowError(f"{path}: exists already, and a folder is never replaced; choose another name")
     run, copy = RunDirectory.open(run_directory), RunDirectory(path)
     with writing(path):
         copy.models.mkdir(parents=True)
