@@ -1,7 +1,11 @@
-"""Builds the structures in systems/ from standard geometry: python benchmarks/build_systems.py [FOLDER]
+"""Builds structures from standard geometry: those in systems/, or a peptide of any sequence between caps.
+
+    python benchmarks/build_systems.py
+    python benchmarks/build_systems.py --sequence AAAAAAAA -o FOLDER
 
 Needs the extra [systems] (PeptideBuilder). The output does not depend on when or where it is run, up to the last
-digit of the minimiser.
+digit of the minimiser. A sequence also gets a configuration: FOLDER/FOLDER.pdb and FOLDER/FOLDER.yaml, in the force
+field and at the temperature of systems/alanine_dipeptide.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ import itertools
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import networkx as nx
 import numpy as np
 import PeptideBuilder
 from md import exit_code
@@ -21,15 +26,49 @@ from openmm import CustomTorsionForce, LangevinMiddleIntegrator, LocalEnergyMini
 from openmm.app import element
 from PeptideBuilder import Geometry
 
-__all__ = ["build_butane", "build_dipeptide", "build_heavy", "dihedral", "place"]
+__all__ = [
+    "build_butane",
+    "build_heavy",
+    "build_peptide",
+    "dihedral",
+    "formula",
+    "place",
+    "refuse_clashes",
+    "write_sequence",
+]
 
+_FORCEFIELDS = ("amber99sbildn.xml", "amber99_obc.xml")
 _PEPTIDES = {
-    "alanine_dipeptide": ("A", "ALA", ("amber99sbildn.xml", "amber99_obc.xml")),
-    "alanine_dipeptide_ff96": ("A", "ALA", ("amber96.xml", "implicit/obc1.xml")),
-    "glycine_dipeptide": ("G", "GLY", ("amber99sbildn.xml", "amber99_obc.xml")),
-    "valine_dipeptide": ("V", "VAL", ("amber99sbildn.xml", "amber99_obc.xml")),
+    "alanine_dipeptide": ("A", _FORCEFIELDS),
+    "alanine_dipeptide_ff96": ("A", ("amber96.xml", "implicit/obc1.xml")),
+    "alanine_tetrapeptide": ("AAA", _FORCEFIELDS),
+    "alanine_hexapeptide": ("AAAAA", _FORCEFIELDS),
+    "glycine_dipeptide": ("G", _FORCEFIELDS),
+    "glycine_tetrapeptide": ("GGG", _FORCEFIELDS),
+    "glycine_hexapeptide": ("GGGGG", _FORCEFIELDS),
+    "valine_dipeptide": ("V", _FORCEFIELDS),
 }
-_CAPS = {0: ("ACE", {"CA": "CH3", "C": "C", "O": "O"}), 2: ("NME", {"N": "N", "CA": "C"})}
+_ACE = ("ACE", {"CA": "CH3", "C": "C", "O": "O"})
+_NME = ("NME", {"N": "N", "CA": "C"})
+_PHI, _PSI = -80.0, 80.0  # C7eq
+_AMINO_ACIDS = frozenset("ACDEFGHIKLMNPQRSTVWY")
+_CLOSEST = 0.16
+"""nm, between atoms more than three bonds apart: a hydrogen bond is longer, a clash shorter."""
+_CONFIGURATION = """\
+# {formula} in implicit solvent, 300 K.
+#   openmm-cgflow train {path} -o runs/{name}
+# Settings that are not named here have their defaults; a run directory holds all of them in its config.yaml.
+
+system:
+  structure: {name}.pdb
+  forcefield: [{forcefields}]
+
+temperature: 300 K
+seed: 2025
+
+partition:
+  slow: backbone          # N CA C and the carbons of the caps
+"""
 
 
 def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, length: float, angle: float, torsion: float) -> np.ndarray:
@@ -84,16 +123,25 @@ def write(path: Path, topology: app.Topology, xyz: np.ndarray, remark: str) -> N
     print(f"{path}: {len(xyz)} atoms, {bonds} bonds")
 
 
-def _chain(code: str, phi: float, psi: float) -> tuple[app.Topology, unit.Quantity]:
-    """Heavy atoms of the residue between caps: a GLY-X-GLY chain with the glycines cut down; degrees."""
-    geometries = [Geometry.geometry(letter) for letter in f"G{code}G"]
-    geometries[1].phi, geometries[1].psi_im1 = phi, 180
-    geometries[2].phi, geometries[2].psi_im1 = 180, psi
+def formula(topology: app.Topology) -> str:
+    """Residues in their order, repetitions counted: ``ACE-ALA3-NME``."""
+    runs = itertools.groupby(residue.name for residue in topology.residues())
+    counted = ((name, len(list(run))) for name, run in runs)
+    return "-".join(name if n == 1 else f"{name}{n}" for name, n in counted)
+
+
+def _chain(sequence: str, phi: float, psi: float) -> tuple[app.Topology, unit.Quantity]:
+    """Heavy atoms of residues between caps: a chain with a glycine at both ends, which are cut down; degrees."""
+    geometries = [Geometry.geometry(letter) for letter in f"G{sequence}G"]
+    for geometry in geometries[1:]:
+        geometry.phi, geometry.psi_im1 = phi, psi
+    geometries[1].psi_im1 = geometries[-1].phi = 180
     chain = PeptideBuilder.make_structure_from_geos(geometries)
     topology, positions = app.Topology(), []
     residues = topology.addChain()
+    caps = {0: _ACE, len(sequence) + 1: _NME}
     for i, source in enumerate(chain.get_residues()):
-        name, kept = _CAPS.get(i, (source.resname, None))
+        name, kept = caps.get(i, (source.resname, None))
         residue = topology.addResidue(name, residues, id=str(i + 1))
         for atom in source.get_atoms():
             if kept is not None and atom.name not in kept:
@@ -105,36 +153,61 @@ def _chain(code: str, phi: float, psi: float) -> tuple[app.Topology, unit.Quanti
     return topology, positions * unit.nanometer
 
 
-def build_dipeptide(code: str, forcefields: Sequence[str]) -> tuple[app.Topology, np.ndarray]:
-    """ACE-X-NME in C7eq, hydrogens by Modeller, minimised with φ and ψ held.
+def build_peptide(sequence: str, forcefields: Sequence[str]) -> tuple[app.Topology, np.ndarray]:
+    """ACE-X...-NME with every residue in C7eq, hydrogens by Modeller, minimised with all φ and ψ held.
 
     Arguments:
-        code: One-letter code of the amino acid X.
+        sequence: One-letter codes of the amino acids between the caps.
         forcefields: OpenMM force-field files.
 
+    Returns:
+        The topology and positions ``(n_atoms, 3)`` in nm.
+
     Raises:
-        RuntimeError: If X is not L, or valine's two methyl groups have each other's name.
+        RuntimeError: If a residue is not L, valine's two methyl groups have each other's name, or atoms clash.
     """
     forcefield = app.ForceField(*forcefields)
-    modeller = app.Modeller(*_chain(code, -80.0, 80.0))
+    modeller = app.Modeller(*_chain(sequence, _PHI, _PSI))
     random.seed(0)  # Modeller scatters the hydrogens before it minimises them
     modeller.addHydrogens(forcefield, platform=Platform.getPlatformByName("Reference"))
     index = {(atom.residue.index, atom.name): atom.index for atom in modeller.topology.atoms()}
-    phi = [index[key] for key in ((0, "C"), (1, "N"), (1, "CA"), (1, "C"))]
-    psi = [index[key] for key in ((1, "N"), (1, "CA"), (1, "C"), (2, "N"))]
-    xyz = minimise(modeller.topology, modeller.positions, forcefield, [(*phi, -80.0), (*psi, 80.0)])
-    side = [f"{dihedral(xyz[atoms]):.1f}" for atoms in (phi, psi)]
-    if (1, "CB") in index:
-        n, ca, c, cb = (xyz[index[1, name]] for name in ("N", "CA", "C", "CB"))
-        if np.dot(np.cross(n - ca, c - ca), cb - ca) <= 0:
-            raise RuntimeError(f"{code} is not L")
-    if (1, "CG1") in index:
-        first, second = (dihedral(xyz[[index[1, a] for a in ("N", "CA", "CB", g)]]) for g in ("CG1", "CG2"))
-        if not 90 < (second - first) % 360 < 150:
-            raise RuntimeError("CG1 and CG2 are exchanged")
-        side.append(f"{first:.1f}")
-    print(f"{code}: torsions φ, ψ{', χ1' if len(side) > 2 else ''} {', '.join(side)} degrees")
+    torsions = [
+        (
+            [index[key] for key in ((i - 1, "C"), (i, "N"), (i, "CA"), (i, "C"))],
+            [index[key] for key in ((i, "N"), (i, "CA"), (i, "C"), (i + 1, "N"))],
+        )
+        for i in range(1, len(sequence) + 1)
+    ]
+    held = [(*atoms, value) for pair in torsions for atoms, value in zip(pair, (_PHI, _PSI), strict=True)]
+    xyz = minimise(modeller.topology, modeller.positions, forcefield, held)
+    for i, (code, pair) in enumerate(zip(sequence, torsions, strict=True), start=1):
+        side = [f"{dihedral(xyz[atoms]):.1f}" for atoms in pair]
+        side += _checked(code, {name: xyz[atom] for (residue, name), atom in index.items() if residue == i})
+        print(f"{code}: torsions φ, ψ{', χ1' if len(side) > 2 else ''} {', '.join(side)} degrees")
+    refuse_clashes(modeller.topology, xyz)
     return modeller.topology, xyz
+
+
+def _checked(code: str, at: Mapping[str, np.ndarray]) -> list[str]:
+    """Refuses D amino acids and exchanged methyl groups; χ1 of valine as text, in degrees, and nothing of others."""
+    if "CB" in at and np.dot(np.cross(at["N"] - at["CA"], at["C"] - at["CA"]), at["CB"] - at["CA"]) <= 0:
+        raise RuntimeError(f"{code} is not L")
+    if code != "V":
+        return []
+    first, second = (dihedral(np.array([at[a] for a in ("N", "CA", "CB", g)])) for g in ("CG1", "CG2"))
+    if not 90 < (second - first) % 360 < 150:
+        raise RuntimeError("CG1 and CG2 are exchanged")
+    return [f"{first:.1f}"]
+
+
+def refuse_clashes(topology: app.Topology, xyz: np.ndarray) -> None:
+    """Raises RuntimeError if atoms more than three bonds apart nearly touch; positions ``(n_atoms, 3)`` in nm."""
+    graph = nx.Graph((bond.atom1.index, bond.atom2.index) for bond in topology.bonds())
+    near = dict(nx.all_pairs_shortest_path_length(graph, cutoff=3))
+    distances = np.linalg.norm(xyz[:, None] - xyz, axis=-1)
+    for i, j in np.argwhere(distances < _CLOSEST):
+        if j not in near[i]:
+            raise RuntimeError(f"atoms {i} and {j} (0-based) are {distances[i, j]:.3f} nm apart")
 
 
 def build_heavy(source: Path) -> tuple[app.Topology, np.ndarray]:
@@ -178,14 +251,39 @@ def build_butane(forcefield: Path) -> tuple[app.Topology, np.ndarray]:
     return topology, xyz
 
 
+def write_sequence(sequence: str, folder: Path) -> None:
+    """Writes the structure of a capped peptide and a configuration for it, both with the name of the folder."""
+    name, (topology, xyz) = folder.resolve().name, build_peptide(sequence, _FORCEFIELDS)
+    path = folder / f"{name}.yaml"
+    write(path.with_suffix(".pdb"), topology, xyz, remark=formula(topology))
+    forcefields = ", ".join(_FORCEFIELDS)
+    path.write_text(
+        _CONFIGURATION.format(formula=formula(topology), path=path, name=name, forcefields=forcefields),
+        encoding="utf-8",
+    )
+
+
+def _sequence(text: str) -> str:
+    if unknown := sorted(set(text) - _AMINO_ACIDS):
+        raise argparse.ArgumentTypeError(f"'{text}': no amino acids are called {', '.join(unknown)}")
+    return text
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequence", type=_sequence, help="one-letter codes of what is between the caps")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where to write (default: systems/)")
+    options = parser.parse_args()
+    if options.sequence is not None:
+        if options.output is None:
+            parser.error("--sequence: give a folder, -o FOLDER")
+        write_sequence(options.sequence, options.output)
+        return
     source = Path(__file__).resolve().parent.parent / "systems"
-    parser.add_argument("folder", nargs="?", type=Path, default=source, help="where to write (default: systems/)")
-    folder = parser.parse_args().folder
-    for name, (code, residue, forcefields) in _PEPTIDES.items():
-        peptide = build_dipeptide(code, forcefields)
-        write(folder / name / f"{name}.pdb", *peptide, remark=f"ACE-{residue}-NME, see SOURCE.md")
+    folder = options.output or source
+    for name, (sequence, forcefields) in _PEPTIDES.items():
+        topology, xyz = build_peptide(sequence, forcefields)
+        write(folder / name / f"{name}.pdb", topology, xyz, remark=f"{formula(topology)}, see SOURCE.md")
     heavy = build_heavy(folder / "alanine_dipeptide" / "alanine_dipeptide.pdb")
     name = "alanine_dipeptide_heavy"
     write(folder / name / f"{name}.pdb", *heavy, remark="ACE-ALA-NME without hydrogens, see SOURCE.md")

@@ -24,9 +24,19 @@ SIZES = [
     ("alanine_dipeptide", 22, 21),
     ("alanine_dipeptide_ff96", 22, 21),
     ("alanine_dipeptide_heavy", 10, 9),
+    ("alanine_hexapeptide", 62, 61),
+    ("alanine_tetrapeptide", 42, 41),
     ("butane", 14, 13),
     ("glycine_dipeptide", 19, 18),
+    ("glycine_hexapeptide", 47, 46),
+    ("glycine_tetrapeptide", 33, 32),
     ("valine_dipeptide", 28, 27),
+]
+OLIGOPEPTIDES = [
+    ("alanine_hexapeptide", "AAAAA"),
+    ("alanine_tetrapeptide", "AAA"),
+    ("glycine_hexapeptide", "GGGGG"),
+    ("glycine_tetrapeptide", "GGG"),
 ]
 HEAVY = "alanine_dipeptide_heavy"  # its energy needs files that are not in the repository
 TARGETS = ["double_well", "gmm_10d", "gmm_2d"]
@@ -83,6 +93,10 @@ def test_configuration_loads_and_names_its_own_run(systems, name):
     ("name", "slow"),
     [
         ("glycine_dipeptide", "ACE1:CH3 ACE1:C GLY2:N GLY2:CA GLY2:C NME3:N NME3:C"),
+        (
+            "glycine_tetrapeptide",
+            "ACE1:CH3 ACE1:C GLY2:N GLY2:CA GLY2:C GLY3:N GLY3:CA GLY3:C GLY4:N GLY4:CA GLY4:C NME5:N NME5:C",
+        ),
         ("alanine_dipeptide_ff96", "ACE1:CH3 ACE1:C ALA2:N ALA2:CA ALA2:C NME3:N NME3:C"),
         (
             "valine_dipeptide",
@@ -119,27 +133,62 @@ def test_the_heavy_atoms_of_the_paper(systems, root):
     assert mirrored - energy > 1000.0  # by the prior's improper
 
 
-def _residue(systems, name, residue):
+def _residues(systems, name, residue):
+    """Positions of atoms by name, of every residue with that name."""
     pdb = app.PDBFile(str(systems / name / f"{name}.pdb"))
     xyz = _positions(pdb)
-    return {atom.name: xyz[atom.index] for atom in pdb.topology.atoms() if atom.residue.name == residue}
+    found = (one for one in pdb.topology.residues() if one.name == residue)
+    return [{atom.name: xyz[atom.index] for atom in one.atoms()} for one in found]
 
 
 @pytest.mark.parametrize(
-    ("name", "residue"),
-    [("alanine_dipeptide", "ALA"), ("alanine_dipeptide_ff96", "ALA"), (HEAVY, "ALA"), ("valine_dipeptide", "VAL")],
+    ("name", "residue", "n"),
+    [
+        ("alanine_dipeptide", "ALA", 1),
+        ("alanine_dipeptide_ff96", "ALA", 1),
+        (HEAVY, "ALA", 1),
+        ("alanine_hexapeptide", "ALA", 5),
+        ("alanine_tetrapeptide", "ALA", 3),
+        ("valine_dipeptide", "VAL", 1),
+    ],
 )
-def test_amino_acids_are_left_handed(systems, name, residue):
-    at = _residue(systems, name, residue)
-    # Seen from HA, CO, R and N follow each other clockwise; without hydrogens it is opposite to the others.
-    others = (at["C"] + at["CB"] + at["N"]) / 3
-    away = at["CA"] - at["HA"] if "HA" in at else others - at["CA"]
-    assert np.dot(away, np.cross(at["C"] - at["CA"], at["CB"] - at["CA"])) > 0
-    assert np.dot(away, np.cross(at["CB"] - at["CA"], at["N"] - at["CA"])) > 0
+def test_amino_acids_are_left_handed(systems, name, residue, n):
+    found = _residues(systems, name, residue)
+    assert len(found) == n
+    for at in found:
+        # Seen from HA, CO, R and N follow each other clockwise; without hydrogens it is opposite to the others.
+        others = (at["C"] + at["CB"] + at["N"]) / 3
+        away = at["CA"] - at["HA"] if "HA" in at else others - at["CA"]
+        assert np.dot(away, np.cross(at["C"] - at["CA"], at["CB"] - at["CA"])) > 0
+        assert np.dot(away, np.cross(at["CB"] - at["CA"], at["N"] - at["CA"])) > 0
+
+
+@pytest.mark.parametrize(("name", "sequence"), OLIGOPEPTIDES)
+def test_the_builder_makes_an_oligopeptide_of_its_sequence(systems, name, sequence, tmp_path):
+    pytest.importorskip("PeptideBuilder", reason="PeptideBuilder is not installed; the extra [systems] has it")
+    from build_systems import write_sequence
+
+    write_sequence(sequence, tmp_path / name)
+    built, kept = (folder / name / f"{name}.yaml" for folder in (tmp_path, systems))
+    # All but where the structure lies, which is compared itself, up to the last digit of the minimiser.
+    ours, theirs = (load_config(path).model_dump(exclude={"system": {"structure"}}) for path in (built, kept))
+    assert ours == theirs
+    structures = [app.PDBFile(str(path.with_suffix(".pdb"))) for path in (built, kept)]
+    labels = [[(atom.residue.name, atom.name) for atom in pdb.topology.atoms()] for pdb in structures]
+    assert labels[0] == labels[1]
+    assert np.abs(_positions(structures[0]) - _positions(structures[1])).max() < 0.001
+
+
+def test_the_builder_refuses_clashes():
+    builder = pytest.importorskip("build_systems", reason="the extra [systems] is not installed")
+    topology, xyz = builder.build_peptide("GG", ["amber99sbildn.xml"])
+    xyz[-1] = xyz[0] + 0.1
+    with pytest.raises(RuntimeError, match=r"atoms \d+ and 25 \(0-based\) are 0\.1\d\d nm apart"):
+        builder.refuse_clashes(topology, xyz)
 
 
 def test_valine_has_its_methyl_groups_in_the_order_of_iupac(systems):
-    at = _residue(systems, "valine_dipeptide", "VAL")
+    (at,) = _residues(systems, "valine_dipeptide", "VAL")
     # Seen along the bond from CA, CG1, CG2 and HB follow each other clockwise.
     away = at["CB"] - at["CA"]
     for first, second in (("CG1", "CG2"), ("CG2", "HB"), ("HB", "CG1")):
