@@ -21,7 +21,7 @@ from openmm_cgflow.errors import CGFlowError
 from openmm_cgflow.seeds import derive_seed
 from openmm_cgflow.units import thermal_beta
 
-__all__ = ["METHODS", "Sampled", "final_bias", "metadynamics", "plain_md", "replica_exchange"]
+__all__ = ["METHODS", "ReplicaExchange", "Sampled", "final_bias", "metadynamics", "plain_md", "replica_exchange"]
 
 EQUILIBRATION = 10.0
 """ps, before the first frame; of each replica in replica exchange."""
@@ -78,85 +78,127 @@ def plain_md(molecule: Molecule, n_evaluations: int, seed: int) -> Sampled:
     return _equal(xyz, n_settle + n_frames * STRIDE)
 
 
-def replica_exchange(
-    molecule: Molecule,
-    n_evaluations: int,
-    seed: int,
-    n_replicas: int = 6,
-    hottest: float = 900.0,
-    steps_per_exchange: int = 100,
-) -> Sampled:
-    """OpenMM's replica exchange between geometrically spaced temperatures; all replicas' frames count, by MBAR.
+class ReplicaExchange:
+    """OpenMM's replica exchange between geometrically spaced temperatures, run piece by piece.
 
     The replicas start from successive pieces of one run at the highest temperature, not from one structure.
 
     Arguments:
         molecule: The molecule.
-        n_evaluations: Of all replicas together.
         seed: Of everything random.
         n_replicas: Temperatures, at least 2.
         hottest: The highest of them in K.
         steps_per_exchange: Steps of every replica between exchanges.
 
-    Raises:
-        CGFlowError: If OpenMM is older than 8.6, the settings make no ladder, or ``n_evaluations`` ends too soon.
-    """
-    if not hasattr(app, "ReplicaExchangeSampler"):
-        raise CGFlowError(f"replica exchange needs OpenMM 8.6 or newer; this is {openmm.version.short_version}")
-    if n_replicas < 2 or hottest <= molecule.temperature:
-        raise CGFlowError(
-            f"replica exchange: got {n_replicas} temperatures from {molecule.temperature:g} to {hottest:g} K, "
-            "expected at least 2, the highest above that of the configuration"
-        )
-    temperatures = np.geomspace(molecule.temperature, hottest, n_replicas)
-    n_settle = steps(EQUILIBRATION) * n_replicas
-    each = n_replicas * (steps_per_exchange + 1)  # the energy of every replica once
-    n_exchanges = _frames(n_evaluations - n_settle, each, "replica exchange")
-    simulation = app.Simulation(
-        molecule.topology.to_openmm(),
-        molecule.system(),
-        langevin(molecule.temperature, derive_seed(seed, _DYNAMICS)),
-        *_platform(molecule),
-    )
-    simulation.context.setPositions(molecule.positions)
-    states = [{"temperature": temperature * unit.kelvin} for temperature in temperatures]
-    random.seed(derive_seed(seed, _EXCHANGES))  # OpenMM draws its exchanges from Python's own generator
-    chains = app.ReplicaExchangeSampler(states, simulation, steps_per_exchange)
-    simulation.integrator.setTemperature(hottest)
-    simulation.context.setVelocitiesToTemperature(hottest, derive_seed(seed, _VELOCITIES))
-    for i, temperature in enumerate(temperatures):
-        simulation.integrator.step(steps(EQUILIBRATION))
-        finite(simulation.context)
-        hot = simulation.context.getState(positions=True, velocities=True)
-        simulation.context.setVelocitiesToTemperature(temperature, derive_seed(seed, _VELOCITIES, 1 + i))
-        chains.replicaConformation[i] = simulation.context.getState(
-            positions=True, velocities=True, parameters=True, integratorParameters=True
-        )
-        simulation.context.setState(hot)
-    xyz = np.empty((n_replicas, n_exchanges, *molecule.positions.shape), dtype=np.float32)
-    energy = np.empty((n_replicas, n_exchanges))
+    Attributes:
+        n_settle: Energy evaluations before the first exchange.
+        n_each: Energy evaluations of all replicas from one exchange to the next.
 
-    def record(now: app.ReplicaExchangeSampler) -> None:
+    Raises:
+        CGFlowError: If OpenMM is older than 8.6, or the settings make no ladder.
+    """
+
+    def __init__(
+        self, molecule: Molecule, seed: int, n_replicas: int = 6, hottest: float = 900.0, steps_per_exchange: int = 100
+    ) -> None:
+        if not hasattr(app, "ReplicaExchangeSampler"):
+            raise CGFlowError(f"replica exchange needs OpenMM 8.6 or newer; this is {openmm.version.short_version}")
+        if n_replicas < 2 or hottest <= molecule.temperature:
+            raise CGFlowError(
+                f"replica exchange: got {n_replicas} temperatures from {molecule.temperature:g} to {hottest:g} K, "
+                "expected at least 2, the highest above that of the configuration"
+            )
+        self._temperatures = np.geomspace(molecule.temperature, hottest, n_replicas)
+        self.n_settle = steps(EQUILIBRATION) * n_replicas
+        self.n_each = n_replicas * (steps_per_exchange + 1)  # the energy of every replica once
+        self._molecule, self._seed, self._steps_per_exchange = molecule, seed, steps_per_exchange
+        self._random = random.Random(derive_seed(seed, _EXCHANGES)).getstate()
+        self._chains: app.ReplicaExchangeSampler | None = None
+        self._xyz: list[np.ndarray] = []  # of each exchange (n_replicas, n_atoms, 3)
+        self._energy: list[np.ndarray] = []  # of each exchange (n_replicas,)
+
+    def run(self, n_exchanges: int) -> None:
+        """Goes on for so many exchanges.
+
+        Raises:
+            CGFlowError: If the dynamics diverges.
+        """
+        if self._chains is None:
+            self._chains = self._start()
+        # OpenMM draws its exchanges from Python's own generator, which other runs draw from as well.
+        random.setstate(self._random)
+        self._chains.simulate(n_exchanges)
+        self._random = random.getstate()
+        if not np.isfinite(self._energy).all():
+            raise CGFlowError("replica exchange: the dynamics diverged: energies are not finite; lower the temperature")
+
+    def sampled(self, settling: float = 0.0) -> Sampled:
+        """The frames so far, in order of time, all replicas' by MBAR.
+
+        Arguments:
+            settling: The first part of the frames that is left out, 0 to 1.
+        """
+        first = int(settling * len(self._xyz))
+        xyz, energy = np.array(self._xyz[first:]), np.array(self._energy[first:])
+        n_exchanges, n_replicas = energy.shape
+        beta = np.array([thermal_beta(temperature) for temperature in self._temperatures])
+        _, weights = mbar(beta[:, None] * energy.T.ravel(), np.full(n_replicas, n_exchanges))
+        return Sampled(
+            xyz.reshape(-1, *xyz.shape[2:]),
+            weights.reshape(n_replicas, n_exchanges).T.ravel(),
+            np.tile(np.arange(n_replicas) == 0, n_exchanges),
+            self.n_settle + len(self._xyz) * self.n_each,
+        )
+
+    def _start(self) -> app.ReplicaExchangeSampler:
+        molecule, seed, hottest = self._molecule, self._seed, self._temperatures[-1]
+        simulation = app.Simulation(
+            molecule.topology.to_openmm(),
+            molecule.system(),
+            langevin(molecule.temperature, derive_seed(seed, _DYNAMICS)),
+            *_platform(molecule),
+        )
+        simulation.context.setPositions(molecule.positions)
+        states = [{"temperature": temperature * unit.kelvin} for temperature in self._temperatures]
+        chains = app.ReplicaExchangeSampler(states, simulation, self._steps_per_exchange)
+        simulation.integrator.setTemperature(hottest)
+        simulation.context.setVelocitiesToTemperature(hottest, derive_seed(seed, _VELOCITIES))
+        for i, temperature in enumerate(self._temperatures):
+            simulation.integrator.step(steps(EQUILIBRATION))
+            finite(simulation.context)
+            hot = simulation.context.getState(positions=True, velocities=True)
+            simulation.context.setVelocitiesToTemperature(temperature, derive_seed(seed, _VELOCITIES, 1 + i))
+            chains.replicaConformation[i] = simulation.context.getState(
+                positions=True, velocities=True, parameters=True, integratorParameters=True
+            )
+            simulation.context.setState(hot)
+        chains.reporters.append(self._record)
+        return chains
+
+    def _record(self, now: app.ReplicaExchangeSampler) -> None:
+        n_replicas = len(self._temperatures)
+        xyz = np.empty((n_replicas, *self._molecule.positions.shape), dtype=np.float32)
+        energy = np.empty(n_replicas)
         for replica, state in enumerate(now.replicaStateIndex):
             positions = now.replicaConformation[replica].getPositions(asNumpy=True)
-            xyz[state, now.currentIteration - 1] = positions.value_in_unit(unit.nanometer)
+            xyz[state] = positions.value_in_unit(unit.nanometer)
             potential = now.replicaStateEnergy[replica][state]
-            energy[state, now.currentIteration - 1] = potential.value_in_unit(unit.kilojoule_per_mole)
+            energy[state] = potential.value_in_unit(unit.kilojoule_per_mole)
+        self._xyz.append(xyz)
+        self._energy.append(energy)
 
-    chains.reporters.append(record)
-    chains.simulate(n_exchanges)
-    if not np.isfinite(energy).all():
-        raise CGFlowError("replica exchange: the dynamics diverged: energies are not finite; lower the temperature")
-    reduced = np.array([thermal_beta(temperature) for temperature in temperatures])[:, None] * energy.ravel()
-    _, weights = mbar(reduced, np.full(n_replicas, n_exchanges))
-    # In order of time, so that a half is the first half.
-    in_time = np.arange(n_replicas * n_exchanges).reshape(n_replicas, n_exchanges).T.ravel()
-    return Sampled(
-        xyz.reshape(-1, *molecule.positions.shape)[in_time],
-        weights[in_time],
-        in_time < n_exchanges,
-        n_settle + n_exchanges * each,
-    )
+
+def replica_exchange(
+    molecule: Molecule, n_evaluations: int, seed: int, n_replicas: int = 6, hottest: float = 900.0
+) -> Sampled:
+    """:class:`ReplicaExchange` for a number of energy evaluations of all replicas together.
+
+    Raises:
+        CGFlowError: As there, or if ``n_evaluations`` ends too soon.
+    """
+    chains = ReplicaExchange(molecule, seed, n_replicas, hottest)
+    chains.run(_frames(n_evaluations - chains.n_settle, chains.n_each, "replica exchange"))
+    return chains.sampled()
 
 
 def metadynamics(molecule: Molecule, n_evaluations: int, seed: int) -> Sampled:

@@ -1,6 +1,7 @@
 """The benchmark scripts: their estimators and samplers against closed forms, their commands on alanine dipeptide."""
 
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,8 @@ import numpy as np
 import openmm
 import pytest
 import reference
+import reference_residues
+from conformers import write_run
 from estimators import (
     bias_at,
     bin_centres,
@@ -25,7 +28,7 @@ from estimators import (
 )
 from md import Molecule, exit_code, load, parallel_map, steps
 from openmm import app, unit
-from samplers import final_bias, metadynamics, plain_md, replica_exchange
+from samplers import ReplicaExchange, final_bias, metadynamics, plain_md, replica_exchange
 from scipy.special import erfc
 from umbrella import (
     Settings,
@@ -42,11 +45,13 @@ from umbrella import (
 from openmm_cgflow.analysis.distances import circle_histogram
 from openmm_cgflow.analysis.reference import GridReference, load_frames, load_reference
 from openmm_cgflow.molecule.potentials import ReplicaEnergy
+from openmm_cgflow.runs.evaluate import evaluate
 from openmm_cgflow.units import thermal_beta
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 ALANINE = "alanine_dipeptide/alanine_dipeptide.yaml"
+TETRAPEPTIDE = "alanine_tetrapeptide/alanine_tetrapeptide.yaml"
 SIGMAS = 5.0
 
 
@@ -271,6 +276,30 @@ def test_replica_exchange_marks_the_frames_at_the_target(chain):
         assert abs(blocks.mean() - weights @ energy / weights.sum()) < SIGMAS * blocks.std(ddof=1) / 4
 
 
+def test_replica_exchange_in_pieces_is_the_same_as_in_one(chain):
+    """Also where others draw from Python's own generator in between."""
+    whole, pieces = (ReplicaExchange(chain, 5, 3, 600.0, 20) for _ in range(2))
+    whole.run(12)
+    for n_exchanges in (5, 7):
+        random.seed(n_exchanges)
+        pieces.run(n_exchanges)
+    expected, found = (one.sampled() for one in (whole, pieces))
+    np.testing.assert_array_equal(found.xyz, expected.xyz)
+    np.testing.assert_array_equal(found.weights, expected.weights)
+    assert found.n_evaluations == expected.n_evaluations == 3 * (5000 + 12 * 21)
+
+
+def test_replica_exchange_leaves_out_what_comes_first(chain):
+    chains = ReplicaExchange(chain, 5, 3, 600.0, 20)
+    chains.run(12)
+    everything, late = chains.sampled(), chains.sampled(0.3)
+    assert len(late.xyz) == 3 * 9
+    np.testing.assert_array_equal(late.xyz, everything.xyz[9:])
+    assert late.weights.sum() == pytest.approx(1.0)
+    assert late.n_evaluations == everything.n_evaluations
+    assert late.at_target.tolist() == [True, False, False] * 9
+
+
 @pytest.mark.slow
 def test_samplers_repeat_themselves(chain):
     for method in (plain_md, _ladder, metadynamics):
@@ -431,7 +460,10 @@ def grid(systems, folder):
     return folder / "new" / "ala2.npz"
 
 
-@pytest.mark.parametrize("name", ["reference.py", "baselines.py", "mirror.py", "synthetic.py", "schedules.py"])
+SCRIPTS = ["reference.py", "reference_residues.py", "baselines.py", "mirror.py", "synthetic.py", "schedules.py"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_of_a_script(name):
     environment = os.environ | {"COLUMNS": "120"}
     command = [sys.executable, str(BENCHMARKS / name), "--help"]
@@ -484,6 +516,57 @@ def test_reference_by_replica_exchange_has_the_side_chain(systems, folder, monke
         trans, plus, minus = thirds[:, 0] + thirds[:, 5], thirds[:, 3] + thirds[:, 4], thirds[:, 1] + thirds[:, 2]
         printed = np.array([line[12:].split() for line in lines[-5:-3]], dtype=float)
         np.testing.assert_allclose(printed, np.column_stack([trans, plus, minus]), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def residues(systems, folder):
+    """A reference of three residues, too short to be right."""
+    path = systems / TETRAPEPTIDE
+    words = ["--replicas", "2", "--hottest", "330", "--ps", "2", "--pieces", "2", "--exchange", "25"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert _run(monkeypatch, reference_residues, path, "-o", folder / "new" / "ala3", *words) == 0
+    return folder / "new" / "ala3"
+
+
+def test_reference_of_residues_holds_populations_and_maps_of_each(residues):
+    with np.load(residues / "residues.npz") as arrays:
+        assert arrays["residues"].tolist() == ["ALA2", "ALA3", "ALA4"]
+        assert arrays["basins"].tolist() == ["alphaR", "beta", "PPII", "phi > 0"]
+        assert arrays["maps"].shape == (2, 3, 36, 36)
+        np.testing.assert_allclose(arrays["maps"].sum((2, 3)), 1.0)
+        assert arrays["populations"].shape == (2, 3, 4)
+        np.testing.assert_allclose(arrays["populations"].sum(2), 1.0)
+        # φ is the first index, and its last half is positive.
+        np.testing.assert_allclose(arrays["maps"][:, :, 18:].sum((2, 3)), arrays["populations"][:, :, 3], atol=1e-6)
+        assert arrays["n_evaluations"].tolist() == [2 * (5000 + 2 * 40 * 26)] * 2
+        assert arrays["temperature"] == 300.0
+        found = arrays["populations"]
+    lines = (residues / "table.txt").read_text().splitlines()
+    assert lines[0] == "2.83e+04 energy evaluations at 300 K"
+    for k, name in enumerate(("ALA2", "ALA3", "ALA4")):
+        rows = [line[12:].split() for line in lines[lines.index(name) + 2 :][:4]]
+        expected = [*found[:, k], found[:, k].mean(0), np.abs(found[0, k] - found[1, k]) / 2]
+        np.testing.assert_allclose(np.array(rows, dtype=float), expected, atol=6e-5)
+
+
+def test_a_run_is_evaluated_against_frames_of_several_residues(residues, systems):
+    structure = mdtraj.load(str((systems / TETRAPEPTIDE).with_suffix(".pdb")))
+    weights = np.load(residues / "weights.npy")
+    frames = load_frames(residues / "frames.dcd", structure)
+    assert frames.n_frames == len(weights) == 2 * 2 * 72  # of two passes and two replicas, without the first tenth
+    np.testing.assert_allclose(weights.reshape(2, -1).sum(1), 1.0)
+    run = write_run(residues.parent / "run", structure, structure.topology.select("backbone").tolist(), frames[::2])
+    found = evaluate(run.path, residues / "frames.dcd", weights=residues / "weights.npy")
+    with np.load(residues / "residues.npz") as arrays:
+        for name, populations_of, each in zip(
+            arrays["residues"], arrays["populations"].mean(0), arrays["maps"].mean(0), strict=True
+        ):
+            basins = found.basins[name]
+            assert list(basins) == arrays["basins"].tolist()
+            np.testing.assert_allclose([one["reference"].population for one in basins.values()], populations_of)
+            np.testing.assert_allclose(found.maps[name].probabilities["reference"], each, atol=1e-6)
+            assert all(basin["samples"].population_error is not None for basin in basins.values())
+            assert f"{name}  PPII" in found.table()
 
 
 def test_side_chain_torsion_is_chi1(systems):
@@ -570,6 +653,10 @@ def test_distance_of_a_run_is_that_of_its_map():
         (reference, ["-o", "x.npz", "--compare", "no.npz"], "no.npz: no such file"),
         (reference, ["-o", "x.npz", "--method", "remd", "--ps", "1"], "replica exchange: the energy evaluations end"),
         (reference, ["-o", "x.npz", "--method", "remd", "--hottest", "300"], "the highest above that"),
+        (reference_residues, ["-o", "x", "--passes", "1"], "--passes 1: at least 2"),
+        (reference_residues, ["-o", "x", "--pieces", "0"], "--pieces 0 --exchange 250: expected at least 1 each"),
+        (reference_residues, ["-o", "x", "--ps", "0.9"], "--ps 0.9: expected at least two exchanges"),
+        (reference_residues, ["-o", "x", "--hottest", "300"], "the highest above that"),
         (baselines, ["--evaluations", "100"], "molecular dynamics: the energy evaluations end before its first frame"),
         (baselines, ["--evaluations", "inf"], "--evaluations inf: expected a positive number"),
         (baselines, ["--evaluations", "1e5", "--reference", "no.npz"], "no.npz: no such file"),
