@@ -12,8 +12,9 @@ residues.npz: residues (n_residues,) and basins (4,), names; populations (n_pass
 frames.dcd, weights.npy: frames of all passes, at all temperatures, and their weights at that of the configuration:
     `openmm-cgflow evaluate RUN --reference FOLDER/frames.dcd --weights FOLDER/weights.npy`.
 
-The first part of every pass is left out of all of it. What crosses no barrier in either pass has an error that does not
-show: longer pieces, or a hotter --hottest, show it.
+The first part of every pass is left out of all of it. The barrier between φ < 0 and φ > 0 is the highest there is, and
+what no pass crosses has an error that does not show: hot replicas have it lowered, by --lower-phi at the hottest, and
+all frames are weighed back.
 """
 
 from __future__ import annotations
@@ -98,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--ps", type=float, default=1000.0, help="of each replica in a piece (1000)")
     result.add_argument("--replicas", type=int, default=6, help="temperatures (6)")
     result.add_argument("--hottest", type=float, default=600.0, help="K, the highest of them (600)")
+    result.add_argument(
+        "--lower-phi",
+        type=float,
+        default=18.0,
+        help="kJ/mol by which the hottest has the barrier at φ = 0 lowered (18)",
+    )
     result.add_argument("--exchange", type=int, default=250, help="steps between exchanges, and between frames (250)")
     result.add_argument("--platform", default="Reference", help="OpenMM platform (Reference)")
     result.add_argument("--seed", type=seed_option, default=2025)
@@ -107,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     molecule = load(options.config, (), options.platform, options.set)
-    residues = residues_with_maps(mdtraj.Trajectory(molecule.positions, molecule.topology))
+    structure = mdtraj.Trajectory(molecule.positions, molecule.topology)
+    residues = residues_with_maps(structure)
     if not residues:
         raise CGFlowError(f"{options.config}: no residue of the molecule has φ and ψ")
     if options.passes < 2:
@@ -116,10 +124,11 @@ def main() -> None:
         raise CGFlowError(f"--pieces {options.pieces} --exchange {options.exchange}: expected at least 1 each")
     if not 2 * options.exchange * TIMESTEP <= options.ps < float("inf"):
         raise CGFlowError(f"--ps {options.ps:g}: expected at least two exchanges, each after {options.exchange} steps")
-    passes = [
-        ReplicaExchange(molecule, derive_seed(options.seed, k), options.replicas, options.hottest, options.exchange)
-        for k in range(options.passes)
-    ]
+    if not 0 <= options.lower_phi < float("inf"):
+        raise CGFlowError(f"--lower-phi {options.lower_phi:g}: expected a number of kJ/mol, 0 or more")
+    phi = [[int(i) for i in atoms] for atoms in mdtraj.compute_phi(structure)[0]] if options.lower_phi else []
+    ladder = (options.replicas, options.hottest, options.exchange, phi, options.lower_phi)
+    passes = [ReplicaExchange(molecule, derive_seed(options.seed, k), *ladder) for k in range(options.passes)]
     with writing(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     for k in range(options.pieces):

@@ -7,7 +7,7 @@ frames.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,9 @@ class ReplicaExchange:
         n_replicas: Temperatures, at least 2.
         hottest: The highest of them in K.
         steps_per_exchange: Steps of every replica between exchanges.
+        lowered: Torsions, four atoms each, whose barrier at 0 is lowered, by nothing at the temperature of the
+            molecule and in equal steps up to the hottest.
+        height: By how much there, kJ/mol.
 
     Attributes:
         n_settle: Energy evaluations before the first exchange.
@@ -99,7 +102,14 @@ class ReplicaExchange:
     """
 
     def __init__(
-        self, molecule: Molecule, seed: int, n_replicas: int = 6, hottest: float = 900.0, steps_per_exchange: int = 100
+        self,
+        molecule: Molecule,
+        seed: int,
+        n_replicas: int = 6,
+        hottest: float = 900.0,
+        steps_per_exchange: int = 100,
+        lowered: Sequence[Sequence[int]] = (),
+        height: float = 0.0,
     ) -> None:
         if not hasattr(app, "ReplicaExchangeSampler"):
             raise CGFlowError(f"replica exchange needs OpenMM 8.6 or newer; this is {openmm.version.short_version}")
@@ -110,12 +120,18 @@ class ReplicaExchange:
             )
         self._temperatures = np.geomspace(molecule.temperature, hottest, n_replicas)
         self.n_settle = steps(EQUILIBRATION) * n_replicas
-        self.n_each = n_replicas * (steps_per_exchange + 1)  # the energy of every replica once
+        self._states = [{"temperature": temperature * unit.kelvin} for temperature in self._temperatures]
+        if lowered:
+            for state, by in zip(self._states, np.linspace(0, height, n_replicas), strict=True):
+                state["lowered"] = by
+        # The energy of every replica once, or in every state.
+        self.n_each = n_replicas * (steps_per_exchange + (n_replicas if lowered else 1))
         self._molecule, self._seed, self._steps_per_exchange = molecule, seed, steps_per_exchange
+        self._lowered = lowered
         self._random = random.Random(derive_seed(seed, _EXCHANGES)).getstate()
         self._chains: app.ReplicaExchangeSampler | None = None
         self._xyz: list[np.ndarray] = []  # of each exchange (n_replicas, n_atoms, 3)
-        self._energy: list[np.ndarray] = []  # of each exchange (n_replicas,)
+        self._energy: list[np.ndarray] = []  # of each exchange (n_replicas, n_replicas), the second in which state
 
     def run(self, n_exchanges: int) -> None:
         """Goes on for so many exchanges.
@@ -140,9 +156,10 @@ class ReplicaExchange:
         """
         first = int(settling * len(self._xyz))
         xyz, energy = np.array(self._xyz[first:]), np.array(self._energy[first:])
-        n_exchanges, n_replicas = energy.shape
+        n_exchanges, n_replicas = energy.shape[:2]
         beta = np.array([thermal_beta(temperature) for temperature in self._temperatures])
-        _, weights = mbar(beta[:, None] * energy.T.ravel(), np.full(n_replicas, n_exchanges))
+        reduced = beta[:, None] * energy.transpose(2, 1, 0).reshape(n_replicas, -1)
+        _, weights = mbar(reduced, np.full(n_replicas, n_exchanges))
         return Sampled(
             xyz.reshape(-1, *xyz.shape[2:]),
             weights.reshape(n_replicas, n_exchanges).T.ravel(),
@@ -152,15 +169,19 @@ class ReplicaExchange:
 
     def _start(self) -> app.ReplicaExchangeSampler:
         molecule, seed, hottest = self._molecule, self._seed, self._temperatures[-1]
+        system = molecule.system()
+        if self._lowered:
+            _lower_barriers_at_0(system, self._lowered)
         simulation = app.Simulation(
             molecule.topology.to_openmm(),
-            molecule.system(),
+            system,
             langevin(molecule.temperature, derive_seed(seed, _DYNAMICS)),
             *_platform(molecule),
         )
         simulation.context.setPositions(molecule.positions)
-        states = [{"temperature": temperature * unit.kelvin} for temperature in self._temperatures]
-        chains = app.ReplicaExchangeSampler(states, simulation, self._steps_per_exchange)
+        chains = app.ReplicaExchangeSampler(self._states, simulation, self._steps_per_exchange)
+        if self._lowered:
+            simulation.context.setParameter("lowered", self._states[-1]["lowered"])
         simulation.integrator.setTemperature(hottest)
         simulation.context.setVelocitiesToTemperature(hottest, derive_seed(seed, _VELOCITIES))
         for i, temperature in enumerate(self._temperatures):
@@ -178,14 +199,23 @@ class ReplicaExchange:
     def _record(self, now: app.ReplicaExchangeSampler) -> None:
         n_replicas = len(self._temperatures)
         xyz = np.empty((n_replicas, *self._molecule.positions.shape), dtype=np.float32)
-        energy = np.empty(n_replicas)
+        energy = np.empty((n_replicas, n_replicas))
         for replica, state in enumerate(now.replicaStateIndex):
             positions = now.replicaConformation[replica].getPositions(asNumpy=True)
             xyz[state] = positions.value_in_unit(unit.nanometer)
-            potential = now.replicaStateEnergy[replica][state]
-            energy[state] = potential.value_in_unit(unit.kilojoule_per_mole)
+            potentials = now.replicaStateEnergy[replica]
+            energy[state] = [potential.value_in_unit(unit.kilojoule_per_mole) for potential in potentials]
         self._xyz.append(xyz)
         self._energy.append(energy)
+
+
+def _lower_barriers_at_0(system: openmm.System, torsions: Sequence[Sequence[int]]) -> None:
+    """Lowers the barriers of torsions at 0, some 30° wide to either side, by the parameter ``lowered`` in kJ/mol."""
+    force = openmm.CustomTorsionForce("-lowered*exp(4*(cos(theta)-1))")
+    force.addGlobalParameter("lowered", 0.0)
+    for torsion in torsions:
+        force.addTorsion(*torsion, [])
+    system.addForce(force)
 
 
 def replica_exchange(

@@ -246,9 +246,17 @@ def _ladder(molecule, n_evaluations, seed):
     return replica_exchange(molecule, n_evaluations, seed, 4, 900.0)
 
 
+def _lowered(molecule, n_evaluations, seed):
+    torsions = list(molecule.torsions.values())
+    chains = ReplicaExchange(molecule, seed, 4, 600.0, lowered=torsions, height=15.0)
+    chains.run((n_evaluations - chains.n_settle) // chains.n_each)
+    return chains.sampled()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "n_evaluations"), [(plain_md, 500_000), (_ladder, 300_000), (metadynamics, 240_000)]
+    ("method", "n_evaluations"),
+    [(plain_md, 500_000), (_ladder, 300_000), (_lowered, 300_000), (metadynamics, 240_000)],
 )
 def test_samplers_find_the_density_of_a_chain(chain, method, n_evaluations):
     found = []
@@ -538,11 +546,11 @@ def test_reference_of_residues_holds_populations_and_maps_of_each(residues):
         np.testing.assert_allclose(arrays["populations"].sum(2), 1.0)
         # φ is the first index, and its last half is positive.
         np.testing.assert_allclose(arrays["maps"][:, :, 18:].sum((2, 3)), arrays["populations"][:, :, 3], atol=1e-6)
-        assert arrays["n_evaluations"].tolist() == [2 * (5000 + 2 * 40 * 26)] * 2
+        assert arrays["n_evaluations"].tolist() == [2 * (5000 + 2 * 40 * 27)] * 2
         assert arrays["temperature"] == 300.0
         found = arrays["populations"]
     lines = (residues / "table.txt").read_text().splitlines()
-    assert lines[0] == "2.83e+04 energy evaluations at 300 K"
+    assert lines[0] == "2.86e+04 energy evaluations at 300 K"
     for k, name in enumerate(("ALA2", "ALA3", "ALA4")):
         rows = [line[12:].split() for line in lines[lines.index(name) + 2 :][:4]]
         expected = [*found[:, k], found[:, k].mean(0), np.abs(found[0, k] - found[1, k]) / 2]
@@ -566,7 +574,7 @@ def test_a_run_is_evaluated_against_frames_of_several_residues(residues, systems
             np.testing.assert_allclose([one["reference"].population for one in basins.values()], populations_of)
             np.testing.assert_allclose(found.maps[name].probabilities["reference"], each, atol=1e-6)
             assert all(basin["samples"].population_error is not None for basin in basins.values())
-            assert f"{name}  PPII" in found.table()
+            assert f" {name} " in found.table()
 
 
 def test_side_chain_torsion_is_chi1(systems):
@@ -657,6 +665,7 @@ def test_distance_of_a_run_is_that_of_its_map():
         (reference_residues, ["-o", "x", "--pieces", "0"], "--pieces 0 --exchange 250: expected at least 1 each"),
         (reference_residues, ["-o", "x", "--ps", "0.9"], "--ps 0.9: expected at least two exchanges"),
         (reference_residues, ["-o", "x", "--hottest", "300"], "the highest above that"),
+        (reference_residues, ["-o", "x", "--lower-phi", "-1"], "--lower-phi -1: expected a number of kJ/mol"),
         (baselines, ["--evaluations", "100"], "molecular dynamics: the energy evaluations end before its first frame"),
         (baselines, ["--evaluations", "inf"], "--evaluations inf: expected a positive number"),
         (baselines, ["--evaluations", "1e5", "--reference", "no.npz"], "no.npz: no such file"),
